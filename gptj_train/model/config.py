@@ -1,0 +1,145 @@
+"""GPTJConfig: the shape of a GPT-J, with Transformers' field names and its config.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from gptj_train.model.activations import ACTIVATIONS
+
+_ALIASES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+    "torch_dtype": "dtype",
+}
+
+
+@dataclass
+class GPTJConfig:
+    """Shape and behaviour of a GPT-J; the defaults are the 6B model.
+
+    Field names and meanings are those of ``transformers.GPTJConfig``. Keys of a config.json that
+    have no field here are kept in ``extra`` and written back unchanged.
+
+    Raises:
+        ValueError: when the sizes do not fit together or the activation is unknown.
+    """
+
+    vocab_size: int = 50400
+    n_positions: int = 2048
+    n_embd: int = 4096
+    n_layer: int = 28
+    n_head: int = 16
+    rotary_dim: int | None = 64
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float = 0.0
+    embd_pdrop: float = 0.0
+    attn_pdrop: float = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = False
+    output_attentions: bool = False
+    output_hidden_states: bool = False
+    return_dict: bool = True
+    dtype: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"model.n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
+        rotary = self.rotary_size
+        if rotary % 2 or not 0 < rotary <= self.head_size:
+            raise ValueError(
+                f"model.rotary_dim ({rotary}) must be even and at most n_embd / n_head ({self.head_size})"
+            )
+        if self.activation_function not in ACTIVATIONS:
+            raise ValueError(
+                f"model.activation_function {self.activation_function!r} is unknown; "
+                f"choose one of {', '.join(ACTIVATIONS)}"
+            )
+
+    @property
+    def head_size(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def rotary_size(self) -> int:
+        """Leading dimensions of each head that rotate; all of them when ``rotary_dim`` is None."""
+        return self.head_size if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def inner_size(self) -> int:
+        return 4 * self.n_embd if self.n_inner is None else self.n_inner
+
+    @property
+    def hidden_size(self) -> int:
+        return self.n_embd
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return self.n_layer
+
+    @property
+    def num_attention_heads(self) -> int:
+        return self.n_head
+
+    @property
+    def max_position_embeddings(self) -> int:
+        return self.n_positions
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> GPTJConfig:
+        """Build from the keys of a config.json; unknown keys go to ``extra``."""
+        known = {f.name for f in fields(cls)} - {"extra"}
+        named = {_ALIASES.get(key, key): value for key, value in values.items()}
+        chosen = {key: value for key, value in named.items() if key in known}
+        dropped = {"model_type", "architectures", "transformers_version"}
+        extra = {key: value for key, value in named.items() if key not in known | dropped}
+        return cls(**chosen, extra=extra)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> GPTJConfig:
+        """Read ``config.json`` of a Transformers folder, as data only.
+
+        Raises:
+            ValueError: no such file, not JSON, or another architecture than GPT-J.
+        """
+        path = Path(folder) / "config.json"
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: no readable GPT-J config.json here ({error})") from None
+        if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
+            raise ValueError(f"{path}: model_type must be 'gptj'")
+        try:
+            return cls.from_dict(values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
+
+    def to_dict(self, architecture: str | None = None) -> dict[str, Any]:
+        """The keys of a config.json; the dtype under both names Transformers has used."""
+        values = asdict(self)
+        extra = values.pop("extra")
+        if self.dtype is not None:
+            values["torch_dtype"] = self.dtype
+        header: dict[str, Any] = {"model_type": "gptj"}
+        if architecture is not None:
+            header["architectures"] = [architecture]
+        return {**header, **extra, **values}
+
+    def save_pretrained(self, folder: str | Path, architecture: str | None = None) -> None:
+        """Write ``config.json``."""
+        text = json.dumps(self.to_dict(architecture), indent=2, sort_keys=True)
+        (Path(folder) / "config.json").write_text(text + "\n")

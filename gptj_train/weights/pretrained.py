@@ -1,0 +1,72 @@
+"""The public model classes: the pure models of ``gptj_train.model`` with reading and writing of HF folders."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import nn
+
+from gptj_train.model import gptj, heads
+from gptj_train.model.config import GPTJConfig
+from gptj_train.weights.hf import MAX_SHARD_BYTES, HFWeights, replace_folder, write_weights
+
+
+class Pretrained(nn.Module):
+    """from_pretrained and save_pretrained for a module built from a GPTJConfig."""
+
+    config: GPTJConfig
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Self:
+        """Read an HF folder (safetensors or .bin, sharded or not) into a model in eval mode.
+
+        Args:
+            dtype: of the parameters; None keeps what is stored.
+
+        Raises:
+            ValueError: a folder without GPT-J config or weights, or weights that do not match the config.
+        """
+        config = GPTJConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = cls(config)
+        with HFWeights(folder) as weights:
+            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+            tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
+            stored = weights.match(shapes, tied)
+            tensors = {name: weights.tensor(stored[name]).to(dtype) for name in shapes}
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_word_embeddings and isinstance(model, heads.GPTJForCausalLM):
+            model.lm_head.weight = model.transformer.wte.weight
+        return model.requires_grad_().eval()
+
+    def save_pretrained(
+        self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+    ) -> None:
+        """Write config.json and safetensors that Transformers loads; ``folder`` appears whole or not at all.
+
+        Args:
+            dtype: of the written tensors; None keeps the parameters' own.
+        """
+        target = Path(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        parameters = dict(self.named_parameters())
+        dtype = dtype or next(iter(parameters.values())).dtype
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+            finished = Path(scratch) / target.name
+            finished.mkdir()
+            numels = {name: parameter.numel() for name, parameter in parameters.items()}
+            write_weights(finished, parameters.items(), numels, dtype, max_shard_bytes)
+            self.config.dtype = str(dtype).removeprefix("torch.")
+            self.config.save_pretrained(finished, architecture=type(self).__name__)
+            replace_folder(finished, target)
+
+
+class GPTJModel(gptj.GPTJModel, Pretrained):
+    __doc__ = gptj.GPTJModel.__doc__
+
+
+class GPTJForCausalLM(heads.GPTJForCausalLM, Pretrained):
+    __doc__ = heads.GPTJForCausalLM.__doc__
