@@ -1,0 +1,139 @@
+"""The typed config of each recipe, gathered from its owners, and its way from YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from gptj_train.data.sources import DataConfig
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.model.config import GPTJConfig
+from gptj_train.schema import schema
+from gptj_train.tracking import TrackingConfig
+from gptj_train.training.trainer import TrainerConfig
+from gptj_train.training.zero_config import EngineConfig
+
+T = TypeVar("T")
+
+
+@schema
+class ModelConfig:
+    """Shape of a model built from scratch; the names are GPTJConfig's. With ``init_from`` its config.json rules."""
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    rotary_dim: int | None
+    n_inner: int | None
+    activation_function: str
+    layer_norm_epsilon: float
+    initializer_range: float
+    resid_pdrop: float
+    embd_pdrop: float
+    attn_pdrop: float
+
+
+@schema
+class ClmConfig(TrainerConfig):
+    """recipes/clm.py"""
+
+    sequence_length: int
+    init_from: str | None
+    tokenizer: str | None
+    export_dtype: Literal["bf16", "fp16", "fp32"]
+    sample_prompt: str | None
+    model: ModelConfig
+    data: DataConfig
+    engine: EngineConfig
+    tracking: TrackingConfig
+
+
+def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
+    """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
+
+    Raises:
+        ValueError: a shape that does not hold together, or one too small for tokenizer or sequences.
+    """
+    if init_from is not None:
+        shape = GPTJConfig.from_pretrained(init_from)
+    else:
+        shape = GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
+    tokenizer.check_fits(shape.vocab_size)
+    if sequence_length > shape.n_positions:
+        raise ValueError(f"sequence_length {sequence_length} exceeds the model's n_positions ({shape.n_positions})")
+    return replace(shape, bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id)
+
+
+def validated(composed: DictConfig, cls: type[T]) -> T:
+    """The composed YAML as the recipe's frozen dataclass.
+
+    Raises:
+        ValueError: all unknown keys, all missing values, or all wrong values, in one line.
+    """
+    try:
+        values = OmegaConf.to_container(composed, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"config: {str(error).splitlines()[0]}") from None
+    assert isinstance(values, dict)
+    known = set(keys_of(cls))
+    unknown = [key for key in _keys_in(values, cls) if key not in known]
+    if unknown:
+        raise ValueError("; ".join(unknown_key_message(key, cls) for key in unknown))
+    missing = [key for key in _keys_in(values, cls) if OmegaConf.is_missing(*_parent(composed, key))]
+    if missing:
+        raise ValueError("missing: " + ", ".join(missing) + "; give " + " ".join(f"{key}=..." for key in missing))
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        raise ValueError("; ".join(_complaint(detail) for detail in error.errors())) from None
+
+
+def unknown_key_message(key: str, cls: type) -> str:
+    """Names the nearest key that exists."""
+    known = list(keys_of(cls))
+    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = get_close_matches(key, known, n=1) or [
+        leaves[leaf] for leaf in get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
+    ]
+    hint = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
+    return f"unknown config key {key!r}; {hint}"
+
+
+def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of a schema's keys, groups included."""
+    hints = get_type_hints(cls)
+    for field in fields(cls):  # type: ignore[arg-type]
+        yield prefix + field.name
+        if is_dataclass(hints[field.name]):
+            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict) and is_dataclass(hints.get(key)):
+            yield from _keys_in(value, hints[key], f"{prefix}{key}.")
+
+
+def _parent(composed: DictConfig, key: str) -> tuple[Any, str]:
+    head, _, leaf = key.rpartition(".")
+    return (OmegaConf.select(composed, head) if head else composed), leaf
+
+
+def _complaint(detail: Any) -> str:
+    key = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "value_error":
+        message = str(detail["ctx"]["error"])
+        return message if not key or key in message else f"{key}: {message}"
+    if detail["type"] == "missing":
+        return f"{key} is missing"
+    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"

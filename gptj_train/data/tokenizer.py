@@ -1,0 +1,134 @@
+"""Byte-level BPE: load GPT-J's own or any tokenizer.json, or train one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Tokenizer:
+    """A ``tokenizers`` tokenizer with the end-of-text id that separates documents."""
+
+    def __init__(self, backend: Backend, end_of_text: str = END_OF_TEXT) -> None:
+        end_id = backend.token_to_id(end_of_text)
+        if end_id is None:
+            raise ValueError(f"the tokenizer has no {end_of_text!r} token to end documents with")
+        self.end_of_text, self.end_id = end_of_text, end_id
+        self._backend = backend
+
+    @classmethod
+    def load(cls, path: str | Path) -> Tokenizer:
+        """From a tokenizer.json, or a folder with that or with vocab.json and merges.txt.
+
+        Raises:
+            ValueError: nothing readable there.
+        """
+        path = Path(path)
+        try:
+            if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
+                return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
+            file = path / "tokenizer.json" if path.is_dir() else path
+            return cls(Backend.from_str(file.read_text(encoding="utf-8")), _end_of_text(file.parent))
+        except Exception as error:  # the backend raises bare Exceptions
+            raise ValueError(
+                f"tokenizer {path}: {error}; give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
+            ) from None
+
+    @classmethod
+    def choose(cls, path: str | None, init_from: str | None) -> Tokenizer:
+        """The one named, or the one that came with the initial weights."""
+        if path is None and init_from is None:
+            raise ValueError("tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER with one inside")
+        return cls.load(path if path is not None else str(init_from))
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
+        """A byte-level BPE of at most ``vocab_size`` entries; id 0 ends documents."""
+        backend = _byte_level(models.BPE())
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def largest_id(self) -> int:
+        return max(self._backend.get_vocab().values())
+
+    @property
+    def digest(self) -> str:
+        """sha256 of all that determines the ids."""
+        return hashlib.sha256((self._backend.to_str() + self.end_of_text).encode()).hexdigest()
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises ValueError when an id has no row in an embedding of ``vocab_size`` rows."""
+        if self.largest_id >= vocab_size:
+            raise ValueError(
+                f"the tokenizer has ids up to {self.largest_id}, but the model's vocab_size is {vocab_size}; "
+                "use the model's own tokenizer or raise model.vocab_size"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a prompt; special tokens in the text count as such."""
+        self._backend.encode_special_tokens = False
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """Ids of documents, each ended by ``end_id``; text that spells a special token stays text."""
+        self._backend.encode_special_tokens = True
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[*encoding.ids, self.end_id] for encoding in encodings]
+
+    def decode(self, ids: list[int]) -> str:
+        return self._backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def bytes_per_token(self) -> np.ndarray:
+        """(largest_id + 1) int64: the UTF-8 bytes that each id stands for; 0 for special tokens."""
+        sizes = np.zeros(self.largest_id + 1, dtype=np.int64)
+        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        for token, number in self._backend.get_vocab().items():
+            # The byte-level alphabet writes every byte as one character.
+            sizes[number] = 0 if token in special else len(token)
+        return sizes
+
+    def save(self, folder: Path) -> None:
+        """Write the three files that Transformers reads a tokenizer from."""
+        self._backend.encode_special_tokens = False
+        self._backend.save(str(folder / "tokenizer.json"))
+        names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
+        config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
+
+
+def _byte_level(model: models.BPE) -> Backend:
+    backend = Backend(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
+
+
+def _end_of_text(folder: Path) -> str:
+    try:
+        token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return END_OF_TEXT
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else END_OF_TEXT

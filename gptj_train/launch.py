@@ -1,0 +1,132 @@
+"""How a recipe starts and ends: launcher, command line, config, exit codes."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+import torch.distributed as dist
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from gptj_train.config import unknown_key_message, validated
+
+T = TypeVar("T")
+
+EXIT_MISTAKE = 2
+_PACKAGE = Path(__file__).parent
+_LAUNCHER_KILLS_WITHIN = 5  # seconds
+
+
+def recipe(cls: type[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+    """Decorator: makes ``job(config)`` a command under deepspeed, torchrun, srun or plain python.
+
+    The config is ``configs/<name of the recipe's file>.yaml`` with the command line's overrides, as a ``cls``.
+    A ValueError of this package is a user's mistake: one line, exit code 2. Anything else keeps its traceback.
+    """
+
+    def wrap(job: Callable[[T], None]) -> Callable[[], None]:
+        script = Path(job.__code__.co_filename)
+
+        def main() -> None:
+            sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
+            _set_rank_variables()
+            sys.exit(_run(job, cls, script))
+
+        return main
+
+    return wrap
+
+
+def world_size() -> int:
+    """Ranks of this job, known before they have met."""
+    return int(os.environ["WORLD_SIZE"])
+
+
+def _run(job: Callable[[T], None], cls: type[T], script: Path) -> int:
+    configs = str(script.resolve().parent.parent / "configs")
+    try:
+        if any(arg.startswith("-") for arg in sys.argv[1:]):
+            _run_hydra(script, configs)
+        else:
+            with hydra.initialize_config_dir(configs, version_base="1.3"):
+                composed = hydra.compose(script.stem, overrides=sys.argv[1:])
+            job(validated(composed, cls))
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return 0
+    except (HydraException, OmegaConfBaseException) as error:
+        return _mistake(_hydra_message(error, cls))
+    except ValueError as error:
+        if not _raised_here(error):
+            raise
+        return _mistake(str(error))
+
+
+def _run_hydra(script: Path, configs: str) -> None:
+    """Hydra's own switches: --help, --cfg, --multirun and the like."""
+
+    @hydra.main(version_base="1.3", config_path=configs, config_name=script.stem)
+    def sweep(composed: DictConfig) -> None:
+        # Each job of a sweep is a process of its own: a process group cannot be started twice.
+        settings = HydraConfig.get()
+        folder = f"output_dir={composed.output_dir}/{settings.job.num}"
+        command = [sys.executable, str(script), *settings.overrides.task, folder]
+        if code := subprocess.run(command, check=False).returncode:
+            sys.exit(code)
+
+    sweep()
+
+
+def _mistake(message: str) -> int:
+    rank = os.environ["RANK"]
+    if rank != "0":
+        # Where rank 0 makes the same mistake, it speaks and the launcher ends this process meanwhile.
+        time.sleep(_LAUNCHER_KILLS_WITHIN)
+        message = f"[rank {rank}] {message}"
+    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    return EXIT_MISTAKE
+
+
+def _raised_here(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+
+
+def _hydra_message(error: BaseException, cls: type) -> str:
+    text = str(error)
+    if key := re.search(r"Could not override '([^']+)'", text):
+        return unknown_key_message(key[1], cls)
+    if choice := re.search(r"Could not find '([^']+)'.*?Available options in '[^']+':\s*(.*?)\n(?:Config|$)", text, re.S):
+        group, _, name = choice[1].rpartition("/")
+        return f"no {group or 'config'} named {name!r}; there are: {', '.join(choice[2].split())}"
+    return text.splitlines()[0]
+
+
+def _set_rank_variables() -> None:
+    """The launcher's environment; under srun from Slurm's own names; for plain python a job of one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+    defaults: dict[str, Any] = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in defaults.items():
+        env.setdefault(name, value)
+    env.setdefault("MASTER_PORT", str(_free_port()))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,156 @@
+"""What a person sees of a run: progress, metrics.jsonl, Weights & Biases. Rank 0 speaks, the others are silent."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from gptj_train.schema import schema
+
+_LINE_SECONDS = 10
+_WANDB_NAMES = {
+    "loss": "train/loss",
+    "grad_norm": "train/grad_norm",
+    "lr": "train/lr",
+    "tokens": "train/tokens",
+    "tokens_per_second": "perf/tokens_per_s",
+    "step_seconds": "perf/step_seconds",
+    "memory": "mem/peak_gib",
+}
+
+
+@schema
+class TrackingConfig:
+    """Weights & Biases settings; the WANDB_MODE, WANDB_PROJECT and WANDB_NAME of the environment win."""
+
+    wandb: Literal["disabled", "offline", "online"]
+    project: str
+    run_name: str | None
+
+
+class Tracker:
+    """Records and shows a run in its folder. On ranks other than 0 every method does nothing."""
+
+    def __init__(self, config: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any], rank: int) -> None:
+        self._config, self._folder, self._run_config = config, Path(output_dir), run_config
+        self._speaks = rank == 0
+        self._metrics: TextIO | None = None
+        self._bar: tqdm | None = None
+        self._wandb: Any = None
+        self._last_line = 0.0
+        self._began = (0.0, 0)
+
+    def start(self, step: int, max_steps: int) -> None:
+        """Open the run folder's files, going on after ``step``: lines of later steps, from a run cut off, go."""
+        if not self._speaks:
+            return
+        self._folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(self._run_config), self._folder / "config.yaml")
+        path = self._folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(self._folder) if 0 < line["step"] <= step or step > 0 == line["step"]]
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self._metrics = path.open("a", buffering=1)
+        self._wandb = _start_wandb(self._config, self._folder, self._run_config)
+        self._began = (time.monotonic(), step)
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self._max_steps = max_steps
+
+    def step(self, metrics: dict[str, float]) -> None:
+        """A finished optimizer step."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        if self._wandb is not None:
+            self._wandb.log({_WANDB_NAMES[name]: metrics[name] for name in _WANDB_NAMES}, step=int(metrics["step"]))
+        shown = (
+            f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory']:.1f} GiB"
+        )
+        step = int(metrics["step"])
+        if self._bar is not None:
+            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif step == self._max_steps or time.monotonic() - self._last_line > _LINE_SECONDS:
+            self._last_line = time.monotonic()
+            print(f"step {step}/{self._max_steps}  {shown}  {self._eta(step)} left", flush=True)
+
+    def _eta(self, step: int) -> str:
+        began, first = self._began
+        pace = (time.monotonic() - began) / max(step - first, 1)
+        return tqdm.format_interval(pace * (self._max_steps - step))
+
+    def evaluation(self, metrics: dict[str, float]) -> None:
+        """The held-out metrics after a step."""
+        if self._metrics is None:
+            return
+        self._metrics.write(json.dumps(metrics) + "\n")
+        results = {name: value for name, value in metrics.items() if name not in ("step", "tokens")}
+        if self._wandb is not None:
+            logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
+            self._wandb.log(logged, step=int(metrics["step"]))
+        self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in results.items()))
+
+    def note(self, text: str) -> None:
+        """A line of its own on the screen."""
+        if self._speaks:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def finish(self) -> None:
+        """Close everything; says how to upload an offline Weights & Biases run."""
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+        if self._wandb is not None:
+            offline_folder = Path(self._wandb.dir).parent if self._wandb.settings.mode == "offline" else None
+            self._wandb.finish()
+            if offline_folder is not None:
+                self.note(f"upload this run with: wandb sync {offline_folder}")
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    lines = []
+    try:
+        text = (Path(folder) / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    for line in text.splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any]) -> Any:
+    mode = os.environ.get("WANDB_MODE", config.wandb)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    # The id is made once and kept, so that a resumed job goes on in the same run.
+    id_file = folder / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(wandb.util.generate_id())
+    run = wandb.init(
+        mode=mode,
+        project=os.environ.get("WANDB_PROJECT", config.project),
+        name=os.environ.get("WANDB_NAME", config.run_name),
+        id=id_file.read_text(),
+        resume="allow",
+        dir=folder,
+        config=run_config,
+        settings=wandb.Settings(silent=True),
+    )
+    run.define_metric("*", step_metric="train/tokens", step_sync=False)
+    return run

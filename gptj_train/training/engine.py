@@ -1,0 +1,235 @@
+"""The one door to DeepSpeed: build, step, save, load and gather."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import resource
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.accelerator.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning about finding no GPU
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import logger, safe_get_full_fp32_param
+
+from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
+from gptj_train.weights.hf import HFWeights
+
+logger.setLevel(logging.ERROR)
+# DeepSpeed still calls the collectives by the names that torch 2.13 renamed.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def join_process_group() -> tuple[int, int]:
+    """Start torch.distributed with the device's backend, once; returns rank and world size.
+
+    The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment.
+    """
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            _share_cores()
+        with _quiet():
+            deepspeed.init_distributed(verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _share_cores() -> None:
+    # Ranks on one CPU host otherwise each start a thread for every core.
+    if "OMP_NUM_THREADS" not in os.environ:
+        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep DeepSpeed's print calls from the screen of every rank; shown if it fails."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            yield
+    except BaseException:
+        print(said.getvalue(), end="")
+        raise
+
+
+class Engine:
+    """A module under DeepSpeed: ZeRO stage 0 to 3, offload, fp32 master weights for AdamW.
+
+    Every method that moves data between ranks must be called on all of them.
+    """
+
+    def __init__(
+        self,
+        build: Callable[[], nn.Module],
+        init_from: str | None,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        global_batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        """Build the model where it will live and wrap it.
+
+        Args:
+            build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
+            init_from: HF folder to take the weights from, or None to keep the fresh ones.
+
+        Raises:
+            ValueError: batch sizes that do not divide, or weights that are not this model's.
+        """
+        self.rank, self.world_size = join_process_group()
+        self.device = torch.device(deepspeed.get_accelerator().current_device_name())
+        with torch.device("meta"):
+            shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
+        self.numels = {name: shape.numel() for name, shape in shapes.items()}
+        accumulation = accumulation_steps(global_batch_size, micro_batch_size, self.world_size)
+        config = deepspeed_config(
+            engine,
+            optim,
+            micro_batch_size,
+            accumulation,
+            largest_parameter=max(self.numels.values()),
+            pin_memory=self.device.type != "cpu",
+        )
+        with _quiet():
+            model = self._placed(build, engine, config, init_from, shapes)
+            if engine.activation_checkpointing:
+                model.gradient_checkpointing_enable()  # type: ignore[operator]
+            self._engine, *_ = deepspeed.initialize(
+                model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
+            )
+        self._names = list(self.numels)
+
+    @staticmethod
+    def _placed(
+        build: Callable[[], nn.Module],
+        engine: EngineConfig,
+        config: dict[str, Any],
+        init_from: str | None,
+        shapes: dict[str, torch.Size],
+    ) -> nn.Module:
+        partitioned = engine.stage == 3
+        with deepspeed.zero.Init(config_dict_or_path=config, enabled=partitioned):
+            model = build()
+        if init_from is not None:
+            _load_weights(model, init_from, shapes, partitioned)
+        return model
+
+    # --- the step ---
+
+    def forward(self, batch: dict[str, Tensor], targets: float) -> Any:
+        """The module's output for a batch, its loss summed over the batch's targets and divided by ``targets``."""
+        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
+        return self._engine(**moved, use_cache=False, num_items_in_batch=targets)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> None:
+        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+
+    @property
+    def grad_norm(self) -> float:
+        """Global L2 norm of the last update's gradients before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and no dropout inside."""
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train()
+
+    def summed(self, values: list[float]) -> list[float]:
+        """Element-wise sums over all ranks, in float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def peak_memory(self) -> float:
+        """GiB: the most this rank has held so far, on its GPU, or resident on the host without one."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        dist.barrier()
+
+    # --- state in and out ---
+
+    def save(self, folder: Path) -> None:
+        """Write every rank's part of weights, master and moments into ``folder``."""
+        with _quiet():
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, with the same number of ranks and the same engine settings."""
+        with _quiet():
+            self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
+        optimizer = getattr(self._engine.optimizer, "optimizer", None)
+        if isinstance(optimizer, DeepSpeedCPUAdam):
+            _replay_steps(optimizer)
+
+    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
+        for name, parameter in zip(self._names, self._engine.module.parameters(), strict=True):
+            master = safe_get_full_fp32_param(parameter)
+            yield name, parameter.detach().float() if master is None else master
+
+
+def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay for matrices only: norms and biases are one-dimensional."""
+    matrices, vectors = [], []
+    for parameter in model.parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], partitioned: bool) -> None:
+    """Copy an HF folder's tensors into the model, one at a time; under ZeRO-3 rank 0 reads and sends."""
+    with HFWeights(folder) as weights, torch.no_grad():
+        tied = frozenset({"lm_head.weight"}) - shapes.keys()
+        stored = weights.match(shapes, tied)
+        for name, parameter in model.named_parameters():
+            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)
+            with gathered:
+                if not partitioned or dist.get_rank() == 0:
+                    parameter.copy_(weights.tensor(stored[name]))
+
+
+def _replay_steps(optimizer: DeepSpeedCPUAdam) -> None:
+    """Bring CPUAdam's native beta powers to where the loaded number of updates leaves them.
+
+    It keeps them as running fp32 products, which a checkpoint does not hold; computed anew by pow() they
+    differ in the last bits, and a resumed run would leave the straight one
+    (DeepSpeed csrc/includes/cpu_adam.h, IncrementStep).
+    """
+    group = optimizer.param_groups[0]
+    dummy = [torch.zeros(1) for _ in range(4)]
+    steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *dummy
+        )

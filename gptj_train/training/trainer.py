@@ -1,0 +1,146 @@
+"""The training loop: one step function for every task, rank count and offload mode."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gptj_train.schema import schema
+from gptj_train.tracking import Tracker
+from gptj_train.training.checkpoint import Checkpoints, TrainState
+from gptj_train.training.engine import Engine
+from gptj_train.training.schedule import OptimConfig, lr_at
+
+Batch = dict[str, Tensor]
+"""Keyword arguments of the model's forward, on the CPU; (B, T) each."""
+
+
+@schema
+class TrainerConfig:
+    """What every training run says at the top level of its config."""
+
+    output_dir: str
+    seed: int
+    max_steps: int
+    global_batch_size: int
+    micro_batch_size: int
+    eval_every: int
+    save_every: int
+    keep_checkpoints: int
+    resume: str
+    optim: OptimConfig
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("eval_every", "save_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 (only at the end) or more, got {getattr(self, name)}")
+
+
+class Task(Protocol):
+    """What differs between recipes."""
+
+    def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        """This rank's micro-batches of an optimizer step, a pure function of its arguments."""
+
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[Batch]:
+        """This rank's share of the held-out data, as many batches on every rank; none without such data."""
+
+    def targets(self, batch: Batch) -> int:
+        """Terms of the batch's loss sum."""
+
+    def score(self, output: Any, batch: Batch) -> dict[str, float]:
+        """Sums over an evaluation batch; ``output.loss`` is a sum. The same keys each time."""
+
+    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+        """What to report for the sums over all batches and ranks."""
+
+
+class Trainer:
+    """Trains a task's model to ``max_steps``, evaluating and saving on the way."""
+
+    def __init__(
+        self, config: TrainerConfig, engine: Engine, task: Task, checkpoints: Checkpoints, tracker: Tracker
+    ) -> None:
+        self.config, self.engine, self.task = config, engine, task
+        self.checkpoints, self.tracker = checkpoints, tracker
+        self.state = TrainState()
+
+    def train(self, resume_from: Path | None = None) -> None:
+        """Run to ``max_steps`` from the beginning, or from a checkpoint folder. Collective."""
+        config = self.config
+        if resume_from is not None:
+            self.state = self.checkpoints.load(self.engine, resume_from)
+            self.tracker.note(f"resuming from {resume_from}")
+        self.tracker.start(self.state.step, config.max_steps)
+        if self.state.step == 0:
+            self.evaluate()
+        while self.state.step < config.max_steps:
+            self.tracker.step(self.train_step())
+            last = self.state.step == config.max_steps
+            if last or _due(self.state.step, config.eval_every):
+                self.evaluate()
+            if last or _due(self.state.step, config.save_every):
+                self.tracker.note(f"saved {self.checkpoints.save(self.engine, self.state)}")
+
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step over the global batch; returns what metrics.jsonl records of it.
+
+        The loss is the mean over all target tokens of the global batch, however they fall on ranks and
+        micro-batches: they are counted before the first forward, and every loss is a sum over that count.
+        """
+        began = time.perf_counter()
+        engine, task, step = self.engine, self.task, self.state.step
+        batches = task.training_batches(step, engine.rank, engine.world_size)
+        (targets,) = engine.summed([sum(task.targets(batch) for batch in batches)])
+        if not targets:
+            raise ValueError(f"step {step}: no token of the whole batch is a training target; check the data")
+        lr = lr_at(step, self.config.max_steps, self.config.optim)
+        # Dropout as a function of the step: a resumed run needs no random state.
+        torch.manual_seed(hash((self.config.seed, step, engine.rank)))
+        loss_sum = torch.zeros((), device=engine.device)
+        for batch in batches:
+            # DeepSpeed averages gradients over ranks; the division by ranks here makes that a sum.
+            output = engine.forward(batch, targets / engine.world_size)
+            engine.backward(output.loss)
+            engine.step(lr)
+            loss_sum += output.loss.detach()
+        (loss,) = engine.summed([loss_sum.item() / engine.world_size])
+        seconds = time.perf_counter() - began
+        self.state.step += 1
+        self.state.tokens += int(targets)
+        return {
+            "step": self.state.step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": engine.grad_norm,
+            "tokens": self.state.tokens,
+            "tokens_per_second": targets / seconds,
+            "step_seconds": seconds,
+            "memory": engine.peak_memory(),
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics over all held-out data, recorded; empty without such data. Collective."""
+        sums: dict[str, float] = {}
+        with self.engine.evaluating():
+            for batch in self.task.evaluation_batches(self.engine.rank, self.engine.world_size):
+                for name, value in self.task.score(self.engine.forward(batch, 1.0), batch).items():
+                    sums[name] = sums.get(name, 0.0) + value
+        if not sums:
+            return {}
+        totals = dict(zip(sums, self.engine.summed(list(sums.values())), strict=True))
+        metrics = self.task.metrics(totals)
+        self.tracker.evaluation({"step": self.state.step, "tokens": self.state.tokens, **metrics})
+        return metrics
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,132 @@
+"""Our typed engine settings -> DeepSpeed's dict. The single owner of batch sizes, precision and clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from gptj_train.schema import schema
+from gptj_train.training.schedule import OptimConfig
+
+_OWNED = {
+    "train_batch_size": "global_batch_size",
+    "train_micro_batch_size_per_gpu": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size and micro_batch_size",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "engine.precision",
+    "fp16": "engine.precision",
+    "zero_optimization.stage": "engine.stage",
+    "zero_optimization.offload_optimizer.device": "engine.offload_optimizer",
+    "zero_optimization.offload_optimizer.nvme_path": "engine.nvme_path",
+    "zero_optimization.offload_param.device": "engine.offload_parameters",
+    "zero_optimization.offload_param.nvme_path": "engine.nvme_path",
+}
+
+
+@schema
+class EngineConfig:
+    """Where the training state lives. ``deepspeed`` holds further settings in DeepSpeed's own spelling."""
+
+    stage: Literal[0, 1, 2, 3]
+    offload_optimizer: Literal["none", "cpu", "nvme"]
+    offload_parameters: Literal["none", "cpu", "nvme"]
+    nvme_path: str | None
+    precision: Literal["bf16", "fp16", "fp32"]
+    activation_checkpointing: bool
+    deepspeed: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.offload_parameters != "none" and self.stage != 3:
+            raise ValueError(f"engine.offload_parameters={self.offload_parameters} needs engine.stage=3")
+        if self.offload_optimizer == "cpu" and self.stage == 0:
+            raise ValueError("engine.offload_optimizer=cpu needs engine.stage=1, 2 or 3")
+        if self.offload_optimizer == "nvme" and self.stage != 3:
+            raise ValueError("engine.offload_optimizer=nvme needs engine.stage=3")
+        if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
+            raise ValueError("engine.nvme_path must name a folder on the NVMe disk to offload to")
+        for key, ours in _OWNED.items():
+            if _holds(self.deepspeed, key):
+                raise ValueError(f"engine.deepspeed.{key} is set by {ours}; set it there")
+
+
+def _holds(settings: Any, dotted: str) -> bool:
+    for part in dotted.split("."):
+        if not isinstance(settings, Mapping) or part not in settings:
+            return False
+        settings = settings[part]
+    return True
+
+
+def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Micro-batches a rank works through in one optimizer step.
+
+    Raises:
+        ValueError: sizes that do not divide.
+    """
+    if min(global_batch_size, micro_batch_size) < 1:
+        raise ValueError("global_batch_size and micro_batch_size must be at least 1")
+    share = micro_batch_size * world_size
+    if global_batch_size % share:
+        nearest = max(share, round(global_batch_size / share) * share)
+        raise ValueError(
+            f"global_batch_size {global_batch_size} does not divide into micro_batch_size {micro_batch_size} "
+            f"x {world_size} ranks; the nearest that does is global_batch_size={nearest}"
+        )
+    return global_batch_size // share
+
+
+def deepspeed_config(
+    engine: EngineConfig,
+    optim: OptimConfig,
+    micro_batch_size: int,
+    accumulation: int,
+    largest_parameter: int,
+    pin_memory: bool,
+) -> dict[str, Any]:
+    """The dict for ``deepspeed.initialize`` (https://www.deepspeed.ai/docs/config-json/).
+
+    Args:
+        largest_parameter: elements of the model's largest tensor, for NVMe's swap buffers.
+        pin_memory: page-lock host buffers; useful only beside an accelerator.
+    """
+    zero: dict[str, Any] = {"stage": engine.stage}
+    if engine.offload_optimizer != "none":
+        zero["offload_optimizer"] = _offload(engine.offload_optimizer, engine.nvme_path, pin_memory)
+    if engine.offload_parameters != "none":
+        zero["offload_param"] = _offload(engine.offload_parameters, engine.nvme_path, pin_memory)
+        if engine.offload_parameters == "nvme":
+            zero["offload_param"] |= {"buffer_size": largest_parameter}
+            # With prefetching on, DeepSpeed 0.19.8 asks twice for the head's swap buffer and stops.
+            zero["stage3_prefetch_bucket_size"] = 0
+    ours = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": optim.clip_norm,
+        # The engine's param_groups carry each group's own weight decay; the trainer sets lr each step.
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0},
+        },
+        "bf16": {"enabled": engine.precision == "bf16"},
+        "fp16": {"enabled": engine.precision == "fp16"},
+        # Micro-batch gradients summed in bf16 lose their small terms.
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "steps_per_print": 10**9,
+    }
+    return _merged(ours, engine.deepspeed)
+
+
+def _offload(device: str, nvme_path: str | None, pin_memory: bool) -> dict[str, Any]:
+    settings: dict[str, Any] = {"device": device, "pin_memory": pin_memory}
+    return settings | {"nvme_path": nvme_path} if device == "nvme" else settings
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
+        merged[key] = _merged(base[key], value) if both else value
+    return merged
