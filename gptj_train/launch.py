@@ -108,7 +108,9 @@ def _hydra_message(error: BaseException, cls: type) -> str:
     text = str(error)
     if key := re.search(r"Could not override '([^']+)'", text):
         return unknown_key_message(key[1], cls)
-    if choice := re.search(r"Could not find '([^']+)'.*?Available options in '[^']+':\s*(.*?)\n(?:Config|$)", text, re.S):
+    if choice := re.search(
+        r"Could not find '([^']+)'.*?Available options in '[^']+':\s*(.*?)\n(?:Config|$)", text, re.S
+    ):
         group, _, name = choice[1].rpartition("/")
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(choice[2].split())}"
     return text.splitlines()[0]

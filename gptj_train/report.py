@@ -37,7 +37,9 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
     parts.append(f"<h1>{escape(title)}</h1><table>")
     parts += [f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts.items()]
     parts.append("</table>")
-    parts.append(_chart("Loss (nats per token)", {"training": _curve(steps, "loss"), "held-out": _curve(held_out, "eval_loss")}))
+    parts.append(
+        _chart("Loss (nats per token)", {"training": _curve(steps, "loss"), "held-out": _curve(held_out, "eval_loss")})
+    )
     parts.append(_chart("Throughput (target tokens per second)", {"tokens/s": _curve(steps, "tokens_per_second")}))
     parts.append(_chart("Learning rate", {"lr": _curve(steps, "lr")}))
     parts.append(_chart("Gradient norm before clipping", {"norm": _curve(steps, "grad_norm")}))
@@ -97,11 +99,12 @@ def _chart(title: str, curves: Mapping[str, Curve]) -> str:
         drawn.append(f"<line x1={_LEFT} x2={_WIDTH - 8} y1={up} y2={up} stroke='#e5e7eb'/>")
         drawn.append(f"<text x={_LEFT - 6} y={up + 4} text-anchor=end>{y:.4g}</text>")
         drawn.append(f"<text x={across} y={_HEIGHT - 6} text-anchor=middle>{x:.0f}</text>")
-    for (name, curve), colour in zip(curves.items(), _COLOURS, strict=False):
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = _COLOURS[number]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
         drawn.append(f"<polyline points='{path}' fill=none stroke='{colour}' stroke-width=1.5 />")
-        if len(curves) > 1:
-            drawn.append(f"<text x={_WIDTH - 12} y={16 + 14 * list(curves).index(name)} text-anchor=end style='fill:{colour}'>{escape(name)}</text>")
+        legend = f"x={_WIDTH - 12} y={16 + 14 * number} text-anchor=end style='fill:{colour}'"
+        drawn.append(f"<text {legend}>{escape(name)}</text>" if len(curves) > 1 else "")
     return "".join(drawn) + "</svg>"
 
 

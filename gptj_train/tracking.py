@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import sys
 import time
 from pathlib import Path
@@ -141,9 +142,9 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     # The id is made once and kept, so that a resumed job goes on in the same run.
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(wandb.util.generate_id())
+        id_file.write_text(secrets.token_hex(4))
     run = wandb.init(
-        mode=mode,
+        mode=mode,  # type: ignore[arg-type]
         project=os.environ.get("WANDB_PROJECT", config.project),
         name=os.environ.get("WANDB_NAME", config.run_name),
         id=id_file.read_text(),

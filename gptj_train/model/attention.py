@@ -149,9 +149,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern,
     if pattern.lengths is not None:
         return _attend_documents(query, key, value, pattern.lengths, dropout)
     causal = pattern.mask is None and query.shape[2] > 1
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=pattern.mask, dropout_p=dropout, is_causal=causal
-    )
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=pattern.mask, dropout_p=dropout, is_causal=causal)
     return out.transpose(1, 2)
 
 
@@ -160,12 +158,12 @@ def _attend_documents(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[
     # loses it at head size 256), and no other document can touch the result. split, not slicing:
     # its backward is one concatenation.
     batch, _, length, _ = query.shape
-    documents = zip(*(x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value)), strict=True)
+    per_document = (x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value))
     outs = [
         F.scaled_dot_product_attention(
-            *(x.transpose(0, 1).unsqueeze(0) for x in document), dropout_p=dropout, is_causal=True
+            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], dropout_p=dropout, is_causal=True
         )
-        for document in documents
+        for q, k, v in zip(*per_document, strict=True)
     ]
     return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs]).unflatten(0, (batch, length))
 

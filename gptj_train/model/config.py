@@ -61,9 +61,7 @@ class GPTJConfig:
             raise ValueError(f"model.n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         rotary = self.rotary_size
         if rotary % 2 or not 0 < rotary <= self.head_size:
-            raise ValueError(
-                f"model.rotary_dim ({rotary}) must be even and at most n_embd / n_head ({self.head_size})"
-            )
+            raise ValueError(f"model.rotary_dim ({rotary}) must be even and at most n_embd / n_head ({self.head_size})")
         if self.activation_function not in ACTIVATIONS:
             raise ValueError(
                 f"model.activation_function {self.activation_function!r} is unknown; "

@@ -137,9 +137,7 @@ class GPTJModel(nn.Module):
             all_hidden += (hidden,) if output_hidden_states else ()
             mask = _layer_head_mask(head_mask, layer)
             arguments = (hidden, angles, pattern, cache, mask, explicit)
-            hidden, weights = (
-                checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
-            )
+            hidden, weights = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
             all_weights += (weights,) if output_attentions else ()
         hidden = self.ln_f(hidden)
         all_hidden += (hidden,) if output_hidden_states else ()

@@ -14,7 +14,7 @@ def _table(n_positions: int, rotary_size: int, device: torch.device) -> tuple[Te
     # would round a buffer, and the table must stay fp32.
     with torch.inference_mode(False), torch.no_grad():
         exponent = torch.tensor(range(0, rotary_size, 2), dtype=torch.int64) / rotary_size
-        angle = torch.tensor(range(n_positions), dtype=torch.int64).float()[:, None] * (1.0 / 10000**exponent.float())
+        angle = torch.tensor(range(n_positions), dtype=torch.int64).float()[:, None] * (1.0 / 10000 ** exponent.float())
         return angle.sin().to(device), angle.cos().to(device)
 
 

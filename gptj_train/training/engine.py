@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import resource
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,10 @@ from torch import Tensor, nn
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning about finding no GPU
+if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
+    # DeepSpeed compiles its CPU optimizer at first use: once for each virtual environment, with its ninja.
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
+    os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger, safe_get_full_fp32_param
@@ -65,6 +70,11 @@ def _quiet() -> Iterator[None]:
         raise
 
 
+def _is_compiled() -> bool:
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return folder is None or any(Path(folder).rglob("cpu_adam*.so"))
+
+
 class Engine:
     """A module under DeepSpeed: ZeRO stage 0 to 3, offload, fp32 master weights for AdamW.
 
@@ -103,6 +113,8 @@ class Engine:
             largest_parameter=max(self.numels.values()),
             pin_memory=self.device.type != "cpu",
         )
+        if self.rank == 0 and engine.offload_optimizer != "none" and not _is_compiled():
+            print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         with _quiet():
             model = self._placed(build, engine, config, init_from, shapes)
             if engine.activation_checkpointing:
@@ -182,6 +194,9 @@ class Engine:
         """Write every rank's part of weights, master and moments into ``folder``."""
         with _quiet():
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+        if self.rank == 0:  # DeepSpeed leaves programs beside the state
+            for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+                (folder.parent / script).unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote, with the same number of ranks and the same engine settings."""
@@ -200,7 +215,8 @@ class Engine:
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: norms and biases are one-dimensional."""
-    matrices, vectors = [], []
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
     for parameter in model.parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)

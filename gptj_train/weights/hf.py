@@ -44,7 +44,7 @@ class HFWeights:
             if (self.folder / index).is_file():
                 return self._read_index(self.folder / index)
             if (self.folder / single).is_file():
-                return {name: single for name in self._handle(single).keys()}
+                return dict.fromkeys(self._handle(single).keys(), single)
         raise ValueError(
             f"{self.folder}: no model.safetensors, pytorch_model.bin or their index here; "
             "give the folder that Transformers' save_pretrained or our export wrote"

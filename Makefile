@@ -1,0 +1,43 @@
+# make quickstart: set up and run the main job on this machine.   make test: set up and run the tests.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The launcher's own processes: warn of nothing where there is no GPU.
+ifeq ($(shell command -v nvidia-smi),)
+export DS_ACCELERATOR ?= cpu
+endif
+# The launcher starts ranks by names found on the path.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed data/quickstart/train.jsonl
+	deepspeed -q --num_gpus 2 recipes/clm.py +config=quickstart
+
+test: $(VENV)/installed-test
+	python -m pytest
+
+lint: $(VENV)/installed-test
+	ruff check .
+	ruff format --check .
+	mypy
+
+data/quickstart/train.jsonl: scripts/quickstart_corpus.py | $(VENV)/installed
+	python scripts/quickstart_corpus.py data/quickstart
+
+# torch comes first: the packages after it are content with the build that is there.
+$(VENV)/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; name one with make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) data/quickstart runs/quickstart
