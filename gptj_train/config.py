@@ -56,6 +56,22 @@ class ClmConfig(TrainerConfig):
     tracking: TrackingConfig
 
 
+@schema
+class GenerateConfig:
+    """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
+
+    checkpoint: str
+    prompt: str
+    max_new_tokens: int | None
+    max_length: int | None
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
 def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
     """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
 
@@ -114,6 +130,14 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
         yield prefix + field.name
         if is_dataclass(hints[field.name]):
             yield from keys_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+
+
+def text_keys(cls: type, prefix: str = "") -> set[str]:
+    """Dotted names of the keys whose value is a text."""
+    hints = get_type_hints(cls)
+    nested = {prefix + name: hint for name, hint in hints.items() if is_dataclass(hint)}
+    texts = {prefix + name for name, hint in hints.items() if hint in (str, str | None)}
+    return texts.union(*(text_keys(hint, f"{name}.") for name, hint in nested.items()))  # type: ignore[arg-type]
 
 
 def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:

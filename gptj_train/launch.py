@@ -20,7 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from gptj_train.config import unknown_key_message, validated
+from gptj_train.config import text_keys, unknown_key_message, validated
 
 T = TypeVar("T")
 
@@ -29,10 +29,11 @@ _PACKAGE = Path(__file__).parent
 _LAUNCHER_KILLS_WITHIN = 5  # seconds
 
 
-def recipe(cls: type[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def recipe(cls: type[T], primary: str | None = None) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Decorator: makes ``job(config)`` a command under deepspeed, torchrun, srun or plain python.
 
-    The config is ``configs/<name of the recipe's file>.yaml`` with the command line's overrides, as a ``cls``.
+    The config is ``configs/<primary, or the name of the recipe's file>.yaml`` with the command line's
+    overrides, as a ``cls``.
     A ValueError of this package is a user's mistake: one line, exit code 2. Anything else keeps its traceback.
     """
 
@@ -42,11 +43,16 @@ def recipe(cls: type[T]) -> Callable[[Callable[[T], None]], Callable[[], None]]:
         def main() -> None:
             sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
             _set_rank_variables()
-            sys.exit(_run(job, cls, script))
+            sys.exit(_run(job, cls, script, primary or script.stem))
 
         return main
 
     return wrap
+
+
+def rank() -> int:
+    """This process's number in the job, known before the ranks have met."""
+    return int(os.environ["RANK"])
 
 
 def world_size() -> int:
@@ -54,14 +60,14 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
-def _run(job: Callable[[T], None], cls: type[T], script: Path) -> int:
+def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str) -> int:
     configs = str(script.resolve().parent.parent / "configs")
     try:
         if any(arg.startswith("-") for arg in sys.argv[1:]):
-            _run_hydra(script, configs)
+            _run_hydra(script, configs, primary)
         else:
             with hydra.initialize_config_dir(configs, version_base="1.3"):
-                composed = hydra.compose(script.stem, overrides=sys.argv[1:])
+                composed = hydra.compose(primary, overrides=[_as_typed(arg, text_keys(cls)) for arg in sys.argv[1:]])
             job(validated(composed, cls))
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -74,10 +80,19 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path) -> int:
         return _mistake(str(error))
 
 
-def _run_hydra(script: Path, configs: str) -> None:
+def _as_typed(override: str, texts: set[str]) -> str:
+    """Quote a text value for Hydra, whose grammar would else read commas, braces or numbers out of it."""
+    key, _, value = override.partition("=")
+    if key.lstrip("+") not in texts or value in ("", "null", "???") or value.startswith(("'", '"', "${")):
+        return override
+    escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
+    return f"{key}='{escaped}'"
+
+
+def _run_hydra(script: Path, configs: str, primary: str) -> None:
     """Hydra's own switches: --help, --cfg, --multirun and the like."""
 
-    @hydra.main(version_base="1.3", config_path=configs, config_name=script.stem)
+    @hydra.main(version_base="1.3", config_path=configs, config_name=primary)
     def sweep(composed: DictConfig) -> None:
         # Each job of a sweep is a process of its own: a process group cannot be started twice.
         settings = HydraConfig.get()
@@ -90,11 +105,10 @@ def _run_hydra(script: Path, configs: str) -> None:
 
 
 def _mistake(message: str) -> int:
-    rank = os.environ["RANK"]
-    if rank != "0":
+    if rank() != 0:
         # Where rank 0 makes the same mistake, it speaks and the launcher ends this process meanwhile.
         time.sleep(_LAUNCHER_KILLS_WITHIN)
-        message = f"[rank {rank}] {message}"
+        message = f"[rank {rank()}] {message}"
     print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
     return EXIT_MISTAKE
 

@@ -4,10 +4,9 @@ from dataclasses import asdict
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.config import ClmConfig, model_config
-from gptj_train.data.cache import packed_windows
-from gptj_train.data.sources import find_files
+from gptj_train.data.cache import prepare
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.launch import recipe, world_size
+from gptj_train.launch import rank, recipe, world_size
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.generation import sample_from
@@ -21,22 +20,23 @@ from gptj_train.training.zero_config import accumulation_steps
 
 @recipe(ClmConfig)
 def main(cfg: ClmConfig) -> None:
-    # Everything that can be wrong with the request is found before the ranks meet.
-    accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
+    # What can be wrong with the request is found before the ranks meet and before anything is written.
+    accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
     checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints)
     resume_from = checkpoints.find(cfg.resume, world_size())
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
+    train, validation = prepare(cfg.data, tokenizer, cfg.sequence_length)
 
-    windows = [
-        packed_windows(files, tokenizer, cfg.sequence_length, cfg.data.text_field, cfg.data.cache_dir)
-        for files in (
-            find_files(cfg.data.train, "data.train"),
-            find_files(cfg.data.validation or [], "data.validation"),
-        )
-        if files
-    ]
-    task = CausalLM(*windows, tokenizer, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size)
+    tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
+    facts = {
+        "data": str(train.counts),
+        "batch": f"{cfg.global_batch_size} windows = {world_size()} ranks x {cfg.micro_batch_size} x "
+        f"{accumulation} accumulated; {cfg.global_batch_size * cfg.sequence_length:,} tokens a step",
+    }
+    tracker.note("\n".join(f"{name:<6} {fact}" for name, fact in facts.items()))
+
+    task = CausalLM(train, validation, tokenizer, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size)
     engine = Engine(
         lambda: GPTJForCausalLM(model),
         cfg.init_from,
@@ -45,13 +45,12 @@ def main(cfg: ClmConfig) -> None:
         cfg.global_batch_size,
         cfg.micro_batch_size,
     )
-    tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), engine.rank)
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     folder = export(engine, model, "GPTJForCausalLM", tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
         sample = sample_from(folder, cfg.sample_prompt, cfg.seed) if cfg.sample_prompt else None
-        write_report(cfg.output_dir, {"training data": windows[0].counts}, sample)
+        write_report(cfg.output_dir, facts, sample)
         print(summary(cfg.output_dir, sample))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from filelock import FileLock
 
 from gptj_train.data.packing import PADDING, pack
-from gptj_train.data.sources import read_documents
+from gptj_train.data.sources import DataConfig, find_files, read_documents
 from gptj_train.data.tokenizer import Tokenizer
 
 FORMAT = 1
@@ -33,6 +33,13 @@ class PackingCounts:
     windows: int
     padding: int
 
+    def __str__(self) -> str:
+        fill = self.tokens / (self.tokens + self.padding)
+        return (
+            f"{self.documents:,} documents, {self.bytes / 1e6:,.1f} MB, {self.tokens:,} tokens "
+            f"in {self.windows:,} windows, {fill:.2%} full"
+        )
+
 
 @dataclass(frozen=True)
 class PackedWindows:
@@ -44,6 +51,22 @@ class PackedWindows:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+
+def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> tuple[PackedWindows, PackedWindows | None]:
+    """Training and held-out windows of ``length`` tokens; the files are all looked for before any is read.
+
+    Raises:
+        ValueError: see ``find_files`` and ``packed_windows``.
+    """
+    train = find_files(data.train, "data.train")
+    validation = find_files(data.validation, "data.validation") if data.validation else []
+    windows = [
+        packed_windows(files, tokenizer, length, data.text_field, data.cache_dir)
+        for files in (train, validation)
+        if files
+    ]
+    return windows[0], windows[1] if validation else None
 
 
 def packed_windows(
