@@ -1,4 +1,4 @@
-"""What every test wants: no network, no progress bars, few threads, the same random numbers."""
+"""What every test wants: no network, no progress bars, one thread, the same random numbers."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import pytest
 import torch
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, 20 times slower on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,16 @@ class AttentionPattern:
     mask: Tensor | None = None
     lengths: tuple[int, ...] | None = None
 
+    def has_blind_rows(self) -> bool:
+        """Some query sees no key, as left padding does.
+
+        Such a row averages all keys. The fused kernels' backward recomputes its weights from a sum too coarse
+        to hold log(S) beside the mask's number, and takes them for 1 instead of 1 / S.
+        """
+        if self.mask is None:
+            return False
+        return bool((self.mask <= torch.finfo(self.mask.dtype).min).all(dim=-1).any())
+
 
 def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
     """Lengths of the runs of equal ids in each row of (B, T), row after row."""
@@ -132,7 +142,7 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     # The lowest finite number, not -inf: a fully masked row (left padding) then averages its
     # keys, as in Transformers, where -inf would make it NaN.
     if mask.dtype != torch.bool:
-        return mask.to(dtype)
+        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)  # fp32's lowest would become bf16's -inf
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 

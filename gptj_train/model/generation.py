@@ -92,8 +92,8 @@ class GenerationMixin:
         Args:
             input_ids: (B, T) prompts, padded on the left where they differ in length.
             attention_mask: (B, T), 0 on padding; by default found by ``pad_token_id``.
-            max_length: limit on prompt plus new tokens; 20 when neither limit is given.
-            max_new_tokens: limit on new tokens; wins over ``max_length``.
+            max_length: limit on prompt plus new tokens.
+            max_new_tokens: limit on new tokens; wins over ``max_length``; 20 when neither limit is given.
             eos_token_id, pad_token_id: default to the config's; finished rows are filled with pad, else with eos.
             seed: makes sampling repeatable whatever was drawn before.
             **sampling: fields of ``Sampling``.
@@ -161,7 +161,7 @@ class GenerationMixin:
                 return_dict=True,
                 logits_to_keep=1,
             )
-            if use_cache:
+            if out.past_key_values is not None:  # gradient checkpointing keeps none while training
                 cache, fed = out.past_key_values, input_ids.shape[1]
             token = options.pick(out.logits[:, -1], input_ids, generator).masked_fill(finished, filler)
             finished = finished | torch.isin(token, end_ids)
@@ -192,11 +192,13 @@ def _check_prompt(input_ids: Tensor, attention_mask: Tensor) -> None:
 
 def _length_limit(prompt: int, max_length: int | None, max_new_tokens: int | None, n_positions: int) -> int:
     if max_new_tokens is not None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         stop = prompt + max_new_tokens
     else:
-        stop = 20 if max_length is None else max_length
+        stop = min(prompt + 20, n_positions) if max_length is None else max_length
         if stop <= prompt:
-            raise ValueError(f"max_length {stop} leaves no room after the prompt of {prompt} tokens; raise it")
+            raise ValueError(f"max_length {stop} leaves no room after the prompt of {prompt} tokens")
     if stop > n_positions:
         raise ValueError(f"prompt plus new tokens ({stop}) exceed the model's n_positions ({n_positions})")
     return stop

@@ -130,6 +130,7 @@ class GPTJModel(nn.Module):
         angles = rotary_angles(position_ids, config.n_positions, config.rotary_size)
         explicit = output_attentions or head_mask is not None
         pattern = attention_pattern(hidden, past, attention_mask, document_ids, explicit)
+        explicit = explicit or (torch.is_grad_enabled() and pattern.has_blind_rows())
 
         all_hidden: tuple[Tensor, ...] = ()
         all_weights: tuple[Tensor | None, ...] = ()

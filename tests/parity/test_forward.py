@@ -61,19 +61,23 @@ def test_trunk_alone() -> None:
     assert_close(model(ids).last_hidden_state, reference(ids).last_hidden_state)
 
 
+@pytest.mark.parametrize("grad", [False, True])  # with gradients, rows that see nothing take the explicit path
 @pytest.mark.parametrize("explicit", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_attention_mask(pair: tuple[Any, Any], side: str, explicit: bool) -> None:
+def test_attention_mask(pair: tuple[Any, Any], side: str, explicit: bool, grad: bool) -> None:
     mask = padding_mask([7, 11, 3], side)
     arguments = {"attention_mask": mask, "labels": random_ids(3), "output_attentions": explicit}
     ids = random_ids(3)
     for positions in (None, positions_of(mask)):
-        ours, theirs = (model(ids, position_ids=positions, **arguments) for model in pair)
-        assert_close(ours.logits, theirs.logits)  # padded rows too
+        with torch.set_grad_enabled(grad):
+            ours, theirs = (model(ids, position_ids=positions, **arguments) for model in pair)
+            assert_close(ours.logits, theirs.logits)  # padded rows too
         assert_close(ours.loss, theirs.loss)
+        assert (ours.attentions is not None) == explicit
 
 
 @pytest.mark.parametrize("explicit", [False, True])
+@torch.no_grad()
 def test_four_dimensional_masks(pair: tuple[Any, Any], explicit: bool) -> None:
     model, reference = pair
     ids = random_ids()
@@ -197,6 +201,7 @@ def test_head_mask(per_layer: bool) -> None:
 
 
 @pytest.mark.parametrize("mask", [None, "2d", "4d"])
+@torch.no_grad()
 def test_bf16(mask: str | None) -> None:
     model, reference = (m.bfloat16() for m in build_pair(rotary_dim=8))
     ids, padding = random_ids(), padding_mask([7, 11], "left")
