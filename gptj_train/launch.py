@@ -127,7 +127,7 @@ def _hydra_message(error: BaseException, cls: type) -> str:
     ):
         group, _, name = choice[1].rpartition("/")
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(choice[2].split())}"
-    return text.splitlines()[0]
+    return f"the command line or config cannot be read: {text.splitlines()[0]}"
 
 
 def _set_rank_variables() -> None:

@@ -44,6 +44,7 @@ def main(cfg: ClmConfig) -> None:
         cfg.optim,
         cfg.global_batch_size,
         cfg.micro_batch_size,
+        cfg.seed,
     )
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     folder = export(engine, model, "GPTJForCausalLM", tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)

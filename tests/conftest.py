@@ -12,7 +12,9 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 import pytest
 import torch
 
-torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other, 20 times slower on a busy machine
+torch.set_num_threads(
+    1
+)  # the models are tiny: more threads only wait for each other, 20 times slower on a busy machine
 
 
 @pytest.fixture(autouse=True)

@@ -89,12 +89,14 @@ class Engine:
         optim: OptimConfig,
         global_batch_size: int,
         micro_batch_size: int,
+        seed: int,
     ) -> None:
         """Build the model where it will live and wrap it.
 
         Args:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
             init_from: HF folder to take the weights from, or None to keep the fresh ones.
+            seed: decides the fresh weights, whatever the number of ranks.
 
         Raises:
             ValueError: batch sizes that do not divide, or weights that are not this model's.
@@ -115,6 +117,7 @@ class Engine:
         )
         if self.rank == 0 and engine.offload_optimizer != "none" and not _is_compiled():
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
+        torch.manual_seed(seed)
         with _quiet():
             model = self._placed(build, engine, config, init_from, shapes)
             if engine.activation_checkpointing:

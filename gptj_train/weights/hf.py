@@ -73,6 +73,8 @@ class HFWeights:
                 raise ValueError(f"{path}: cannot be read as weights ({error})") from None
             except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
                 raise ValueError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from None
+            if file.endswith(".bin") and not _is_state_dict(self._open[file]):
+                raise ValueError(f"{path}: refused, it is not a plain dictionary of tensors")
         return self._open[file]
 
     def close(self) -> None:
@@ -116,6 +118,8 @@ class HFWeights:
 
     def _shape(self, name: str) -> tuple[int, ...]:
         handle = self._handle(self._file_of[name])
+        if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+            raise ValueError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
             return tuple(handle[name].shape)
         return tuple(handle.get_slice(name).get_shape())
@@ -124,6 +128,10 @@ class HFWeights:
         """One stored tensor, as stored."""
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
+
+def _is_state_dict(loaded: Any) -> bool:
+    return isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
 
 
 def _some(names: list[str]) -> str:
