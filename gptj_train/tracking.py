@@ -16,6 +16,7 @@ from tqdm import tqdm
 from gptj_train.schema import schema
 
 _LINE_SECONDS = 10
+_BAR = "{percentage:3.0f}% |{bar:20}| step {n}/{total}{postfix}  {remaining} left"
 _WANDB_NAMES = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -61,7 +62,7 @@ class Tracker:
         self._wandb = _start_wandb(self._config, self._folder, self._run_config)
         self._began = (time.monotonic(), step)
         if sys.stderr.isatty():
-            self._bar = tqdm(total=max_steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.1)
+            self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
         self._max_steps = max_steps
 
     def step(self, metrics: dict[str, float]) -> None:
@@ -77,7 +78,7 @@ class Tracker:
         )
         step = int(metrics["step"])
         if self._bar is not None:
-            self._bar.set_postfix_str(shown, refresh=False)
+            self._bar.set_postfix_str(f" {shown}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif step == self._max_steps or time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()

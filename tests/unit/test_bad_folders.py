@@ -42,12 +42,11 @@ def sharded(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path, kind: Any = GPTJForCausalLM) -> str:
-    with pytest.raises(ValueError, match=".") as caught:
+    with pytest.raises(ValueError, match=folder.name) as caught:
         kind.from_pretrained(folder)
     message = str(caught.value)
     assert type(caught.value) is ValueError
     assert "\n" not in message
-    assert folder.name in message
     return message
 
 
