@@ -47,7 +47,7 @@ class Tracker:
         self._bar: tqdm | None = None
         self._wandb: Any = None
         self._last_line = 0.0
-        self._began = (0.0, 0)
+        self._pace = 0.0
 
     def start(self, step: int, max_steps: int) -> None:
         """Open the run folder's files, going on after ``step``: lines of later steps, from a run cut off, go."""
@@ -60,7 +60,6 @@ class Tracker:
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", buffering=1)
         self._wandb = _start_wandb(self._config, self._folder, self._run_config)
-        self._began = (time.monotonic(), step)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
         self._max_steps = max_steps
@@ -77,17 +76,14 @@ class Tracker:
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory']:.1f} GiB"
         )
         step = int(metrics["step"])
+        self._pace = 0.9 * (self._pace or metrics["step_seconds"]) + 0.1 * metrics["step_seconds"]
         if self._bar is not None:
             self._bar.set_postfix_str(f" {shown}", refresh=False)
             self._bar.update(step - self._bar.n)
         elif step == self._max_steps or time.monotonic() - self._last_line > _LINE_SECONDS:
             self._last_line = time.monotonic()
-            print(f"step {step}/{self._max_steps}  {shown}  {self._eta(step)} left", flush=True)
-
-    def _eta(self, step: int) -> str:
-        began, first = self._began
-        pace = (time.monotonic() - began) / max(step - first, 1)
-        return tqdm.format_interval(pace * (self._max_steps - step))
+            left = tqdm.format_interval(self._pace * (self._max_steps - step))
+            print(f"step {step}/{self._max_steps}  {shown}  {left} left", flush=True)
 
     def evaluation(self, metrics: dict[str, float]) -> None:
         """The held-out metrics after a step."""
