@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 quickstart: $(VENV)/installed data/quickstart/train.jsonl
 	deepspeed -q --num_gpus 2 recipes/clm.py +config=quickstart
-	@echo '  (in a new shell, first: source /activate)'
+	@echo '  (in a new shell, first: source $(BIN)/activate)'
 
 test: $(VENV)/installed-test
 	python -m pytest

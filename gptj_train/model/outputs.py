@@ -12,7 +12,10 @@ from gptj_train.model.attention import KVCache
 
 
 class Deferred:
-    """A tensor that is computed when first read, under the grad mode of its creation."""
+    """A tensor that is computed when first read, under the grad mode of its creation.
+
+    It sees the weights of that moment: read it before they change, and under ZeRO-3 on every rank.
+    """
 
     def __init__(self, compute: Callable[[], Tensor]) -> None:
         self._compute, self._grad = compute, torch.is_grad_enabled()

@@ -19,6 +19,7 @@ from torch import Tensor
 MAX_SHARD_BYTES = 5_000_000_000
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 _PREFIX = "transformer."
@@ -41,10 +42,10 @@ class HFWeights:
             ("model.safetensors", "model.safetensors.index.json"),
             ("pytorch_model.bin", "pytorch_model.bin.index.json"),
         ):
-            if (self.folder / index).is_file():
-                return self._read_index(self.folder / index)
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(single).keys(), single)
+            if (self.folder / index).is_file():
+                return self._read_index(self.folder / index)
         raise ValueError(
             f"{self.folder}: no model.safetensors, pytorch_model.bin or their index here; "
             "give the folder that Transformers' save_pretrained or our export wrote"
@@ -183,6 +184,17 @@ def write_weights(
             "weight_map": {name: file for file, names in shards.items() for name in names},
         }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def install_files(finished: Path, target: Path) -> None:
+    """Move a finished folder's files into ``target``; weights of an earlier save go, other files stay."""
+    target.mkdir(exist_ok=True)
+    written = {file.name for file in finished.iterdir()}
+    for old in target.iterdir():
+        if _WEIGHT_FILE.fullmatch(old.name) and old.name not in written:
+            old.unlink()
+    for name in written:
+        os.replace(finished / name, target / name)
 
 
 def replace_folder(finished: Path, target: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from gptj_train.model import gptj, heads
 from gptj_train.model.config import GPTJConfig
-from gptj_train.weights.hf import MAX_SHARD_BYTES, HFWeights, replace_folder, write_weights
+from gptj_train.weights.hf import MAX_SHARD_BYTES, HFWeights, install_files, write_weights
 
 
 class Pretrained(nn.Module):
@@ -45,7 +45,9 @@ class Pretrained(nn.Module):
     def save_pretrained(
         self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
     ) -> None:
-        """Write config.json and safetensors that Transformers loads; ``folder`` appears whole or not at all.
+        """Write config.json and safetensors that Transformers loads, once all of them are finished.
+
+        In a folder that exists, earlier weights and config give way; other files stay.
 
         Args:
             dtype: of the written tensors; None keeps the parameters' own.
@@ -61,7 +63,7 @@ class Pretrained(nn.Module):
             write_weights(finished, parameters.items(), numels, dtype, max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(finished, architecture=type(self).__name__)
-            replace_folder(finished, target)
+            install_files(finished, target)
 
 
 class GPTJModel(gptj.GPTJModel, Pretrained):

@@ -103,8 +103,9 @@ def test_four_dimensional_masks(pair: tuple[Any, Any], explicit: bool) -> None:
 def test_position_ids(pair: tuple[Any, Any], positions: list[list[int]], use_cache: bool) -> None:
     # Without cache and mask Transformers takes a jump for the start of another document.
     ids, arguments = random_ids(), {"position_ids": torch.tensor(positions), "use_cache": use_cache}
-    ours, theirs = (model(ids, **arguments) for model in pair)
-    assert_close(ours.logits, theirs.logits)
+    for mask in (None, torch.ones_like(ids), padding_mask([7, 11], "right")):
+        ours, theirs = (model(ids, attention_mask=mask, **arguments) for model in pair)
+        assert_close(ours.logits, theirs.logits)
 
 
 def test_embeddings_and_token_types(pair: tuple[Any, Any]) -> None:

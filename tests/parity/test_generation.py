@@ -148,6 +148,13 @@ def test_scores(options: dict[str, Any], ties: bool) -> None:
     assert torch.equal(logits, before)
 
 
+def test_top_p_that_falls_between_equal_tokens() -> None:
+    logits, seen = torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.long)
+    kept = Sampling(do_sample=True, top_p=0.5).scores(logits, seen)
+    assert torch.equal(kept, TopPLogitsWarper(0.5)(seen, logits))
+    assert kept.isfinite().sum() == 2
+
+
 def test_greedy_scores_ignore_the_sampling_options() -> None:
     logits, seen = torch.randn(2, VOCAB), random_ids()
     greedy = Sampling(temperature=0.5, top_k=3, top_p=0.5)

@@ -196,3 +196,12 @@ def test_a_save_that_fails_leaves_the_old_folder(tmp_path: Path, monkeypatch: py
         build_pair()[0].save_pretrained(tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
     assert_same_weights(theirs_from(tmp_path / "export"), reference)
+
+
+def test_saving_into_a_folder_keeps_its_other_files(tmp_path: Path) -> None:
+    model = GPTJForCausalLM(GPTJConfig(**SMALL))
+    model.save_pretrained(tmp_path / "m", max_shard_bytes=10_000)
+    (tmp_path / "m" / "tokenizer.json").write_text("{}")
+    model.save_pretrained(tmp_path / "m")
+    names = sorted(file.name for file in (tmp_path / "m").iterdir())
+    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
