@@ -9,6 +9,8 @@ from typing import Any
 
 from gptj_train.model.activations import ACTIVATIONS
 
+PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
+
 _ALIASES = {
     "max_position_embeddings": "n_positions",
     "hidden_size": "n_embd",
@@ -22,8 +24,8 @@ _ALIASES = {
 class GPTJConfig:
     """Shape and behaviour of a GPT-J; the defaults are the 6B model.
 
-    Field names and meanings are those of ``transformers.GPTJConfig``. Keys of a config.json that
-    have no field here are kept in ``extra`` and written back unchanged.
+    Field names and meanings are those of ``transformers.GPTJConfig``; ``id2label`` decides ``num_labels``.
+    Keys of a config.json that have no field here are kept in ``extra`` and written back unchanged.
 
     Raises:
         ValueError: when the sizes do not fit together or the activation is unknown.
@@ -50,10 +52,20 @@ class GPTJConfig:
     output_attentions: bool = False
     output_hidden_states: bool = False
     return_dict: bool = True
+    num_labels: int = 2
+    id2label: dict[int, str] | None = None
+    problem_type: str | None = None
     dtype: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.id2label is None and self.num_labels != 2:
+            self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
+        if self.id2label is not None:
+            self.id2label = {int(label): name for label, name in self.id2label.items()}
+            self.num_labels = len(self.id2label)
+        if self.problem_type not in (None, *PROBLEM_TYPES):
+            raise ValueError(f"problem_type {self.problem_type!r} is unknown; choose one of {', '.join(PROBLEM_TYPES)}")
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
@@ -103,7 +115,7 @@ class GPTJConfig:
         known = {f.name for f in fields(cls)} - {"extra"}
         named = {_ALIASES.get(key, key): value for key, value in values.items()}
         chosen = {key: value for key, value in named.items() if key in known}
-        dropped = {"model_type", "architectures", "transformers_version"}
+        dropped = {"model_type", "architectures", "transformers_version", "label2id"}
         extra = {key: value for key, value in named.items() if key not in known | dropped}
         return cls(**chosen, extra=extra)
 
@@ -132,6 +144,11 @@ class GPTJConfig:
         extra = values.pop("extra")
         if self.dtype is not None:
             values["torch_dtype"] = self.dtype
+        del values["num_labels"]
+        if self.id2label is None:
+            del values["id2label"]
+        else:
+            values["label2id"] = {name: label for label, name in self.id2label.items()}
         header: dict[str, Any] = {"model_type": "gptj"}
         if architecture is not None:
             header["architectures"] = [architecture]

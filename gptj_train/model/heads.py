@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gptj_train.model.attention import KVCache
 from gptj_train.model.config import GPTJConfig
@@ -12,7 +14,7 @@ from gptj_train.model.generation import GenerationMixin
 from gptj_train.model.gptj import GPTJModel
 from gptj_train.model.layers import Linear
 from gptj_train.model.loss import IGNORE, linear_cross_entropy, next_token_targets
-from gptj_train.model.outputs import CausalLMOutput, Deferred
+from gptj_train.model.outputs import CausalLMOutput, Deferred, QuestionAnsweringOutput, SequenceClassifierOutput
 
 
 class LMHead(Linear):
@@ -28,20 +30,32 @@ class LMHead(Linear):
         return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
 
 
-class GPTJForCausalLM(GenerationMixin, nn.Module):
-    """GPT-J with its language-model head. Numbers and parameter names equal ``transformers.GPTJForCausalLM``."""
+class GPTJWithHead(nn.Module):
+    """The trunk as ``transformer``; subclasses add a head.
+
+    ``new_head_allowed``: weights of another task will do to start from; the head keeps its fresh ones.
+    """
+
+    new_head_allowed = False
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
         self.config = config
         self.transformer = GPTJModel(config)
-        self.lm_head = LMHead(config.n_embd, config.vocab_size, config.initializer_range)
-        if config.tie_word_embeddings:
-            self.lm_head.weight = self.transformer.wte.weight
 
     def gradient_checkpointing_enable(self) -> None:
         """Recompute each block in the backward instead of keeping its activations (training only)."""
         self.transformer.gradient_checkpointing = True
+
+
+class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
+    """GPT-J with its language-model head. Numbers and parameter names equal ``transformers.GPTJForCausalLM``."""
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.lm_head = LMHead(config.n_embd, config.vocab_size, config.initializer_range)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
     def forward(
         self,
@@ -104,4 +118,135 @@ class GPTJForCausalLM(GenerationMixin, nn.Module):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
+        return output if return_dict else output.to_tuple()
+
+
+class GPTJForSequenceClassification(GPTJWithHead):
+    """GPT-J with a label head on each row's last real token, as ``transformers.GPTJForSequenceClassification``."""
+
+    new_head_allowed = True
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.score = Linear(config.n_embd, config.num_labels, config.initializer_range, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput | tuple[Any, ...]:
+        """Label logits, and with labels their loss. Other arguments: see ``GPTJModel.forward``.
+
+        Args:
+            labels: (B) class ids, (B, num_labels) floats of 0 and 1, or (B) or (B, num_labels) floats to
+                regress on; ``config.problem_type`` says which, else it is taken from their type and
+                ``num_labels`` and kept there. IGNORE rows of class ids are no targets.
+            num_items_in_batch: divide the summed loss by this instead of taking its mean.
+
+        Raises:
+            ValueError: several rows, and neither a mask nor a pad id to find their ends by.
+        """
+        base = self.transformer(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **inputs
+        )
+        hidden = base.last_hidden_state
+        last = self._last_tokens(input_ids, attention_mask, hidden)
+        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        output = SequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=base.past_key_values,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if return_dict else output.to_tuple()
+
+    def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
+        """(B) position of each row's last real token: by mask, else by pad id, else the last one."""
+        rows, length = hidden.shape[:2]
+        pad = self.config.pad_token_id
+        if attention_mask is not None and attention_mask.dim() == 2:
+            real = attention_mask[:, -length:] != 0
+        elif pad is not None and input_ids is not None:
+            real = input_ids != pad
+        elif rows == 1 or input_ids is None:
+            real = torch.ones(rows, length, dtype=torch.bool, device=hidden.device)
+        else:
+            raise ValueError(
+                "cannot tell where the rows of the batch end: give attention_mask, or set config.pad_token_id"
+            )
+        return (real * torch.arange(length, device=hidden.device)).argmax(dim=-1)
+
+    def _loss(self, logits: Tensor, labels: Tensor, items: int | Tensor | None) -> Tensor:
+        config = self.config
+        if config.problem_type is None:
+            integers = not labels.is_floating_point()
+            multiple = "single_label_classification" if integers else "multi_label_classification"
+            config.problem_type = "regression" if config.num_labels == 1 else multiple
+        reduction = "mean" if items is None else "sum"
+        if config.problem_type == "single_label_classification":
+            loss = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
+        elif config.problem_type == "multi_label_classification":
+            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction=reduction)
+        else:
+            loss = F.mse_loss(logits.float(), labels.float().view_as(logits), reduction=reduction)
+        return loss if items is None else loss / items
+
+
+class GPTJForQuestionAnswering(GPTJWithHead):
+    """GPT-J with a span head on every token, as ``transformers.GPTJForQuestionAnswering``."""
+
+    new_head_allowed = True
+
+    def __init__(self, config: GPTJConfig) -> None:
+        super().__init__(config)
+        self.qa_outputs = Linear(config.n_embd, 2, config.initializer_range)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> QuestionAnsweringOutput | tuple[Any, ...]:
+        """Logits of answer starts and ends, and with both positions the mean of their losses.
+
+        Args:
+            start_positions, end_positions: (B) token positions of the answer; below 0 counts as 0, and T or
+                beyond as no target, as in Transformers.
+            num_items_in_batch: divide the summed loss by this instead of taking its mean.
+        """
+        base = self.transformer(input_ids, return_dict=True, **(inputs | {"use_cache": False}))
+        start_logits, end_logits = self.qa_outputs(base.last_hidden_state).unbind(-1)
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            beyond = start_logits.shape[1]
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            start_loss, end_loss = (
+                F.cross_entropy(
+                    logits.float(), where.flatten().clamp(0, beyond), ignore_index=beyond, reduction=reduction
+                )
+                for logits, where in ((start_logits, start_positions), (end_logits, end_positions))
+            )
+            loss = (start_loss + end_loss) / 2
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+        output = QuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=base.hidden_states,
+            attentions=base.attentions,
+        )
+        return_dict = self.config.return_dict if return_dict is None else return_dict
         return output if return_dict else output.to_tuple()

@@ -73,6 +73,26 @@ class BaseModelOutput(ModelOutput):
     attentions: tuple[Tensor, ...] | None
 
 
+class SequenceClassifierOutput(ModelOutput):
+    """loss: scalar fp32, absent without labels; logits (B, num_labels) at each row's last real token."""
+
+    loss: Tensor | None
+    logits: Tensor
+    past_key_values: KVCache | None
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
+class QuestionAnsweringOutput(ModelOutput):
+    """loss: scalar fp32, absent without positions; start_logits and end_logits (B, T)."""
+
+    loss: Tensor | None
+    start_logits: Tensor
+    end_logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
+
+
 class CausalLMOutput(ModelOutput):
     """loss: scalar fp32, absent without labels; logits (B, T, V) in the model's dtype, computed on
     first read when there are labels, for the loss does not need them."""

@@ -230,8 +230,12 @@ def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], 
     """Copy an HF folder's tensors into the model, one at a time; under ZeRO-3 rank 0 reads and sends."""
     with HFWeights(folder) as weights, torch.no_grad():
         tied = frozenset({"lm_head.weight"}) - shapes.keys()
-        stored = weights.match(shapes, tied)
+        stored = weights.match(shapes, tied, bool(model.new_head_allowed))
+        if dist.get_rank() == 0 and (new := shapes.keys() - stored.keys()):
+            print(f"new head, not in {folder}: {', '.join(sorted(new))}", flush=True)
         for name, parameter in model.named_parameters():
+            if name not in stored:
+                continue
             gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)
             with gathered:
                 if not partitioned or dist.get_rank() == 0:

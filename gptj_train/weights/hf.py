@@ -91,11 +91,14 @@ class HFWeights:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def match(self, shapes: Mapping[str, torch.Size], tied: frozenset[str] = frozenset()) -> dict[str, str]:
+    def match(
+        self, shapes: Mapping[str, torch.Size], tied: frozenset[str] = frozenset(), new_head: bool = False
+    ) -> dict[str, str]:
         """Stored name of each wanted parameter, after checking that exactly these are here.
 
         A trunk without head reads a folder with head and leaves the head. ``tied`` names may be stored
-        though nobody wants them.
+        though nobody wants them. With ``new_head`` a folder of another task will do: the parameters outside
+        the trunk are then left out.
 
         Raises:
             ValueError: missing or unexpected tensors, or other shapes, all listed.
@@ -104,6 +107,10 @@ class HFWeights:
         trunk_only = not any(name.startswith(_PREFIX) for name in shapes)
         prefix = _PREFIX if trunk_only and any(name.startswith(_PREFIX) for name in stored) else ""
         wanted = {name: prefix + name for name in shapes}
+        head = {name for name in shapes if not trunk_only and not name.startswith(_PREFIX)}
+        if new_head and head.isdisjoint(stored):
+            wanted = {name: name for name in shapes if name not in head}
+            stored = {name for name in stored if name.startswith(_PREFIX)}
         missing = sorted(set(wanted.values()) - stored)
         unexpected = sorted(name for name in stored - set(wanted.values()) if name.startswith(prefix))
         if missing or unexpected:
@@ -111,10 +118,10 @@ class HFWeights:
                 f"{self.folder}: the weights are not this model's; "
                 f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
             )
-        for name, shape in shapes.items():
-            found = self._shape(wanted[name])
-            if found != tuple(shape):
-                raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {tuple(shape)}")
+        for name, place in wanted.items():
+            found, shape = self._shape(place), tuple(shapes[name])
+            if found != shape:
+                raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
         return wanted
 
     def _shape(self, name: str) -> tuple[int, ...]:

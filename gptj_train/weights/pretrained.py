@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from pathlib import Path
 from typing import Self
@@ -11,6 +12,7 @@ from torch import nn
 
 from gptj_train.model import gptj, heads
 from gptj_train.model.config import GPTJConfig
+from gptj_train.model.layers import Linear
 from gptj_train.weights.hf import MAX_SHARD_BYTES, HFWeights, install_files, write_weights
 
 
@@ -35,9 +37,11 @@ class Pretrained(nn.Module):
         with HFWeights(folder) as weights:
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
-            stored = weights.match(shapes, tied)
-            tensors = {name: weights.tensor(stored[name]).to(dtype) for name in shapes}
+            stored = weights.match(shapes, tied, getattr(model, "new_head_allowed", False))
+            tensors = {name: weights.tensor(place).to(dtype) for name, place in stored.items()}
         model.load_state_dict(tensors, strict=False, assign=True)
+        if new := shapes.keys() - stored.keys():
+            _initialise_head(model, new, config.initializer_range, next(iter(tensors.values())).dtype)
         if config.tie_word_embeddings and isinstance(model, heads.GPTJForCausalLM):
             model.lm_head.weight = model.transformer.wte.weight
         return model.requires_grad_().eval()
@@ -66,9 +70,27 @@ class Pretrained(nn.Module):
             install_files(finished, target)
 
 
+def _initialise_head(model: nn.Module, names: set[str], std: float, dtype: torch.dtype) -> None:
+    """Fresh weights for a head that the folder, one of another task, does not have."""
+    logging.getLogger(__name__).warning("new head, not in the folder: %s", ", ".join(sorted(names)))
+    for name, child in model.named_children():
+        if any(parameter.startswith(f"{name}.") for parameter in names):
+            assert isinstance(child, Linear)
+            fresh = Linear(child.in_features, child.out_features, std, bias=f"{name}.bias" in names)
+            setattr(model, name, fresh.to(dtype))
+
+
 class GPTJModel(gptj.GPTJModel, Pretrained):
     __doc__ = gptj.GPTJModel.__doc__
 
 
 class GPTJForCausalLM(heads.GPTJForCausalLM, Pretrained):
     __doc__ = heads.GPTJForCausalLM.__doc__
+
+
+class GPTJForSequenceClassification(heads.GPTJForSequenceClassification, Pretrained):
+    __doc__ = heads.GPTJForSequenceClassification.__doc__
+
+
+class GPTJForQuestionAnswering(heads.GPTJForQuestionAnswering, Pretrained):
+    __doc__ = heads.GPTJForQuestionAnswering.__doc__
