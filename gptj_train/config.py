@@ -42,18 +42,24 @@ class ModelConfig:
 
 
 @schema
-class ClmConfig(TrainerConfig):
-    """recipes/clm.py"""
+class FinetuneConfig(TrainerConfig):
+    """What the fine-tuning recipes share."""
 
     sequence_length: int
     init_from: str | None
     tokenizer: str | None
     export_dtype: Literal["bf16", "fp16", "fp32"]
-    sample_prompt: str | None
     model: ModelConfig
-    data: DataConfig
     engine: EngineConfig
     tracking: TrackingConfig
+
+
+@schema
+class ClmConfig(FinetuneConfig):
+    """recipes/clm.py"""
+
+    sample_prompt: str | None
+    data: DataConfig
 
 
 @schema

@@ -59,10 +59,8 @@ def summary(output_dir: str, sample: str | None) -> str:
     said = [f"\nDone. Training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps."]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        said.append(
-            f"Held-out loss {first['eval_loss']:.3f} -> {last['eval_loss']:.3f}, "
-            f"perplexity {last['perplexity']:.1f}, {last['bits_per_byte']:.3f} bits per byte."
-        )
+        names = [name for name in last if name not in ("step", "tokens")]
+        said.append("Held-out: " + ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names) + ".")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")
     said += [

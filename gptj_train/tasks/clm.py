@@ -49,22 +49,20 @@ class CausalLM:
     def targets(self, batch: dict[str, Tensor]) -> int:
         return int((_targets(batch) != IGNORE).sum())
 
-    def score(self, output: Any, batch: dict[str, Tensor]) -> dict[str, float]:
+    def records(self, output: Any, batch: dict[str, Tensor]) -> list[tuple[float, int, int]]:
+        """Summed loss, targets and the targets' bytes."""
         targets = _targets(batch)
         wanted = targets[targets != IGNORE]
-        return {
-            "loss": output.loss.item(),
-            "tokens": len(wanted),
-            "bytes": int(self._bytes_per_token[wanted].sum()),
-        }
+        return [(output.loss.item(), len(wanted), int(self._bytes_per_token[wanted].sum()))]
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
+    def metrics(self, records: list[tuple[float, int, int]]) -> dict[str, float]:
         """Loss in nats per token, its perplexity, and bits per UTF-8 byte, which compares across tokenizers."""
-        loss = sums["loss"] / sums["tokens"]
+        summed_loss, tokens, size = (math.fsum(column) for column in zip(*records, strict=True))
+        loss = summed_loss / tokens
         return {
             "eval_loss": loss,
             "perplexity": math.exp(min(loss, 700)),
-            "bits_per_byte": sums["loss"] / math.log(2) / max(sums["bytes"], 1),
+            "bits_per_byte": summed_loss / math.log(2) / max(size, 1),
         }
 
 

@@ -181,6 +181,12 @@ class Engine:
         dist.all_reduce(total)
         return total.tolist()
 
+    def gathered(self, rows: list[Any]) -> list[Any]:
+        """The rows of all ranks, on every rank; for small things, they travel pickled."""
+        of_rank: list[list[Any]] = [[] for _ in range(self.world_size)]
+        dist.all_gather_object(of_rank, rows)
+        return [row for rows in of_rank for row in rows]
+
     def peak_memory(self) -> float:
         """GiB: the most this rank has held so far, on its GPU, or resident on the host without one."""
         if self.device.type == "cuda":

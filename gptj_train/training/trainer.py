@@ -56,11 +56,11 @@ class Task(Protocol):
     def targets(self, batch: Batch) -> int:
         """Terms of the batch's loss sum."""
 
-    def score(self, output: Any, batch: Batch) -> dict[str, float]:
-        """Sums over an evaluation batch; ``output.loss`` is a sum. The same keys each time."""
+    def records(self, output: Any, batch: Batch) -> list[Any]:
+        """What the metrics need of an evaluation batch, where ``output.loss`` is a sum: picklable rows."""
 
-    def metrics(self, sums: dict[str, float]) -> dict[str, float]:
-        """What to report for the sums over all batches and ranks."""
+    def metrics(self, records: list[Any]) -> dict[str, float]:
+        """What to report for the rows of all batches and ranks; ``eval_loss`` among it."""
 
 
 class Trainer:
@@ -129,15 +129,14 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """Metrics over all held-out data, recorded; empty without such data. Collective."""
-        sums: dict[str, float] = {}
+        records: list[Any] = []
         with self.engine.evaluating():
             for batch in self.task.evaluation_batches(self.engine.rank, self.engine.world_size):
-                for name, value in self.task.score(self.engine.forward(batch, 1.0), batch).items():
-                    sums[name] = sums.get(name, 0.0) + value
-        if not sums:
+                records += self.task.records(self.engine.forward(batch, 1.0), batch)
+        records = self.engine.gathered(records)
+        if not records:
             return {}
-        totals = dict(zip(sums, self.engine.summed(list(sums.values())), strict=True))
-        metrics = self.task.metrics(totals)
+        metrics = self.task.metrics(records)
         self.tracker.evaluation({"step": self.state.step, "tokens": self.state.tokens, **metrics})
         return metrics
 

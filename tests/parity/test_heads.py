@@ -66,7 +66,7 @@ def test_the_mask_finds_the_ends_where_there_is_no_pad_id() -> None:
     ours.config.pad_token_id = None
     assert_close(ours(ids, attention_mask=mask).logits, expected)
     assert_close(ours(ids[:1]).logits, theirs(ids[:1]).logits)
-    with pytest.raises(ValueError, match="give attention_mask, or set config.pad_token_id"):
+    with pytest.raises(ValueError, match="give attention_mask, or set"):
         ours(ids)
 
 
