@@ -11,10 +11,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.sources import DataConfig
+from gptj_train.data.squad import QADataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
 from gptj_train.schema import schema
+from gptj_train.tasks.classification import ClassificationTaskConfig
+from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
 from gptj_train.training.trainer import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
@@ -60,6 +64,22 @@ class ClmConfig(FinetuneConfig):
 
     sample_prompt: str | None
     data: DataConfig
+
+
+@schema
+class ClassificationConfig(FinetuneConfig):
+    """recipes/classification.py"""
+
+    data: LabelledDataConfig
+    task: ClassificationTaskConfig
+
+
+@schema
+class QAConfig(FinetuneConfig):
+    """recipes/qa.py"""
+
+    data: QADataConfig
+    task: QATaskConfig
 
 
 @schema

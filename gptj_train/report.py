@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from gptj_train.tracking import read_metrics
+from gptj_train.tracking import read_metrics, results_of
 
 Curve = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 640, 220, 64, 24
+_LARGEST_MATRIX = 50  # labels; beyond that nobody reads the table
 _COLOURS = ("#2563eb", "#dc2626")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 44rem; margin: 2rem auto; padding: 0 1rem; color: #1f2937 }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .3rem }
 table { border-collapse: collapse } td { padding: .1rem 1.2rem .1rem 0; vertical-align: top }
 svg { width: 100%; height: auto } svg text { font-size: 11px; fill: #6b7280 }
+.wide { overflow-x: auto } .matrix th { font-weight: normal; text-align: left; padding-right: .6rem }
+.matrix td { text-align: right; padding: .1rem .6rem }
 pre { white-space: pre-wrap; background: #f3f4f6; padding: .8rem; font-size: 13px }
 """
 
@@ -38,12 +42,16 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
     parts += [f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in facts.items()]
     parts.append("</table>")
     parts.append(
-        _chart("Loss (nats per token)", {"training": _curve(steps, "loss"), "held-out": _curve(held_out, "eval_loss")})
+        _chart(
+            "Loss (mean over targets)", {"training": _curve(steps, "loss"), "held-out": _curve(held_out, "eval_loss")}
+        )
     )
-    parts.append(_chart("Throughput (target tokens per second)", {"tokens/s": _curve(steps, "tokens_per_second")}))
+    parts.append(_chart("Throughput (targets per second)", {"targets/s": _curve(steps, "tokens_per_second")}))
     parts.append(_chart("Learning rate", {"lr": _curve(steps, "lr")}))
     parts.append(_chart("Gradient norm before clipping", {"norm": _curve(steps, "grad_norm")}))
     parts.append(_chart("Peak memory of rank 0 (GiB)", {"memory": _curve(steps, "memory")}))
+    if held_out and 0 < len(held_out[-1].get("confusion_matrix", ())) <= _LARGEST_MATRIX:
+        parts.append(_matrix("Held-out texts by label (rows) and prediction", held_out[-1]["confusion_matrix"]))
     if sample is not None:
         parts.append(f"<h2>Sample from the export</h2><pre>{escape(sample)}</pre>")
     path = Path(output_dir) / "report.html"
@@ -59,19 +67,21 @@ def summary(output_dir: str, sample: str | None) -> str:
     said = [f"\nDone. Training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps."]
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        names = [name for name in last if name not in ("step", "tokens")]
-        said.append("Held-out: " + ", ".join(f"{name} {first[name]:.3f} -> {last[name]:.3f}" for name in names) + ".")
+        changes = [f"{name} {first[name]:.3f} -> {value:.3f}" for name, value in results_of(last).items()]
+        said.append("Held-out: " + ", ".join(changes) + ".")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")
+    (architecture,) = json.loads((Path(output_dir) / "export/config.json").read_text())["architectures"]
     said += [
-        f"  model         {output_dir}/export   (Transformers loads it: AutoModelForCausalLM.from_pretrained)",
+        f"  model         {output_dir}/export   (Transformers loads it: {architecture}.from_pretrained)",
         f"  report        {output_dir}/report.html",
         f"  metrics       {output_dir}/metrics.jsonl",
         f"  checkpoints   {output_dir}/checkpoints",
         "Next:",
-        f'  python recipes/generate.py checkpoint={output_dir}/export prompt="..."',
         "  the same command with a larger max_steps=... goes on from the last checkpoint",
     ]
+    if architecture == "GPTJForCausalLM":
+        said.append(f'  python recipes/generate.py checkpoint={output_dir}/export prompt="..."')
     return "\n".join(said)
 
 
@@ -104,6 +114,20 @@ def _chart(title: str, curves: Mapping[str, Curve]) -> str:
         legend = f"x={_WIDTH - 12} y={16 + 14 * number} text-anchor=end style='fill:{colour}'"
         drawn.append(f"<text {legend}>{escape(name)}</text>" if len(curves) > 1 else "")
     return "".join(drawn) + "</svg>"
+
+
+def _matrix(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
+    """Counts by true and predicted label; the darker a cell, the larger its share of the row."""
+    header = "".join(f"<th>{escape(name)}</th>" for name in counts)
+    drawn = [f"<h2>{escape(title)}</h2><div class=wide><table class=matrix><tr><th></th>{header}</tr>"]
+    for true, row in counts.items():
+        drawn.append(f"<tr><th>{escape(true)}</th>")
+        for predicted in counts:
+            share = row.get(predicted, 0) / max(1, sum(row.values()))
+            colour = f"rgba(37, 99, 235, {share / 2:.2f})"
+            drawn.append(f"<td style='background: {colour}'>{row.get(predicted, 0)}</td>")
+        drawn.append("</tr>")
+    return "".join(drawn) + "</table></div>"
 
 
 def _range(values: list[float]) -> tuple[float, float]:

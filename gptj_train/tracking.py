@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -85,12 +86,12 @@ class Tracker:
             left = tqdm.format_interval(self._pace * (self._max_steps - step))
             print(f"step {step}/{self._max_steps}  {shown}  {left} left", flush=True)
 
-    def evaluation(self, metrics: dict[str, float]) -> None:
-        """The held-out metrics after a step."""
+    def evaluation(self, metrics: dict[str, Any]) -> None:
+        """The held-out metrics after a step; what is no number is recorded and not shown."""
         if self._metrics is None:
             return
         self._metrics.write(json.dumps(metrics) + "\n")
-        results = {name: value for name, value in metrics.items() if name not in ("step", "tokens")}
+        results = results_of(metrics)
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
             self._wandb.log(logged, step=int(metrics["step"]))
@@ -113,6 +114,12 @@ class Tracker:
             self._wandb.finish()
             if offline_folder is not None:
                 self.note(f"upload this run with: wandb sync {offline_folder}")
+
+
+def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that an evaluation line of metrics.jsonl reports."""
+    counters = ("step", "tokens")
+    return {name: value for name, value in evaluation.items() if name not in counters and isinstance(value, float)}
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -94,6 +94,28 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [[*encoding.ids, self.end_id] for encoding in encodings]
 
+    def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Ids (T) of a text, all of it taken as text, and the characters (T, 2) of each: first, and past the last.
+
+        Counted from the bytes that the ids stand for, so that no setting of the tokenizer shifts them. A
+        character that is cut into several tokens belongs to each of them.
+
+        Raises:
+            ValueError: a tokenizer whose ids do not stand for exactly the bytes of the text.
+        """
+        self._backend.encode_special_tokens = True
+        ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        ends = self.bytes_per_token[ids].cumsum()
+        width_of_character = [len(character.encode()) for character in text]
+        character_of_byte = np.arange(len(text)).repeat(width_of_character)
+        if len(character_of_byte) != (ends[-1] if len(ids) else 0):
+            raise ValueError(
+                "the tokenizer changes the text or is not byte-level, so that answers cannot be placed; "
+                "use GPT-J's own, or one without normalizer and prefix space"
+            )
+        starts = ends - self.bytes_per_token[ids]
+        return ids, np.stack((character_of_byte[starts], character_of_byte[ends - 1] + 1), axis=1)
+
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
 

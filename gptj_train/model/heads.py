@@ -137,6 +137,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         return_dict: bool | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **inputs: Any,
@@ -147,6 +148,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
             labels: (B) class ids, (B, num_labels) floats of 0 and 1, or (B) or (B, num_labels) floats to
                 regress on; ``config.problem_type`` says which, else it is taken from their type and
                 ``num_labels`` and kept there. IGNORE rows of class ids are no targets.
+            loss_weights: like ``labels``; factors of their losses, by default 1. The mean stays one over targets.
             num_items_in_batch: divide the summed loss by this instead of taking its mean.
 
         Raises:
@@ -158,7 +160,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
         hidden = base.last_hidden_state
         last = self._last_tokens(input_ids, attention_mask, hidden)
         logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
-        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else self._loss(logits, labels, loss_weights, num_items_in_batch)
         output = SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -185,20 +187,23 @@ class GPTJForSequenceClassification(GPTJWithHead):
             )
         return (real * torch.arange(length, device=hidden.device)).argmax(dim=-1)
 
-    def _loss(self, logits: Tensor, labels: Tensor, items: int | Tensor | None) -> Tensor:
+    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None, items: int | Tensor | None) -> Tensor:
         config = self.config
         if config.problem_type is None:
             integers = not labels.is_floating_point()
             multiple = "single_label_classification" if integers else "multi_label_classification"
             config.problem_type = "regression" if config.num_labels == 1 else multiple
-        reduction = "mean" if items is None else "sum"
         if config.problem_type == "single_label_classification":
-            loss = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE, reduction=reduction)
-        elif config.problem_type == "multi_label_classification":
-            loss = F.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction=reduction)
+            losses = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
+            targets: int | Tensor = (labels != IGNORE).sum()
         else:
-            loss = F.mse_loss(logits.float(), labels.float().view_as(logits), reduction=reduction)
-        return loss if items is None else loss / items
+            regression = config.problem_type == "regression"
+            loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
+            losses = loss(logits.float(), labels.float().view_as(logits), reduction="none")
+            targets = losses.numel()
+        if weights is not None:
+            losses = losses * weights.view_as(losses)
+        return losses.sum() / (targets if items is None else items)
 
 
 class GPTJForQuestionAnswering(GPTJWithHead):

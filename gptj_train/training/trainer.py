@@ -59,8 +59,8 @@ class Task(Protocol):
     def records(self, output: Any, batch: Batch) -> list[Any]:
         """What the metrics need of an evaluation batch, where ``output.loss`` is a sum: picklable rows."""
 
-    def metrics(self, records: list[Any]) -> dict[str, float]:
-        """What to report for the rows of all batches and ranks; ``eval_loss`` among it."""
+    def metrics(self, records: list[Any]) -> dict[str, Any]:
+        """What to report for the rows of all batches and ranks, as JSON values; ``eval_loss`` among it."""
 
 
 class Trainer:
@@ -127,7 +127,7 @@ class Trainer:
             "memory": engine.peak_memory(),
         }
 
-    def evaluate(self) -> dict[str, float]:
+    def evaluate(self) -> dict[str, Any]:
         """Metrics over all held-out data, recorded; empty without such data. Collective."""
         records: list[Any] = []
         with self.engine.evaluating():

@@ -1,0 +1,188 @@
+"""Metrics equal scikit-learn's, weights torch's, and neither depends on how rows fall on ranks and batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics as sk
+from sklearn.utils.class_weight import compute_class_weight
+from torch.nn import functional as F
+
+from gptj_train import GPTJConfig, GPTJForSequenceClassification
+from gptj_train.data.labelled import LabelledRows
+from gptj_train.tasks.classification import (
+    Classification,
+    ClassificationTaskConfig,
+    class_weights,
+    classification_metrics,
+)
+
+SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+NAMES = ["a", "b", "c"]
+PAD = 0
+
+
+def task_config(problem: str = SINGLE, weights: Any = None) -> ClassificationTaskConfig:
+    return ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=weights)  # type: ignore[arg-type]
+
+
+def random_rows(problem: str, count: int) -> LabelledRows:
+    random = np.random.default_rng(0)
+    ids = [random.integers(1, 31, size=random.integers(1, 9), dtype=np.int32) for _ in range(count)]
+    labels = {
+        SINGLE: random.integers(3, size=count),
+        MULTI: random.integers(2, size=(count, 3)).astype(np.float32),
+        "regression": random.normal(size=(count, 3)).astype(np.float32),
+    }
+    return LabelledRows(ids, labels[problem])
+
+
+def make_task(problem: str, rows: LabelledRows, weights: Any = None) -> Classification:
+    return Classification(rows, rows, NAMES, task_config(problem, weights), PAD, 0, 4, 2)
+
+
+def make_model(problem: str) -> GPTJForSequenceClassification:
+    shape = {"vocab_size": 31, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+    config = GPTJConfig(**shape, id2label=dict(enumerate(NAMES)), problem_type=problem, pad_token_id=PAD)  # type: ignore[arg-type]
+    return GPTJForSequenceClassification(config).eval()
+
+
+@pytest.mark.filterwarnings("ignore:A single label")
+@pytest.mark.parametrize("classes", [2, 3, 7])
+@pytest.mark.parametrize("case", ["random", "one class predicted", "class absent", "all right", "all wrong"])
+def test_single_label_metrics(classes: int, case: str) -> None:
+    labels = torch.randint(classes, (57,))
+    logits = torch.randn(57, classes)
+    if case == "one class predicted":
+        logits[:, 0] = 9
+    elif case == "class absent":
+        labels = labels.clamp(max=classes - 2)
+        logits[:, -1] = -9
+    elif case.startswith("all"):
+        logits = F.one_hot(labels if case == "all right" else (labels + 1) % classes, classes).float()
+    names = [f"n{label}" for label in range(classes)]
+    found = classification_metrics(SINGLE, 57.0, logits, labels, names)
+    predicted = logits.argmax(1)
+    assert found["accuracy"] == pytest.approx(sk.accuracy_score(labels, predicted))
+    assert found["macro_f1"] == pytest.approx(sk.f1_score(labels, predicted, average="macro", zero_division=0))
+    assert found["mcc"] == pytest.approx(sk.matthews_corrcoef(labels, predicted), abs=1e-6)
+    assert found["eval_loss"] == 1.0
+    matrix = [[found["confusion_matrix"][true].get(name, 0) for name in names] for true in names]
+    assert matrix == sk.confusion_matrix(labels, predicted, labels=range(classes)).tolist()
+
+
+def test_multi_label_metrics() -> None:
+    labels = (torch.rand(83, 4) < torch.tensor([0.1, 0.5, 0.3, 0.02])).float()
+    logits = torch.randn(83, 4) + labels - 1
+    found = classification_metrics(MULTI, 1.0, logits, labels, list("abcd"))
+    probabilities = logits.sigmoid().numpy()
+
+    def f1(threshold: float, average: str) -> float:
+        return sk.f1_score(labels, probabilities > threshold, average=average, zero_division=0)
+
+    assert found["micro_f1"] == pytest.approx(f1(0.5, "micro"))
+    assert found["macro_f1"] == pytest.approx(f1(0.5, "macro"))
+    assert found["best_micro_f1"] == pytest.approx(max(f1(hundredth / 100, "micro") for hundredth in range(1, 100)))
+    assert found["best_micro_f1"] == pytest.approx(f1(found["best_threshold"], "micro"))
+    assert found["best_macro_f1"] == pytest.approx(f1(found["best_threshold"], "macro"))
+    assert found["best_micro_f1"] > found["micro_f1"] + 0.02
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_regression_metrics(width: int) -> None:
+    labels = torch.randn(41, width).round(decimals=1)  # with ties
+    predicted = labels + torch.randn(41, width)
+    found = classification_metrics("regression", 1.0, predicted, labels, NAMES[:width])
+    columns = [(predicted[:, i].numpy(), labels[:, i].numpy()) for i in range(width)]
+    assert found["mse"] == pytest.approx(sk.mean_squared_error(labels, predicted))
+    assert found["pearson"] == pytest.approx(np.mean([stats.pearsonr(*pair)[0] for pair in columns]), abs=1e-5)
+    assert found["spearman"] == pytest.approx(np.mean([stats.spearmanr(*pair)[0] for pair in columns]), abs=1e-5)
+
+
+@pytest.mark.parametrize("problem", [SINGLE, MULTI, "regression"])
+@pytest.mark.parametrize("weights", [None, {"b": 3.0, "c": 0.0}])
+def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) -> None:
+    weights = None if problem == "regression" else weights
+    rows, model = random_rows(problem, 11), make_model(problem)
+    task = make_task(problem, rows, weights)
+    found = []
+    for world_size in (1, 2, 4):
+        of_rank = [list(task.evaluation_batches(rank, world_size)) for rank in range(world_size)]
+        assert len({len(batches) for batches in of_rank}) == 1
+        batches = [batch for batches in of_rank for batch in batches]
+        assert sum(task.targets(batch) for batch in batches) == rows.labels.size
+        with torch.no_grad():
+            records = [
+                record
+                for batch in batches
+                for record in task.records(model(**batch, use_cache=False, num_items_in_batch=1.0), batch)
+            ]
+        assert sum(len(logits) for _, logits, _ in records) == 11
+        found.append(task.metrics(records))
+    for other in found[1:]:
+        for name, value in found[0].items():
+            assert other[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
+    if problem == "regression":
+        assert found[0]["eval_loss"] == pytest.approx(found[0]["mse"], rel=1e-4)
+
+
+@pytest.mark.parametrize("problem", [SINGLE, MULTI])
+def test_weights_are_torchs(problem: str) -> None:
+    rows, model = random_rows(problem, 4), make_model(problem)
+    task = make_task(problem, rows, {"a": 2.0, "c": 0.5})
+    (*_, batch) = [*task.training_batches(0, 0, 1)]
+    output = model(**batch, num_items_in_batch=1.0)
+    weights = torch.tensor([2, 1, 0.5])
+    expected = (
+        F.cross_entropy(output.logits, batch["labels"], weight=weights, reduction="sum")
+        if problem == SINGLE
+        else F.binary_cross_entropy_with_logits(output.logits, batch["labels"], pos_weight=weights, reduction="sum")
+    )
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_balanced_weights() -> None:
+    labels = np.array([0] * 6 + [1] * 3 + [2] * 1)
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert class_weights(task_config(weights="balanced"), NAMES, labels) == pytest.approx(expected)
+    flags = np.array([[1, 0], [1, 1], [1, 0], [0, 0]], dtype=np.float32)
+    assert class_weights(task_config(MULTI, "balanced"), NAMES[:2], flags).tolist() == pytest.approx([1 / 3, 3])
+
+
+def test_a_step_sees_the_same_texts_on_any_number_of_ranks() -> None:
+    task = make_task(SINGLE, random_rows(SINGLE, 11))
+
+    def texts(world_size: int) -> list[list[int]]:
+        batches = [batch for rank in range(world_size) for batch in task.training_batches(3, rank, world_size)]
+        assert all(
+            not ids[mask == 0].any()
+            for batch in batches
+            for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        )
+        return sorted(ids[ids != PAD].tolist() for batch in batches for ids in batch["input_ids"])
+
+    assert len(texts(1)) == 4
+    assert texts(1) == texts(2)
+
+
+@pytest.mark.parametrize(
+    ("problem", "weights", "message"),
+    [
+        ("regression", "balanced", "regression has no classes"),
+        (SINGLE, {"a": -1.0}, "must not be negative"),
+        (SINGLE, {"d": 2.0}, "no label named d; there are a, b, c"),
+    ],
+)
+def test_wrong_weights_are_named(problem: str, weights: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        class_weights(task_config(problem, weights), NAMES, np.zeros(3, dtype=np.int64))
+
+
+def test_constant_predictions_have_no_correlation() -> None:
+    found = classification_metrics("regression", 1.0, torch.zeros(5, 1), torch.randn(5, 1), ["x"])
+    assert math.isnan(found["pearson"])

@@ -1,0 +1,219 @@
+"""SQuAD files are read exactly, and every answer is found again from its tokens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gptj_train.data.squad import Features, Question, read_files, windows
+from gptj_train.data.tokenizer import Tokenizer
+
+CORPUS = (
+    "What does Größe measure? The café in Zürich — naïve 東京 answers: 12,5 km² of 'straße' 🙂🙂 and the rest.\n" * 3
+)
+TOKENIZER = Tokenizer.train([CORPUS], 400)
+OPTIONS: dict[str, Any] = {"length": 64, "doc_stride": 8, "max_question_tokens": 16, "repeat_context": False}
+
+texts = st.text(st.characters(codec="utf-8"))
+some_words = st.lists(
+    st.one_of(
+        st.sampled_from(["Größe", "naïve", "東京", "the", "12,5", "🙂", "e\u0301", "👩‍👩‍👧"]),
+        st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S", "M"]), min_size=1),
+    ),
+    min_size=1,
+)
+
+
+def question(context: str, answer: str | None, start: int | None = None) -> Question:
+    answers = () if answer is None else (answer,)
+    return Question("q", "What is it?", context, answers, start if answer is not None else None)
+
+
+def features_of(asked: Question, **changes: Any) -> Features:
+    return Features([asked], TOKENIZER, **(OPTIONS | changes))
+
+
+@given(texts)
+def test_offsets_tell_the_characters_of_every_token(text: str) -> None:
+    ids, offsets = TOKENIZER.encode_with_offsets(text)
+    sizes = TOKENIZER.bytes_per_token[ids]
+    done = 0
+    for size, (first, end) in zip(sizes, offsets, strict=True):
+        before, covered = len(text[:first].encode()), text[:end].encode()
+        assert before <= done < before + len(text[first].encode())
+        assert len(covered) - len(text[end - 1].encode()) < done + size <= len(covered)
+        done += size
+    assert done == len(text.encode())
+    assert TOKENIZER.decode(ids.tolist()) == text
+
+
+def test_special_tokens_in_a_text_are_text() -> None:
+    ids, offsets = TOKENIZER.encode_with_offsets("a<|endoftext|>b")
+    assert TOKENIZER.end_id not in ids
+    assert offsets[-1].tolist() == [14, 15]
+
+
+@given(some_words, st.data(), st.sampled_from([" ", "  ", "\n", " \t"]), st.booleans())
+def test_the_span_of_whole_words_decodes_to_the_answer(
+    words: list[str], data: st.DataObject, space: str, repeat: bool
+) -> None:
+    first = data.draw(st.integers(0, len(words) - 1))
+    last = data.draw(st.integers(first, len(words) - 1))
+    context, answer = space.join(words), space.join(words[first : last + 1])
+    start = len(space.join([*words[:first], ""]))
+    (feature,) = features_of(question(context, answer, start), length=10_000, repeat_context=repeat)
+    assert TOKENIZER.decode(feature.input_ids[feature.start : feature.end + 1].tolist()).strip() == answer.strip()
+    begin, end = (position - feature.context_start for position in (feature.start, feature.end))
+    assert context[feature.offsets[begin, 0] : feature.offsets[end, 1]].strip() == answer.strip()
+
+
+@given(texts.filter(str.strip), st.data())
+def test_any_span_is_covered_by_as_few_tokens_as_can(context: str, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(context) - 1).filter(lambda i: not context[i].isspace()))
+    end = data.draw(st.integers(start + 1, len(context)))
+    answer = context[start:end].rstrip()
+    (feature,) = features_of(question(context, answer, start), length=10_000)
+    first, last = feature.offsets[[feature.start - feature.context_start, feature.end - feature.context_start]]
+    assert first[0] <= start < first[1]
+    assert last[0] < start + len(answer) <= last[1]
+
+
+@given(st.integers(0, 200), st.integers(1, 60), st.data())
+def test_windows_skip_nothing_and_hold_every_short_run(tokens: int, room: int, data: st.DataObject) -> None:
+    stride = data.draw(st.integers(1, room))
+    cut = windows(tokens, room, stride)
+    assert [first for first, _ in cut] == [stride * i for i in range(len(cut))]
+    assert all(0 <= end - first <= room for first, end in cut)
+    longest = min(room - stride + 1, tokens)
+    for start in range(tokens - longest + 1):
+        assert any(first <= start and start + longest <= end for first, end in cut)
+
+
+@pytest.mark.parametrize("repeat", [False, True])
+def test_a_long_context_keeps_its_answer_in_some_window_and_says_none_in_the_others(repeat: bool) -> None:
+    context = " ".join(f"item{i} is {i * i}" for i in range(100))
+    answer = "3025"
+    features = list(features_of(question(context, answer, context.index(answer)), repeat_context=repeat))
+    held = [feature for feature in features if feature.end < len(feature.input_ids) - 1]
+    assert 0 < len(held) < len(features)
+    for feature in features:
+        ids = feature.input_ids
+        assert len(ids) <= 64
+        assert ids[-1] == TOKENIZER.end_id
+        assert TOKENIZER.decode(ids.tolist()).startswith("What is it?\n")
+        window = TOKENIZER.decode(ids[feature.context_start : -1].tolist())
+        assert window == context[feature.offsets[0, 0] : feature.offsets[-1, 1]]
+        assert TOKENIZER.decode(ids.tolist()).count(f"\n{window}") == 1 + repeat
+        span = TOKENIZER.decode(ids[feature.start : feature.end + 1].tolist())
+        assert span.strip() == answer if feature in held else feature.start == feature.end == len(ids) - 1
+
+
+def test_no_answer_is_the_last_token() -> None:
+    (feature,) = features_of(question("Nothing of the kind.", None))
+    assert feature.start == feature.end == len(feature.input_ids) - 1
+    assert feature.input_ids[feature.end] == TOKENIZER.end_id
+
+
+def test_a_long_question_loses_its_end() -> None:
+    asked = Question("q", " ".join(["why"] * 50), "because", (), None)
+    (feature,) = features_of(asked)
+    assert len(feature.input_ids) <= 64
+    assert TOKENIZER.decode(feature.input_ids[:-1].tolist()).endswith("\nbecause")
+
+
+def test_an_answer_longer_than_any_window_is_counted() -> None:
+    context = "word " * 100
+    assert "1 answers fit no window" in str(features_of(question(context, context.strip(), 0)))
+
+
+def test_windows_that_would_skip_tokens_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"leaves 46 tokens .* fewer than task.doc_stride \(47\)"):
+        features_of(question("a", None), doc_stride=47)
+
+
+NESTED = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Normans",
+            "paragraphs": [
+                {
+                    "context": "In Zürich 🙂 the café opened in 1999.",
+                    "qas": [
+                        {"id": "a", "question": "When?", "answers": [{"text": "1999", "answer_start": 31}] * 2},
+                        {"id": "b", "question": "Why?", "is_impossible": True, "answers": [], "plausible_answers": []},
+                    ],
+                }
+            ],
+        }
+    ],
+}
+FLAT = [
+    {
+        "id": "a",
+        "question": "When?",
+        "context": "In Zürich 🙂 the café opened in 1999.",
+        "answers": {"text": ["1999", "1999"], "answer_start": [31, 31]},
+    },
+    {
+        "id": "b",
+        "question": "Why?",
+        "context": "In Zürich 🙂 the café opened in 1999.",
+        "answers": {"text": [], "answer_start": []},
+    },
+]
+
+
+def test_all_forms_of_a_file_read_alike(tmp_path: Path) -> None:
+    (tmp_path / "nested.json").write_text(json.dumps(NESTED))
+    (tmp_path / "flat.json").write_text(json.dumps({"data": FLAT}, ensure_ascii=False), encoding="utf-8")
+    (tmp_path / "flat.jsonl").write_text("\n".join(map(json.dumps, FLAT)) + "\n")
+    nested, flat, lines = (read_files([tmp_path / name]) for name in ("nested.json", "flat.json", "flat.jsonl"))
+    assert nested == flat == lines
+    assert [question.answers for question in nested] == [("1999", "1999"), ()]
+
+
+BROKEN: list[tuple[dict[str, Any], str]] = [
+    ({"answers": {"text": ["1999"], "answer_start": [30]}}, r"x.jsonl:1: the answer '1999' is not at character 30"),
+    ({"answers": {"text": ["In"], "answer_start": [-36]}}, r"x.jsonl:1: the answer 'In' is not at character -36"),
+    ({"answers": {"text": [" "], "answer_start": [2]}}, r"x.jsonl:1: an answer is empty"),
+    ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: 1 answer texts and 0 starts"),
+    ({"answers": {"text": ["1999"]}}, r"x.jsonl:1: the field 'answer_start' is missing"),
+    ({"answers": "1999"}, r"x.jsonl:1: 'answers' is not a list or dict, but '1999'"),
+    ({"id": 7}, r"x.jsonl:1: 'id' is not a str, but '7'"),
+    ({"question": "\ud83d"}, r"x.jsonl:1: 'question': the text holds a lone surrogate"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BROKEN)
+def test_a_bad_record_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps(FLAT[0] | changes))
+    with pytest.raises(ValueError, match=message):
+        read_files([tmp_path / "x.jsonl"])
+
+
+def test_a_bad_place_in_a_nested_file_is_named(tmp_path: Path) -> None:
+    broken = json.loads(json.dumps(NESTED))
+    del broken["data"][0]["paragraphs"][0]["qas"][1]["question"]
+    (tmp_path / "x.json").write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match=r"data\[0\].paragraphs\[0\].qas\[1\]: .*'question'"):
+        read_files([tmp_path / "x.json"])
+
+
+def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(FLAT[0])] * 2))
+    with pytest.raises(ValueError, match=r"x.jsonl:2: the id 'a' has come before"):
+        read_files([tmp_path / "x.jsonl"])
+
+
+def test_offsets_are_arrays_of_characters() -> None:
+    ids, offsets = TOKENIZER.encode_with_offsets("")
+    assert len(ids) == 0
+    assert offsets.shape == (0, 2)
+    assert offsets.dtype == np.int64
