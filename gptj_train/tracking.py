@@ -93,7 +93,8 @@ class Tracker:
         results = {name: value for name, value in metrics.items() if name not in ("step", "tokens")}
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
-            self._wandb.log(logged, step=int(metrics["step"]))
+            # Before the first step no training metrics say where on the tokens' axis this belongs.
+            self._wandb.log(logged | {_WANDB_NAMES["tokens"]: metrics["tokens"]}, step=int(metrics["step"]))
         self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in results.items()))
 
     def note(self, text: str) -> None:
