@@ -1,4 +1,4 @@
-"""Text generation with a KV cache: greedy and sampling."""
+"""Text generation with a KV cache: greedy, sampling and beam search."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from gptj_train.model.attention import KVCache
     from gptj_train.model.config import GPTJConfig
 
 
@@ -37,17 +39,21 @@ class Sampling:
         if self.repetition_penalty <= 0:
             raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
-    def scores(self, logits: Tensor, seen: Tensor) -> Tensor:
+    def scores(self, logits: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, V) in fp32 with repetition penalty, temperature, top-k and top-p applied, in this order.
 
         Args:
             seen: (B, T) the tokens so far, which the penalty (CTRL, arXiv 1909.05858) makes less likely.
+            mask: (B, T), 0 on padding, which has not been said; None where there is none.
         """
         scores = logits.float()
         if self.repetition_penalty != 1.0:
-            past = scores.gather(1, seen)
+            vocabulary = scores.shape[1]
+            said = seen if mask is None else seen.masked_fill(mask == 0, vocabulary)  # a column to drop again
+            scores = F.pad(scores, (0, 1))
+            past = scores.gather(1, said)
             penalised = torch.where(past < 0, past * self.repetition_penalty, past / self.repetition_penalty)
-            scores = scores.scatter(1, seen, penalised)
+            scores = scores.scatter(1, said, penalised)[:, :vocabulary]
         if not self.do_sample:
             return scores
         scores = scores / self.temperature
@@ -61,12 +67,25 @@ class Sampling:
             scores = scores.masked_fill(tail.scatter(1, order, tail), -torch.inf)
         return scores
 
-    def pick(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None) -> Tensor:
+    def pick(
+        self, logits: Tensor, seen: Tensor, generator: torch.Generator | None, mask: Tensor | None = None
+    ) -> Tensor:
         """The next token of each row, (B)."""
-        scores = self.scores(logits, seen)
+        scores = self.scores(logits, seen, mask)
         if not self.do_sample:
             return scores.argmax(dim=-1)
         return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).squeeze(1)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A checked request: left-padded ids and mask (B, T), end ids, the filler after an end, the final length."""
+
+    ids: Tensor
+    mask: Tensor
+    ends: list[int]
+    filler: int
+    stop: int
 
 
 class GenerationMixin:
@@ -75,28 +94,16 @@ class GenerationMixin:
     config: GPTJConfig
 
     def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        max_length: int | None = None,
-        max_new_tokens: int | None = None,
-        eos_token_id: int | list[int] | None = None,
-        pad_token_id: int | None = None,
-        seed: int | None = None,
-        use_cache: bool = True,
-        **sampling: Any,
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, *, num_beams: int = 1, **options: Any
     ) -> Tensor:
         """Continue each prompt until its end token or the length limit.
 
         Args:
             input_ids: (B, T) prompts, padded on the left where they differ in length.
             attention_mask: (B, T), 0 on padding; by default found by ``pad_token_id``.
-            max_length: limit on prompt plus new tokens.
-            max_new_tokens: limit on new tokens; wins over ``max_length``; 20 when neither limit is given.
-            eos_token_id, pad_token_id: default to the config's; finished rows are filled with pad, else with eos.
-            seed: makes sampling repeatable whatever was drawn before.
-            **sampling: fields of ``Sampling``.
+            num_beams: above 1, search for the likeliest text with so many beams; ``length_penalty`` (1.0)
+                then divides its log-probability by length to that power.
+            **options: of ``stream``.
 
         Returns:
             (B, T + new) ids, prompts included, as ``transformers``' generate.
@@ -104,20 +111,10 @@ class GenerationMixin:
         Raises:
             ValueError: an empty prompt, padding on the right, a limit beyond ``n_positions``, or a bad option.
         """
-        tokens = [input_ids]
-        for token in self.stream(
-            input_ids,
-            attention_mask,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=eos_token_id,
-            pad_token_id=pad_token_id,
-            seed=seed,
-            use_cache=use_cache,
-            **sampling,
-        ):
-            tokens.append(token[:, None])
-        return torch.cat(tokens, dim=1)
+        if num_beams > 1:
+            return beam_search(self, input_ids, attention_mask, num_beams, **options)
+        new = self.stream(input_ids, attention_mask, **options)
+        return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 
     @torch.no_grad()
     def stream(
@@ -133,41 +130,126 @@ class GenerationMixin:
         use_cache: bool = True,
         **sampling: Any,
     ) -> Iterator[Tensor]:
-        """Yield each new column of tokens (B) as it is chosen. Arguments: see ``generate``."""
-        options = Sampling(**sampling)
-        config = self.config
-        pad_token_id = config.pad_token_id if pad_token_id is None else pad_token_id
-        ends = _as_list(config.eos_token_id if eos_token_id is None else eos_token_id)
-        if attention_mask is None:
-            attention_mask = _mask_of(input_ids, pad_token_id, ends)
-        _check_prompt(input_ids, attention_mask)
-        stop = _length_limit(input_ids.shape[1], max_length, max_new_tokens, config.n_positions)
-        filler = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
-        end_ids = torch.tensor(ends, device=input_ids.device, dtype=input_ids.dtype)
-        generator = None
-        if seed is not None:
-            generator = torch.Generator(device=input_ids.device).manual_seed(seed)
+        """Yield each new column of tokens (B) as it is chosen.
 
-        finished = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        cache, fed = None, 0
-        while input_ids.shape[1] < stop and not finished.all():
-            positions = (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
-            out = self(  # type: ignore[operator]
-                input_ids=input_ids[:, fed:],
-                attention_mask=attention_mask,
-                position_ids=positions[:, fed:],
-                past_key_values=cache,
-                use_cache=use_cache,
-                return_dict=True,
-                logits_to_keep=1,
-            )
-            if out.past_key_values is not None:  # gradient checkpointing keeps none while training
-                cache, fed = out.past_key_values, input_ids.shape[1]
-            token = options.pick(out.logits[:, -1], input_ids, generator).masked_fill(finished, filler)
+        Args:
+            input_ids, attention_mask: see ``generate``.
+            max_length: limit on prompt plus new tokens.
+            max_new_tokens: limit on new tokens; wins over ``max_length``; 20 when neither limit is given.
+            eos_token_id, pad_token_id: default to the config's; finished rows are filled with pad, else with eos.
+            seed: makes sampling repeatable whatever was drawn before.
+            **sampling: fields of ``Sampling``.
+        """
+        options = Sampling(**sampling)
+        prompt = self._prompt(input_ids, attention_mask, max_length, max_new_tokens, eos_token_id, pad_token_id)
+        ids, mask = prompt.ids, prompt.mask
+        end_ids = torch.tensor(prompt.ends, device=ids.device, dtype=ids.dtype)
+        generator = None if seed is None else torch.Generator(device=ids.device).manual_seed(seed)
+        finished = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        cache = None
+        while ids.shape[1] < prompt.stop and not finished.all():
+            logits, cache = self._next_logits(ids, mask, cache, use_cache)
+            token = options.pick(logits, ids, generator, mask).masked_fill(finished, prompt.filler)
             finished = finished | torch.isin(token, end_ids)
-            input_ids = torch.cat((input_ids, token[:, None]), dim=1)
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(token), 1)), dim=1)
+            ids = torch.cat((ids, token[:, None]), dim=1)
+            mask = torch.cat((mask, mask.new_ones(len(token), 1)), dim=1)
             yield token
+
+    def _prompt(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        max_length: int | None,
+        max_new_tokens: int | None,
+        eos_token_id: int | list[int] | None,
+        pad_token_id: int | None,
+    ) -> Prompt:
+        pad = self.config.pad_token_id if pad_token_id is None else pad_token_id
+        ends = _as_list(self.config.eos_token_id if eos_token_id is None else eos_token_id)
+        mask = _mask_of(input_ids, pad, ends) if attention_mask is None else attention_mask
+        _check_prompt(input_ids, mask)
+        stop = _length_limit(input_ids.shape[1], max_length, max_new_tokens, self.config.n_positions)
+        filler = pad if pad is not None else (ends[0] if ends else 0)
+        return Prompt(input_ids, mask, ends, filler, stop)
+
+    def _next_logits(
+        self, ids: Tensor, mask: Tensor, cache: KVCache | None, use_cache: bool
+    ) -> tuple[Tensor, KVCache | None]:
+        """Logits (B, V) after the last token, feeding what the cache does not hold; and the cache."""
+        fed = 0 if cache is None else cache.get_seq_length()
+        positions = (mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        out = self(  # type: ignore[operator]
+            input_ids=ids[:, fed:],
+            attention_mask=mask,
+            position_ids=positions[:, fed:],
+            past_key_values=cache,
+            use_cache=use_cache,
+            return_dict=True,
+            logits_to_keep=1,
+        )
+        return out.logits[:, -1], out.past_key_values  # gradient checkpointing keeps no cache while training
+
+
+@torch.no_grad()
+def beam_search(
+    model: GenerationMixin,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    num_beams: int,
+    *,
+    max_length: int | None = None,
+    max_new_tokens: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+) -> Tensor:
+    """The likeliest continuation of each prompt among ``num_beams`` hypotheses; arguments as of ``generate``.
+
+    A row ends when it has ``num_beams`` finished texts and its best running one, at its present length, is no
+    likelier than the worst of them (Transformers' ``early_stopping=False``).
+    """
+    options = Sampling(repetition_penalty=repetition_penalty)
+    prompt = model._prompt(input_ids, attention_mask, max_length, max_new_tokens, eos_token_id, pad_token_id)
+    rows, start = input_ids.shape
+    device = input_ids.device
+    offsets = torch.arange(rows, device=device)[:, None] * num_beams
+    ids = input_ids.repeat_interleave(num_beams, dim=0)
+    mask = prompt.mask.repeat_interleave(num_beams, dim=0)
+    end_ids = torch.tensor(prompt.ends, device=device, dtype=ids.dtype)
+    scores = torch.full((rows, num_beams), -1e9, device=device)
+    scores[:, 0] = 0  # all beams are equal as yet: go on from one of them
+    finished: list[list[tuple[float, Tensor]]] = [[] for _ in range(rows)]
+    done = [False] * rows
+    cache = None
+    while ids.shape[1] < prompt.stop and not all(done):
+        logits, cache = model._next_logits(ids, mask, cache, use_cache=True)
+        logs = options.scores(logits.float().log_softmax(dim=-1), ids, mask).view(rows, num_beams, -1)
+        vocabulary = logs.shape[-1]
+        # Enough candidates that num_beams of them go on, whatever ends.
+        wide = min(max(2, 1 + len(prompt.ends)) * num_beams, num_beams * vocabulary)
+        best, places = (scores[:, :, None] + logs).flatten(1).topk(wide)
+        tokens, parents = places % vocabulary, places // vocabulary + offsets
+        length = ids.shape[1] + 1 - start
+        ending = torch.isin(tokens, end_ids) | (ids.shape[1] + 1 == prompt.stop)
+        for row in range(rows):
+            if not done[row]:
+                for at in ending[row, :num_beams].nonzero().flatten().tolist():
+                    text = torch.cat((ids[parents[row, at]], tokens[row, at : at + 1]))
+                    finished[row].append((best[row, at].item() / length**length_penalty, text))
+                finished[row] = sorted(finished[row], key=lambda one: -one[0])[:num_beams]
+        scores, chosen = best.masked_fill(ending, -1e9).topk(num_beams)
+        parent = parents.gather(1, chosen).flatten()
+        ids = torch.cat((ids[parent], tokens.gather(1, chosen).flatten()[:, None]), dim=1)
+        mask = torch.cat((mask[parent], mask.new_ones(len(parent), 1)), dim=1)
+        if cache is not None:
+            cache.reorder(parent)
+        for row, texts in enumerate(finished):
+            hope = scores[row, 0].item() / length**length_penalty
+            done[row] = done[row] or (len(texts) == num_beams and hope <= texts[-1][0])
+    winners = [texts[0][1] for texts in finished]
+    longest = max(len(text) for text in winners)
+    return torch.stack([F.pad(text, (0, longest - len(text)), value=prompt.filler) for text in winners])
 
 
 def _as_list(ids: int | list[int] | None) -> list[int]:
