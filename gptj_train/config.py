@@ -67,7 +67,10 @@ class GenerateConfig:
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
     checkpoint: str
-    prompt: str
+    prompt: str | None
+    prompts: str | None
+    batch_size: int
+    stop: list[str]
     max_new_tokens: int | None
     max_length: int | None
     do_sample: bool
