@@ -125,6 +125,10 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
             )
+        if engine.stage == 0:  # it has counted the empty step that made its moments
+            adam = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+            for state in adam.state.values():
+                state["step"] = 0
         self._names = list(self.numels)
 
     @staticmethod
@@ -217,9 +221,21 @@ class Engine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
+        whole = _stage_0_masters(self._engine.optimizer)
         for name, parameter in zip(self._names, self._engine.module.parameters(), strict=True):
-            master = safe_get_full_fp32_param(parameter)
+            master = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
             yield name, parameter.detach().float() if master is None else master
+
+
+def _stage_0_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Master weights under stage 0, which DeepSpeed keeps flat and does not link to the parameters."""
+    masters: dict[nn.Parameter, Tensor] = {}
+    for flat, group in zip(
+        getattr(optimizer, "fp32_groups_flat", []), getattr(optimizer, "fp16_groups", []), strict=False
+    ):
+        parts = flat.detach().split([parameter.numel() for parameter in group])
+        masters.update((parameter, part.view_as(parameter)) for parameter, part in zip(group, parts, strict=True))
+    return masters
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
