@@ -116,7 +116,12 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         self._backend.save(str(folder / "tokenizer.json"))
         names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
-        config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {
+            **names,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
 

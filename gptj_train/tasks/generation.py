@@ -75,6 +75,10 @@ class TextGenerator:
             texts.append(text[: _first(text, stop)])
         return texts
 
+    def room(self, prompt: str) -> int:
+        """Tokens that fit behind a prompt."""
+        return self._model.config.n_positions - len(self._encode(prompt))
+
     def _encode(self, prompt: str) -> list[int]:
         if not (ids := self._tokenizer.encode(prompt)):
             raise ValueError("the prompt is empty; give prompt='some text'")
@@ -120,5 +124,6 @@ def _first(text: str, stop: Sequence[str]) -> int | None:
 
 def sample_from(checkpoint: str | Path, prompt: str, seed: int) -> str:
     """A prompt with a short continuation that shows what a run has learnt."""
-    options: dict[str, Any] = {"max_new_tokens": 80, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": seed}
-    return prompt + TextGenerator(checkpoint).complete([prompt], **options)[0]
+    writer = TextGenerator(checkpoint)
+    options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": seed}
+    return prompt + writer.complete([prompt], max_new_tokens=min(80, writer.room(prompt)), **options)[0]

@@ -130,6 +130,7 @@ class Engine:
             for state in adam.state.values():
                 state["step"] = 0
         self._names = list(self.numels)
+        self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
     @staticmethod
     def _placed(
@@ -159,15 +160,18 @@ class Engine:
 
     def step(self, lr: float) -> None:
         """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
-        for group in self._engine.optimizer.param_groups:
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
+        if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
+            self._plain_norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters()]))
         self._engine.step()
 
     @property
     def grad_norm(self) -> float:
         """Global L2 norm of the last update's gradients before clipping."""
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return self._plain_norm if norm is None else float(norm)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -254,7 +258,7 @@ def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], 
         tied = frozenset({"lm_head.weight"}) - shapes.keys()
         stored = weights.match(shapes, tied, bool(model.new_head_allowed))
         if dist.get_rank() == 0 and (new := shapes.keys() - stored.keys()):
-            print(f"new head, not in {folder}: {', '.join(sorted(new))}", flush=True)
+            print(f"new head, not in {folder}: {', '.join(sorted(new))}", file=sys.stderr, flush=True)
         for name, parameter in model.named_parameters():
             if name not in stored:
                 continue

@@ -53,7 +53,9 @@ class EngineConfig:
 
 def _holds(settings: Any, dotted: str) -> bool:
     for part in dotted.split("."):
-        if not isinstance(settings, Mapping) or part not in settings:
+        if not isinstance(settings, Mapping):
+            return True  # a value in place of the block that the key stands in
+        if part not in settings:
             return False
         settings = settings[part]
     return True

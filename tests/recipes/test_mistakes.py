@@ -48,9 +48,10 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     shape.save_pretrained(tmp_path / "weightless")
-    manifest = {"state": {"step": 10, "tokens": 0}, "world_size": 4, "files": {}}
+    manifest = {"state": {"step": 10, "tokens": 0}, "world_size": 4, "files": {"weights": 0}}
     other_world = tmp_path / "four_ranks" / "checkpoints" / "step_00000010"
     other_world.mkdir(parents=True)
+    (other_world / "weights").touch()
     (other_world / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 

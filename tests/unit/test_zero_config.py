@@ -153,6 +153,15 @@ def test_keys_of_ours_are_refused_with_the_name_of_ours(own: dict[str, Any], mes
 
 
 @pytest.mark.parametrize(
+    "own",
+    [{"zero_optimization": None}, {"zero_optimization": 2}, {"zero_optimization": {"offload_optimizer": None}}],
+)
+def test_a_block_that_holds_keys_of_ours_cannot_be_replaced(own: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError, match=r"is set by engine\.(stage|offload_optimizer); set it there"):
+        engine(deepspeed=own)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"stage": 2, "offload_parameters": "cpu"}, "engine.offload_parameters=cpu needs engine.stage=3"),
