@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_type_hints
+from typing import Any, Literal, TypeVar, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -87,7 +87,10 @@ class GenerateConfig:
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
     checkpoint: str
-    prompt: str
+    prompt: str | None
+    prompts: str | None
+    batch_size: int
+    stop: list[str]
     max_new_tokens: int | None
     max_length: int | None
     do_sample: bool
@@ -140,6 +143,8 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
 
 def unknown_key_message(key: str, cls: type) -> str:
     """Names the nearest key that exists."""
+    if any(f"{key}.".startswith(f"{name}.") for name in _open_keys(cls)):
+        return f"{key!r} is not there yet; add it with +{key}=..."
     known = list(keys_of(cls))
     leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     near = get_close_matches(key, known, n=1) or [
@@ -164,6 +169,15 @@ def text_keys(cls: type, prefix: str = "") -> set[str]:
     nested = {prefix + name: hint for name, hint in hints.items() if is_dataclass(hint)}
     texts = {prefix + name for name, hint in hints.items() if hint in (str, str | None)}
     return texts.union(*(text_keys(hint, f"{name}.") for name, hint in nested.items()))  # type: ignore[arg-type]
+
+
+def _open_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted names of the keys whose value is a dict of whatever the user likes."""
+    for name, hint in get_type_hints(cls).items():
+        if get_origin(hint) is dict:
+            yield prefix + name
+        elif is_dataclass(hint):
+            yield from _open_keys(hint, f"{prefix}{name}.")
 
 
 def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:

@@ -19,6 +19,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gptj_train.config import text_keys, unknown_key_message, validated
 
@@ -72,7 +73,7 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str) -> 
             if dist.is_initialized():
                 dist.destroy_process_group()
         return 0
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return _mistake(_hydra_message(error, cls))
     except ValueError as error:
         if not _raised_here(error):
@@ -91,6 +92,7 @@ def _as_typed(override: str, texts: set[str]) -> str:
 
 def _run_hydra(script: Path, configs: str, primary: str) -> None:
     """Hydra's own switches: --help, --cfg, --multirun and the like."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra itself prints its errors and exits with 1
 
     @hydra.main(version_base="1.3", config_path=configs, config_name=primary)
     def sweep(composed: DictConfig) -> None:
@@ -115,7 +117,9 @@ def _mistake(message: str) -> int:
 
 def _raised_here(error: BaseException) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(_PACKAGE)
+    # Hydra, too, raises ValueError for some overrides (engine=null).
+    rooms = _PACKAGE, Path(hydra.__file__).parent
+    return bool(frames) and any(Path(frames[-1].filename).is_relative_to(room) for room in rooms)
 
 
 def _hydra_message(error: BaseException, cls: type) -> str:
@@ -127,7 +131,7 @@ def _hydra_message(error: BaseException, cls: type) -> str:
     ):
         group, _, name = choice[1].rpartition("/")
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(choice[2].split())}"
-    return f"the command line or config cannot be read: {text.splitlines()[0]}"
+    return f"the command line or config cannot be read: {text.partition('full_key:')[0]}"
 
 
 def _set_rank_variables() -> None:

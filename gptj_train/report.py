@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -46,10 +45,14 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
             "Loss (mean over targets)", {"training": _curve(steps, "loss"), "held-out": _curve(held_out, "eval_loss")}
         )
     )
-    parts.append(_chart("Throughput (targets per second)", {"targets/s": _curve(steps, "tokens_per_second")}))
+    speed = {"targets/s": _curve(steps, "tokens_per_second")}
+    parts.append(_chart("Throughput (targets per second)", speed, from_zero=True))
     parts.append(_chart("Learning rate", {"lr": _curve(steps, "lr")}))
     parts.append(_chart("Gradient norm before clipping", {"norm": _curve(steps, "grad_norm")}))
-    parts.append(_chart("Peak memory of rank 0 (GiB)", {"memory": _curve(steps, "memory")}))
+    parts.append(_chart("Peak memory of rank 0 (GiB)", {"memory": _curve(steps, "memory")}, from_zero=True))
+    for name in results_of(held_out[-1]) if held_out else ():
+        if name != "eval_loss":  # drawn beside the training loss
+            parts.append(_chart(f"Held-out {name}", {name: _curve(held_out, name)}))
     if held_out and 0 < len(held_out[-1].get("confusion_matrix", ())) <= _LARGEST_MATRIX:
         parts.append(_matrix("Held-out texts by label (rows) and prediction", held_out[-1]["confusion_matrix"]))
     if sample is not None:
@@ -59,19 +62,20 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
     return path
 
 
-def summary(output_dir: str, sample: str | None) -> str:
+def summary(output_dir: str, architecture: str, sample: str | None = None) -> str:
     """What the run achieved, where everything is, and what to try next."""
     lines = read_metrics(output_dir)
     losses = [line["loss"] for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
-    said = [f"\nDone. Training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps."]
+    said = ["\nDone."]
+    if losses:
+        said[0] += f" Training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps."
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         changes = [f"{name} {first[name]:.3f} -> {value:.3f}" for name, value in results_of(last).items()]
         said.append("Held-out: " + ", ".join(changes) + ".")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")
-    (architecture,) = json.loads((Path(output_dir) / "export/config.json").read_text())["architectures"]
     said += [
         f"  model         {output_dir}/export   (Transformers loads it: {architecture}.from_pretrained)",
         f"  report        {output_dir}/report.html",
@@ -89,11 +93,12 @@ def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
     return [(line["step"], line[name]) for line in lines if abs(line[name]) < float("inf")]
 
 
-def _chart(title: str, curves: Mapping[str, Curve]) -> str:
+def _chart(title: str, curves: Mapping[str, Curve], from_zero: bool = False) -> str:
     curves = {name: curve for name, curve in curves.items() if curve}
     if not curves:
         return ""
     points = [point for curve in curves.values() for point in curve]
+    points += [(points[0][0], 0.0)] if from_zero else []
     (x0, x1), (y0, y1) = (_range([point[axis] for point in points]) for axis in (0, 1))
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -101,12 +106,12 @@ def _chart(title: str, curves: Mapping[str, Curve]) -> str:
         return round(right, 1), round((_HEIGHT - _BOTTOM) - (y - y0) / (y1 - y0) * (_HEIGHT - _BOTTOM - 12), 1)
 
     drawn = [f"<h2>{escape(title)}</h2><svg viewBox='0 0 {_WIDTH} {_HEIGHT}' role=img aria-label='{escape(title)}'>"]
-    for share in (0, 0.5, 1):
+    for share, anchor in ((0, "start"), (0.5, "middle"), (1, "end")):
         x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
         across, up = place(x, y)
         drawn.append(f"<line x1={_LEFT} x2={_WIDTH - 8} y1={up} y2={up} stroke='#e5e7eb'/>")
         drawn.append(f"<text x={_LEFT - 6} y={up + 4} text-anchor=end>{y:.4g}</text>")
-        drawn.append(f"<text x={across} y={_HEIGHT - 6} text-anchor=middle>{x:.0f}</text>")
+        drawn.append(f"<text x={across} y={_HEIGHT - 6} text-anchor={anchor}>{x:.0f}</text>")
     for number, (name, curve) in enumerate(curves.items()):
         colour = _COLOURS[number]
         path = " ".join(f"{x},{y}" for x, y in (place(*point) for point in curve))
@@ -132,4 +137,5 @@ def _matrix(title: str, counts: Mapping[str, Mapping[str, int]]) -> str:
 
 def _range(values: list[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
+    margin = 0.0 if high > low else abs(low) / 2 or 0.5
+    return low - margin, high + margin

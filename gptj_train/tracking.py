@@ -94,7 +94,8 @@ class Tracker:
         results = results_of(metrics)
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
-            self._wandb.log(logged, step=int(metrics["step"]))
+            # Before the first step no training metrics say where on the tokens' axis this belongs.
+            self._wandb.log(logged | {_WANDB_NAMES["tokens"]: metrics["tokens"]}, step=int(metrics["step"]))
         self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in results.items()))
 
     def note(self, text: str) -> None:
@@ -147,15 +148,18 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(secrets.token_hex(4))
-    run = wandb.init(
-        mode=mode,  # type: ignore[arg-type]
-        project=os.environ.get("WANDB_PROJECT", config.project),
-        name=os.environ.get("WANDB_NAME", config.run_name),
-        id=id_file.read_text(),
-        resume="allow",
-        dir=folder,
-        config=run_config,
-        settings=wandb.Settings(silent=True),
-    )
+    try:
+        run = wandb.init(
+            mode=mode,  # type: ignore[arg-type]
+            project=os.environ.get("WANDB_PROJECT", config.project),
+            name=os.environ.get("WANDB_NAME", config.run_name),
+            id=id_file.read_text(),
+            resume="allow",
+            dir=folder,
+            config=run_config,
+            settings=wandb.Settings(silent=True),
+        )
+    except wandb.errors.UsageError as error:  # no API key
+        raise ValueError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
     run.define_metric("*", step_metric="train/tokens", step_sync=False)
     return run

@@ -58,7 +58,7 @@ def main(cfg: ClassificationConfig) -> None:
     tracker.finish()
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)
-        print(summary(cfg.output_dir, None))
+        print(summary(cfg.output_dir, ARCHITECTURE))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from gptj_train.training.export import export
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
+ARCHITECTURE = "GPTJForCausalLM"
+
 
 @recipe(ClmConfig)
 def main(cfg: ClmConfig) -> None:
@@ -47,12 +49,12 @@ def main(cfg: ClmConfig) -> None:
         cfg.seed,
     )
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    folder = export(engine, model, "GPTJForCausalLM", tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
+    folder = export(engine, model, ARCHITECTURE, tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
         sample = sample_from(folder, cfg.sample_prompt, cfg.seed) if cfg.sample_prompt else None
         write_report(cfg.output_dir, facts, sample)
-        print(summary(cfg.output_dir, sample))
+        print(summary(cfg.output_dir, ARCHITECTURE, sample))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,8 @@ from gptj_train.training.export import export
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
+ARCHITECTURE = "GPTJForQuestionAnswering"
+
 
 @recipe(QAConfig)
 def main(cfg: QAConfig) -> None:
@@ -57,12 +59,12 @@ def main(cfg: QAConfig) -> None:
         cfg.seed,
     )
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    export(engine, model, "GPTJForQuestionAnswering", tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
+    export(engine, model, ARCHITECTURE, tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
         task.write_predictions(cfg.output_dir)
         write_report(cfg.output_dir, facts)
-        print(summary(cfg.output_dir, None))
+        print(summary(cfg.output_dir, ARCHITECTURE))
 
 
 if __name__ == "__main__":

@@ -78,10 +78,11 @@ def packed_windows(
     others wait for its lock.
 
     Raises:
-        ValueError: a bad record (file:line), no text at all, or windows too long for uint16 document ids.
+        ValueError: a bad record (file:line), no text at all, or windows without a next token or too long for
+            uint16 document ids.
     """
-    if length >= 2**16:
-        raise ValueError(f"sequence_length {length} is too long; windows hold at most {2**16 - 1} tokens")
+    if not 2 <= length < 2**16:
+        raise ValueError(f"sequence_length must be from 2 to {2**16 - 1} tokens, got {length}")
     folder = Path(cache_dir) / _key(files, tokenizer, length, text_field)
     if not (folder / "counts.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)

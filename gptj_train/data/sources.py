@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,18 +33,21 @@ def find_files(paths: str | list[str], key: str) -> list[Path]:
         key: the config key the paths came from, for the message.
 
     Raises:
-        ValueError: a path that matches nothing.
+        ValueError: a path that matches nothing, or no path.
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
-        files = [file for match in matches for file in _text_files(match)]
+        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+        # A ** matches folders and the files inside them: each file counts once.
+        files = dict.fromkeys(file for match in matches for file in _text_files(Path(match)))
         if not files:
             raise ValueError(
                 f"{key}: no .jsonl, .json or .txt file at {path!r} (looked from {Path.cwd()}); "
-                "correct the path, or run 'make quickstart' if it is the quickstart's corpus"
+                "correct the path; a quickstart's corpus is written by its script, see the preset in configs/config"
             )
         found += files
+    if not found:
+        raise ValueError(f"{key} is empty; give files, folders or globs")
     return found
 
 
@@ -67,7 +71,10 @@ def _records(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
     for file in files:
         try:
             if file.endswith(".txt"):
-                yield {"text": Path(file).read_text(encoding="utf-8")}
+                text = Path(file).read_text(encoding="utf-8")
+                if not text.strip():
+                    raise ValueError(f"{file}: no text in it; remove it from the data")
+                yield {"text": text}
             else:
                 yield from _jsonl_records(file, text_field)
         except UnicodeDecodeError as error:
@@ -77,16 +84,20 @@ def _records(files: list[str], text_field: str) -> Iterator[dict[str, str]]:
 
 
 def _jsonl_records(file: str, text_field: str) -> Iterator[dict[str, str]]:
-    with open(file, encoding="utf-8", newline="\n") as lines:
+    with open(file, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 yield {"text": _text_of(line, f"{file}:{number}", text_field)}
 
 
-def _text_of(line: str, where: str, text_field: str) -> str:
+def _text_of(line: bytes, where: str, text_field: str) -> str:
     try:
-        record: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+        record: Any = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not UTF-8 text ({error.reason} at byte {error.start} of the line); convert it"
+        ) from None
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
         raise ValueError(f"{where}: not a line of JSON ({error}); each line must be one record") from None
     text = record.get(text_field) if isinstance(record, dict) else None
     if not isinstance(text, str) or not text:

@@ -22,6 +22,9 @@ class Tokenizer:
         end_id = backend.token_to_id(end_of_text)
         if end_id is None:
             raise ValueError(f"the tokenizer has no {end_of_text!r} token to end documents with")
+        # A tokenizer.json may ask for either; documents are never cut or filled up.
+        backend.no_truncation()
+        backend.no_padding()
         self.end_of_text, self.end_id = end_of_text, end_id
         self._backend = backend
 
@@ -123,10 +126,11 @@ class Tokenizer:
     def bytes_per_token(self) -> np.ndarray:
         """(largest_id + 1) int64: the UTF-8 bytes that each id stands for; 0 for special tokens."""
         sizes = np.zeros(self.largest_id + 1, dtype=np.int64)
-        special = {token.content for token in self._backend.get_added_tokens_decoder().values() if token.special}
+        added = self._backend.get_added_tokens_decoder().values()
+        spelt_out = {token.content: 0 if token.special else len(token.content.encode()) for token in added}
         for token, number in self._backend.get_vocab().items():
-            # The byte-level alphabet writes every byte as one character.
-            sizes[number] = 0 if token in special else len(token)
+            # The byte-level alphabet writes every byte as one character; added tokens stand as they are.
+            sizes[number] = spelt_out.get(token, len(token))
         return sizes
 
     def save(self, folder: Path) -> None:
@@ -134,7 +138,12 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         self._backend.save(str(folder / "tokenizer.json"))
         names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
-        config = {**names, "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        config = {
+            **names,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
 

@@ -8,14 +8,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.functional import mean_squared_error, pearson_corrcoef, spearman_corrcoef
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_confusion_matrix,
-    multiclass_f1_score,
-    multiclass_matthews_corrcoef,
-    multilabel_f1_score,
-)
 
 from gptj_train.data.labelled import LabelledRows
 from gptj_train.data.loader import evaluation_batches, micro_batches_at
@@ -153,7 +145,17 @@ def classification_metrics(
     return found | (_multi_label(logits, labels) if problem_type.startswith("multi") else _regression(logits, labels))
 
 
+# torchmetrics is imported where it is used: it takes seconds, which no other recipe need spend.
+
+
 def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_confusion_matrix,
+        multiclass_f1_score,
+        multiclass_matthews_corrcoef,
+    )
+
     count = len(names)
     matrix = multiclass_confusion_matrix(predicted, labels, count).tolist()
     return {
@@ -170,6 +172,8 @@ def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> di
 
 def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """F1 at a probability of one half, and at the hundredth that makes micro-F1 largest on this very data."""
+    from torchmetrics.functional.classification import multilabel_f1_score
+
     probabilities, wanted, count = logits.sigmoid(), labels.long(), labels.shape[1]
 
     def f1(average: Literal["micro", "macro"], threshold: float) -> float:
@@ -187,6 +191,8 @@ def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 def _regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
     """Correlations are means over the numbers of a row; they need two rows, and are NaN for constants."""
+    from torchmetrics.functional import mean_squared_error, pearson_corrcoef, spearman_corrcoef
+
     predicted, labels = predicted.squeeze(1), labels.squeeze(1)
     return {
         "mse": mean_squared_error(predicted, labels).item(),

@@ -47,8 +47,11 @@ class Checkpoints:
             (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
             shutil.rmtree(target, ignore_errors=True)
             scratch.rename(target)
-            for old in self._complete()[: -self.keep]:
-                shutil.rmtree(old)
+            # Later steps than this one are of a run that was given up: resume=never, or from an earlier step.
+            complete = self._complete()
+            abandoned = [folder for folder in complete if folder.name > target.name]
+            for old in abandoned + complete[: -self.keep - len(abandoned)]:
+                shutil.rmtree(old, ignore_errors=True)
         engine.wait()
         return target
 
@@ -97,6 +100,6 @@ def _manifest(folder: Path) -> dict:
 def _is_complete(folder: Path) -> bool:
     try:
         files = _manifest(folder)["files"]
-        return all((folder / file).stat().st_size == size for file, size in files.items())
+        return bool(files) and all((folder / file).stat().st_size == size for file, size in files.items())
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -125,7 +125,12 @@ class Engine:
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
             )
+        if engine.stage == 0:  # it has counted the empty step that made its moments
+            adam = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+            for state in adam.state.values():
+                state["step"] = 0
         self._names = list(self.numels)
+        self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
     @staticmethod
     def _placed(
@@ -155,15 +160,18 @@ class Engine:
 
     def step(self, lr: float) -> None:
         """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
-        for group in self._engine.optimizer.param_groups:
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
+        if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
+            self._plain_norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters()]))
         self._engine.step()
 
     @property
     def grad_norm(self) -> float:
         """Global L2 norm of the last update's gradients before clipping."""
         norm = self._engine.get_global_grad_norm()
-        return float("nan") if norm is None else float(norm)
+        return self._plain_norm if norm is None else float(norm)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -217,9 +225,21 @@ class Engine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
+        whole = _stage_0_masters(self._engine.optimizer)
         for name, parameter in zip(self._names, self._engine.module.parameters(), strict=True):
-            master = safe_get_full_fp32_param(parameter)
+            master = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
             yield name, parameter.detach().float() if master is None else master
+
+
+def _stage_0_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
+    """Master weights under stage 0, which DeepSpeed keeps flat and does not link to the parameters."""
+    masters: dict[nn.Parameter, Tensor] = {}
+    for flat, group in zip(
+        getattr(optimizer, "fp32_groups_flat", []), getattr(optimizer, "fp16_groups", []), strict=False
+    ):
+        parts = flat.detach().split([parameter.numel() for parameter in group])
+        masters.update((parameter, part.view_as(parameter)) for parameter, part in zip(group, parts, strict=True))
+    return masters
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -238,7 +258,7 @@ def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], 
         tied = frozenset({"lm_head.weight"}) - shapes.keys()
         stored = weights.match(shapes, tied, bool(model.new_head_allowed))
         if dist.get_rank() == 0 and (new := shapes.keys() - stored.keys()):
-            print(f"new head, not in {folder}: {', '.join(sorted(new))}", flush=True)
+            print(f"new head, not in {folder}: {', '.join(sorted(new))}", file=sys.stderr, flush=True)
         for name, parameter in model.named_parameters():
             if name not in stored:
                 continue

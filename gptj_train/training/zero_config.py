@@ -53,7 +53,9 @@ class EngineConfig:
 
 def _holds(settings: Any, dotted: str) -> bool:
     for part in dotted.split("."):
-        if not isinstance(settings, Mapping) or part not in settings:
+        if not isinstance(settings, Mapping):
+            return True  # a value in place of the block that the key stands in
+        if part not in settings:
             return False
         settings = settings[part]
     return True
@@ -104,19 +106,27 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
-        # The engine's param_groups carry each group's own weight decay; the trainer sets lr each step.
+        # The engine's param_groups carry each group's own weight decay; the trainer sets lr before each step.
+        # Until then it is 0: stage 0 takes a step without gradients when it is built, which would decay weights.
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": optim.lr, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0},
+            "params": {"lr": 0.0, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0},
         },
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
-        # Micro-batch gradients summed in bf16 lose their small terms.
-        "data_types": {"grad_accum_dtype": "fp32"},
+        "data_types": {"grad_accum_dtype": _accumulation_type(engine)},
         "zero_optimization": zero,
         "steps_per_print": 10**9,
     }
     return _merged(ours, engine.deepspeed)
+
+
+def _accumulation_type(engine: EngineConfig) -> str:
+    # Micro-batch gradients summed in bf16 lose their small terms. But DeepSpeed 0.19.8 has no stage 0 with
+    # another type than the model's, and its stage 1 for it adds each micro-batch's gradients anew to the next.
+    if engine.stage == 0 or (engine.stage == 1 and engine.offload_optimizer == "none"):
+        return engine.precision
+    return "fp32"
 
 
 def _offload(device: str, nvme_path: str | None, pin_memory: bool) -> dict[str, Any]:

@@ -1,0 +1,93 @@
+"""Launches the worker on several ranks, once for all tests that look at what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+HERE = Path(__file__).parent
+
+
+class Results:
+    """What the ranks wrote, by job."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def of(self, job: str, rank: int = 0) -> dict[str, Any]:
+        return json.loads((self.folder / f"{job}.rank{rank}.json").read_text())
+
+    def column(self, job: str, name: str) -> list[float]:
+        return [line[name] for line in self.of(job)["steps"]]
+
+    def weights(self, job: str) -> dict[str, Tensor]:
+        return load_file(self.folder / f"{job}.safetensors")
+
+
+def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Run the worker under the deepspeed launcher; its output is shown when it fails."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
+    command += ["--master_port", str(port), str(HERE / "worker.py"), str(folder), json.dumps(jobs)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if not torch.accelerator.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+
+
+def job(name: str, micro: int = 2, steps: int = 12, max_steps: int = 12, **more: Any) -> dict[str, Any]:
+    engine = more.pop("engine", {})
+    return {"name": name, "micro": micro, "steps": steps, "max_steps": max_steps, "engine": engine, **more}
+
+
+NOT_OFFLOADED = {"offload_optimizer": "none", "offload_parameters": "none"}
+ON_HOST = {"offload_optimizer": "cpu", "offload_parameters": "none"}
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Jobs on 2 ranks in one launch; a second launch resumes; then the same batch on 1 rank and on 4."""
+    folder = tmp_path_factory.mktemp("ranks")
+    fp32 = {"precision": "fp32"}
+    dropout = {"dropout": 0.1, "run": "interrupted", "micro": 1}
+    launch(
+        2,
+        folder,
+        [
+            job("fp32", micro=1, engine=fp32, evaluate=True, export=["fp32", "bf16"]),
+            job("bf16", micro=1),
+            job("recomputed", micro=1, engine=fp32 | {"activation_checkpointing": True}),
+            job("straight", micro=1, dropout=0.1),
+            job("first half", steps=5, save=True, **dropout),
+            job("stage 0 fp32", micro=1, engine={"stage": 0, "precision": "fp32"} | NOT_OFFLOADED),
+            *(job(f"stage {stage}", micro=1, steps=4, engine={"stage": stage} | NOT_OFFLOADED) for stage in range(4)),
+            *(job(f"stage {stage} cpu", micro=1, steps=4, engine={"stage": stage} | ON_HOST) for stage in (1, 2, 3)),
+            job("stage 3 both", micro=1, steps=4),
+        ],
+    )
+    start = str(folder / "fp32" / "export_fp32")
+    launch(
+        2,
+        folder,
+        [
+            job("second half", **dropout),
+            job("from fp32", steps=0, init_from=start, engine=fp32),
+            job("from fp32 to bf16", steps=0, init_from=start),
+        ],
+    )
+    launch(1, folder, [job("1 rank", micro=1, engine=fp32, evaluate=True)])
+    launch(4, folder, [job("4 ranks", micro=1, engine=fp32, evaluate=True)])
+    return Results(folder)

@@ -1,0 +1,49 @@
+"""The oracle: the same training in plain PyTorch, on one process, without DeepSpeed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from toy import GLOBAL_BATCH, SEED, WINDOWS, batch_of, count_targets, optim_config, toy_config
+
+from gptj_train import GPTJForCausalLM
+from gptj_train.data.loader import micro_batches_at
+from gptj_train.training.schedule import lr_at
+
+
+def train(dtype: torch.dtype, steps: int) -> tuple[list[float], list[float], dict[str, Tensor]]:
+    """Losses, gradient norms and final master weights of AdamW on fp32 masters with ``dtype`` compute."""
+    torch.manual_seed(SEED)
+    optim = optim_config()
+    computing = GPTJForCausalLM(toy_config()).to(dtype).train()
+    masters = {name: parameter.detach().float().clone() for name, parameter in computing.named_parameters()}
+    decayed = [master for master in masters.values() if master.dim() > 1]
+    others = [master for master in masters.values() if master.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    losses, norms = [], []
+    for step in range(steps):
+        rows = micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, 1, 0, 1)
+        batches = [batch_of(row) for row in rows]
+        total = sum(count_targets(batch) for batch in batches)
+        gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
+        loss = 0.0
+        for batch in batches:
+            computing.zero_grad()
+            part = computing(**batch, use_cache=False, num_items_in_batch=total).loss
+            part.backward()
+            loss += part.item()
+            for name, parameter in computing.named_parameters():
+                gradients[name] += parameter.grad.float()
+        for name, master in masters.items():
+            master.grad = gradients[name]
+        losses.append(loss)
+        norms.append(clip_grad_norm_(masters.values(), optim.clip_norm).item())
+        for group in adamw.param_groups:
+            group["lr"] = lr_at(step, steps, optim)
+        adamw.step()
+        with torch.no_grad():
+            for name, parameter in computing.named_parameters():
+                parameter.copy_(masters[name])
+    return losses, norms, masters

@@ -1,0 +1,114 @@
+"""A small model and ragged batches, the same in the ranks under test and in the reference beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gptj_train import GPTJConfig
+from gptj_train.data.loader import evaluation_batches, micro_batches_at
+from gptj_train.model.loss import IGNORE, next_token_targets
+from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.trainer import TrainerConfig
+
+VOCAB, LENGTH, WINDOWS = 97, 24, 21
+GLOBAL_BATCH = 4
+SEED = 5
+
+
+def toy_config(dropout: float = 0.0) -> GPTJConfig:
+    return GPTJConfig(
+        vocab_size=VOCAB,
+        n_positions=LENGTH,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        rotary_dim=4,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+    )
+
+
+def optim_config(clip_norm: float = 0.5) -> OptimConfig:
+    """Strong enough that decay, clipping and the schedule all show in the weights."""
+    return OptimConfig(
+        lr=3e-3,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=clip_norm,
+        schedule="cosine",
+        warmup_steps=3,
+        decay_steps=0,
+        final_lr_ratio=0.1,
+    )
+
+
+def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_every: int = 0) -> TrainerConfig:
+    return TrainerConfig(
+        output_dir=output_dir,
+        seed=SEED,
+        max_steps=max_steps,
+        global_batch_size=GLOBAL_BATCH,
+        micro_batch_size=micro_batch_size,
+        eval_every=0,
+        save_every=save_every,
+        keep_checkpoints=2,
+        resume="auto",
+        optim=optim_config(),
+    )
+
+
+def window(index: int | None) -> dict[str, Tensor]:
+    """(T) tensors. Windows differ much in their targets; every seventh has none, None is padding alone."""
+    generator = torch.Generator().manual_seed(1000 + (index or 0))
+    ids = torch.randint(VOCAB, (LENGTH,), generator=generator)
+    if index is None:
+        nothing = torch.full((LENGTH,), IGNORE)
+        return {"input_ids": ids, "labels": nothing, "document_ids": torch.zeros(LENGTH, dtype=torch.long)}
+    kept = 0 if index % 7 == 3 else LENGTH - 3 * (index % 7)
+    labels = ids.clone()
+    labels[kept:] = IGNORE
+    return {"input_ids": ids, "labels": labels, "document_ids": 1 + (torch.arange(LENGTH) > 8 + index % 5).long()}
+
+
+def batch_of(rows: list[Any]) -> dict[str, Tensor]:
+    windows = [window(row) for row in rows]
+    return {name: torch.stack([one[name] for one in windows]) for name in windows[0]}
+
+
+def count_targets(batch: dict[str, Tensor]) -> int:
+    return int((next_token_targets(batch["labels"], batch["document_ids"]) != IGNORE).sum())
+
+
+class ToyTask:
+    """The Task protocol on toy windows; remembers which windows it handed out."""
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+        self.handed_out: list[list[list[int]]] = []
+
+    def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+        rows = micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, self.micro_batch_size, rank, world_size)
+        self.handed_out.append(rows)
+        return [batch_of(micro) for micro in rows]
+
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
+        for rows in evaluation_batches(WINDOWS, self.micro_batch_size, rank, world_size):
+            yield batch_of(rows)
+
+    def targets(self, batch: dict[str, Tensor]) -> int:
+        return count_targets(batch)
+
+    def records(self, output: Any, batch: dict[str, Tensor]) -> list[tuple[float, int]]:
+        return [(output.loss.item(), count_targets(batch))]
+
+    def metrics(self, records: list[tuple[float, int]]) -> dict[str, float]:
+        loss, tokens = (sum(column) for column in zip(*records, strict=True))
+        return {"eval_loss": loss / tokens, "eval_tokens": tokens}

@@ -1,0 +1,82 @@
+"""One rank of the engine tests: does the jobs it is told, one Engine after another, and writes what came out.
+
+deepspeed --num_gpus N worker.py OUT_DIR JOBS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from toy import ToyTask, optim_config, toy_config, trainer_config
+
+from gptj_train import GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.tracking import Tracker, TrackingConfig
+from gptj_train.training.checkpoint import Checkpoints
+from gptj_train.training.engine import Engine
+from gptj_train.training.export import export
+from gptj_train.training.trainer import Trainer
+from gptj_train.training.zero_config import EngineConfig
+
+SILENT = TrackingConfig(wandb="disabled", project="test", run_name=None)
+DEFAULTS = {
+    "stage": 3,
+    "offload_optimizer": "cpu",
+    "offload_parameters": "cpu",
+    "nvme_path": None,
+    "precision": "bf16",
+    "activation_checkpointing": False,
+    "deepspeed": {},
+}
+
+
+def do(job: dict[str, Any], out: Path) -> None:
+    """Train ``job["steps"]`` of ``job["max_steps"]`` and write losses, weights and, if asked, an export."""
+    steps, micro = job["steps"], job["micro"]
+    folder = out / job.get("run", job["name"])
+    config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
+    model = toy_config(job.get("dropout", 0.0))
+    engine = Engine(
+        lambda: GPTJForCausalLM(model),
+        job.get("init_from"),
+        EngineConfig(**(DEFAULTS | job["engine"])),
+        optim_config(),
+        config.global_batch_size,
+        micro,
+        seed=config.seed,
+    )
+    task = ToyTask(micro)
+    checkpoints = Checkpoints(folder, keep=2)
+    trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
+    found = checkpoints.find("auto", engine.world_size)
+    if found is not None:
+        trainer.state = checkpoints.load(engine, found)
+    began = trainer.state.step
+    lines = [trainer.train_step() for _ in range(began, min(steps, job["max_steps"]))]
+    if job.get("save"):
+        checkpoints.save(engine, trainer.state)
+    result = {"steps": lines, "rows": task.handed_out, "evaluation": trainer.evaluate() if job.get("evaluate") else {}}
+    (out / f"{job['name']}.rank{engine.rank}.json").write_text(json.dumps(result))
+    weights = {name: tensor.clone().cpu() for name, tensor in engine.full_parameters()}
+    if engine.rank == 0:
+        save_file(weights, out / f"{job['name']}.safetensors")
+    for dtype in job.get("export", []):
+        export(engine, model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300), folder / f"export_{dtype}", dtype)
+
+
+def main() -> None:
+    out = Path(sys.argv[-2])
+    for job in json.loads(sys.argv[-1]):
+        torch.manual_seed(0)
+        do(job, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

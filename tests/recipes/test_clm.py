@@ -1,0 +1,114 @@
+"""The main job as a user runs it: on two ranks, stopped half-way, run again, then read by Transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from gptj_train import GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.distributed
+
+ROOT = Path(__file__).parents[2]
+KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
+RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
+
+
+def recipe(tmp_path: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    if not torch.accelerator.is_available():
+        environment["DS_ACCELERATOR"] = "cpu"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
+    command = [*launcher, "--master_port", port, "recipes/clm.py", "+config=quickstart"]
+    tiny = ["model.n_layer=2", "model.n_embd=32", "model.rotary_dim=4", "model.vocab_size=300", "model.n_positions=32"]
+    paths = {
+        "output_dir": "run",
+        "tokenizer": "tokenizer",
+        "data.train": "train.jsonl",
+        "data.validation": "validation.jsonl",
+        "data.cache_dir": "cache",
+    }
+    given = [f"{key}={tmp_path / name}" for key, name in paths.items()]
+    steps = ["sequence_length=32", "optim.lr=1e-2", "optim.warmup_steps=1", "eval_every=4", "sample_prompt='One '"]
+    return subprocess.run(
+        [*command, *tiny, *given, *steps, *overrides],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("clm")
+    texts = [RHYME * (1 + number % 4) for number in range(60)]
+    for split, part in (("train", texts[:50]), ("validation", texts[50:])):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    (folder / "tokenizer").mkdir()
+    Tokenizer.train(texts, 300).save(folder / "tokenizer")
+    return folder
+
+
+def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
+    first = recipe(corpus, 2, "max_steps=12", "save_every=6")
+    assert first.returncode == 0, first.stdout + first.stderr
+    run = corpus / "run"
+    names = {path.name for path in run.iterdir()}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "report.html"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
+
+    again = recipe(corpus, 2, "max_steps=16", "save_every=6")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "resuming from" in again.stdout
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000012", "step_00000016"}
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 17))
+    assert all(line.keys() == KEYS for line in steps)
+    evaluations = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 4, 8, 12, 16]
+    assert {"perplexity", "bits_per_byte"} < evaluations[0].keys()
+    assert evaluations[-1]["eval_loss"] < 0.6 * evaluations[0]["eval_loss"]
+
+    # Both ran quietly: nothing on stderr, no line twice as if two ranks had spoken.
+    for done in (first, again):
+        assert done.stderr == ""
+        said = [line for line in done.stdout.splitlines() if line.startswith(("step ", "saved ", "data ", "batch "))]
+        assert len(said) == len(set(said)) > 3
+        assert "warning" not in done.stdout.lower()
+
+    ids = torch.tensor([Tokenizer.load(run / "export").encode(RHYME)[:30]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    ours = GPTJForCausalLM.from_pretrained(run / "export", dtype=torch.float32)
+    assert (ours(ids).logits - theirs(ids).logits).abs().max() < 1e-5
+    assert transformers.AutoTokenizer.from_pretrained(run / "export").encode(RHYME)[:30] == ids[0].tolist()
+    assert theirs.config.eos_token_id == 0
+    stored = load_file(run / "export" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_another_number_of_ranks_is_told_in_one_line(corpus: Path) -> None:
+    """After the test above: its checkpoints are of two ranks."""
+    done = recipe(corpus, 1, "max_steps=20")
+    assert done.returncode == 2
+    message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(message) == 1
+    assert "was written by 2 ranks, this job has 1; start it with 2" in message[0]
+    assert "Traceback" not in done.stderr

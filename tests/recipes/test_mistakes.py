@@ -1,0 +1,215 @@
+"""A user's mistake is one line that names cause and cure, and exit code 2, before anything is written."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gptj_train import GPTJConfig
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.training import engine
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "clm.py"
+GOOD_RECORDS = "".join(json.dumps({"text": f"document {number} of a few"}) + "\n" for number in range(20))
+
+
+class StartedError(Exception):
+    """The recipe found nothing wrong and would train."""
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A folder with all that a small run needs, and things that are not as they should be."""
+    (tmp_path / "tokenizer").mkdir()
+    Tokenizer.train([GOOD_RECORDS], 300).save(tmp_path / "tokenizer")
+    files = {
+        "train.jsonl": GOOD_RECORDS,
+        "empty.jsonl": "",
+        "blank.jsonl": "\n  \n",
+        "broken.jsonl": GOOD_RECORDS + '{"text": "no end"\n',
+        "textless.jsonl": GOOD_RECORDS + '{"content": "x"}\n',
+        "surrogate.jsonl": '{"text": "\\ud83d"}\n',
+        "not_a_model/readme": "",
+        "another_model/config.json": '{"model_type": "gpt2"}',
+        "run_cut_off/checkpoints/step_00000010/weights": "",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / "weightless").mkdir()
+    shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
+    shape.save_pretrained(tmp_path / "weightless")
+    manifest = {"state": {"step": 10, "tokens": 0}, "world_size": 4, "files": {"weights": 0}}
+    other_world = tmp_path / "four_ranks" / "checkpoints" / "step_00000010"
+    other_world.mkdir(parents=True)
+    (other_world / "weights").touch()
+    (other_world / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def arguments(place: Path, *changes: str) -> list[str]:
+    """A command line on which nothing is wrong but the changes; {} in them is the folder."""
+    good = [
+        "+config=quickstart",
+        "output_dir={}/run",
+        "tokenizer={}/tokenizer",
+        "data.train={}/train.jsonl",
+        "data.validation=null",
+        "data.cache_dir={}/cache",
+        "model.vocab_size=512",
+        "sequence_length=64",
+        "max_steps=1",
+    ]
+    return [argument.replace("{}", str(place)) for argument in (*good, *changes)]
+
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs recipes/clm.py in this process up to its engine; gives exit code and stderr."""
+
+    def started(*_: object) -> None:
+        raise StartedError
+
+    monkeypatch.setattr(engine, "Engine", started)
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*changes: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(place, *changes)])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(RECIPE), run_name="__main__")
+        return int(caught.value.code or 0), capsys.readouterr().err
+
+    return run
+
+
+def test_without_a_mistake_it_starts(clm: Command, place: Path) -> None:
+    with pytest.raises(StartedError):
+        clm()
+    assert not (place / "run").exists()
+
+
+MISTAKES = {
+    "unknown preset": (["+config=quikstart"], "no config named 'quikstart'; there are: classification_quickstart"),
+    "unknown key": (["max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
+    "unknown key with a plus": (["+optim.lrate=3"], "unknown config key 'optim.lrate'; did you mean 'optim."),
+    "unknown group": (["engine=zero4"], "no engine named 'zero4'; there are: zero3"),
+    "missing values": (
+        ["output_dir=???", "max_steps=???"],
+        "missing: output_dir, max_steps; give output_dir=... max_steps=...",
+    ),
+    "wrong type": (["max_steps=lots"], "max_steps: input should be a valid integer"),
+    "contradiction": (["engine.stage=1"], "engine.offload_parameters=cpu needs engine.stage=3"),
+    "two owners": (
+        ["+engine.deepspeed.gradient_clipping=1"],
+        "engine.deepspeed.gradient_clipping is set by optim.clip_norm; set it there",
+    ),
+    "batch that does not divide": (
+        ["global_batch_size=30"],
+        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
+        "the nearest that does is global_batch_size=32",
+    ),
+    "missing data": (["data.train={}/nowhere/*.jsonl"], "data.train: no .jsonl, .json or .txt file at '{}/nowhere/"),
+    "missing held-out data": (
+        ["data.validation={}/gone"],
+        "data.validation: no .jsonl, .json or .txt file at '{}/gone",
+    ),
+    "no data": (["data.train=[]"], "data.train is empty; give files, folders or globs"),
+    "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: no text to train on, the data is empty"),
+    "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: no text to train on, the data is empty"),
+    "broken record": (
+        ["data.train={}/broken.jsonl"],
+        "{}/broken.jsonl:21: not a line of JSON (Expecting ',' delimiter",
+    ),
+    "record without text": (
+        ["data.train={}/textless.jsonl"],
+        "{}/textless.jsonl:21: no text in field 'text'; set data.text_field or correct the record",
+    ),
+    "lone surrogate": (["data.train={}/surrogate.jsonl"], "{}/surrogate.jsonl:1: the text holds a lone surrogate"),
+    "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text ("),
+    "bad held-out record": (["data.validation={}/textless.jsonl"], "{}/textless.jsonl:21: no text in field 'text'"),
+    "ids beyond the vocabulary": (
+        ["model.vocab_size=270"],
+        "but the model's vocab_size is 270; use the model's own tokenizer or raise model.vocab_size",
+    ),
+    "missing tokenizer": (["tokenizer={}/nowhere"], "tokenizer {}/nowhere: "),
+    "folder without a tokenizer": (["tokenizer={}/weightless"], "tokenizer {}/weightless: "),
+    "no tokenizer named": (["tokenizer=null"], "tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER"),
+    "missing init_from": (["init_from={}/nowhere"], "{}/nowhere/config.json: no readable GPT-J config.json here"),
+    "init_from without config": (["init_from={}/not_a_model"], "{}/not_a_model/config.json: no readable GPT-J"),
+    "init_from of another model": (["init_from={}/another_model"], "{}/another_model/config.json: model_type must be"),
+    "wrong resume path": (
+        ["resume={}/run/checkpoints/step_00000007"],
+        "resume={}/run/checkpoints/step_00000007: no complete checkpoint there; give a checkpoints/step_... folder",
+    ),
+    "misspelt resume": (["resume=yes_please"], "resume=yes_please: no complete checkpoint there"),
+    "incomplete checkpoint": (
+        ["resume={}/run_cut_off/checkpoints/step_00000010"],
+        "resume={}/run_cut_off/checkpoints/step_00000010: no complete checkpoint there",
+    ),
+    "checkpoint of another world": (
+        ["resume={}/four_ranks/checkpoints/step_00000010"],
+        "{}/four_ranks/checkpoints/step_00000010 was written by 4 ranks, this job has 1; start it with 4",
+    ),
+    "sequence too long for the model": (
+        ["sequence_length=257"],
+        "sequence_length 257 exceeds the model's n_positions (256)",
+    ),
+    "sequence too long for init_from": (
+        ["init_from={}/weightless", "sequence_length=65"],
+        "sequence_length 65 exceeds the model's n_positions (64)",
+    ),
+    "sequence without a next token": (["sequence_length=1"], "sequence_length must be from 2 to 65535 tokens, got 1"),
+    "odd rotary_dim": (["model.rotary_dim=7"], "model.rotary_dim (7) must be even"),
+    "no layers": (["model.n_layer=0"], "model.n_layer must be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize(("changes", "cause"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], cause: str) -> None:
+    code, said = clm(*changes)
+    assert code == 2
+    assert said.startswith("error: ")
+    assert cause.replace("{}", str(place)) in said
+    assert said.count("\n") == 1
+    assert said.endswith("\n")
+    assert not (place / "run").exists()
+
+
+def run_outside(command: list[str], place: Path, *changes: str) -> subprocess.CompletedProcess[str]:
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    env = {name: value for name, value in os.environ.items() if name not in ranks} | {"DS_ACCELERATOR": "cpu"}
+    command = [*command, str(RECIPE), *arguments(place, *changes)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=place, timeout=120)
+
+
+def test_under_plain_python(place: Path) -> None:
+    done = run_outside([sys.executable], place, "max_step=3")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown config key 'max_step'; did you mean 'max_steps'?\n"
+    assert done.stdout == ""
+    assert not (place / "run").exists()
+
+
+@pytest.mark.distributed
+def test_two_ranks_say_it_once(place: Path) -> None:
+    """Weights that are missing are noticed only when the ranks have met and read them."""
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "-q", "--num_gpus", "2"]
+    done = run_outside(launcher, place, "init_from={}/weightless")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {place}/weightless: no model.safetensors")
+    assert done.stderr.count("\n") == 1
+    assert not (place / "run").exists()

@@ -1,0 +1,249 @@
+"""From YAML and command line to a frozen dataclass; what is wrong is told in one line, all at once."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+
+from gptj_train.config import ClmConfig, keys_of, model_config, text_keys, validated
+from gptj_train.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+FILLED = ["output_dir=out", "init_from=null", "max_steps=7", "data.train=a.jsonl"]
+
+
+def config(*overrides: str) -> ClmConfig:
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        return validated(hydra.compose("clm", overrides=[*FILLED, *overrides]), ClmConfig)
+
+
+def complaint(*overrides: str) -> str:
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        config(*overrides)
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_values_arrive_typed_and_frozen() -> None:
+    made = config("optim.lr=2e-5", "optim.betas=[0.8,0.9]", "+engine.deepspeed.a.b=1", "data.train=[x,y]")
+    assert made.max_steps == 7
+    assert (made.optim.lr, made.optim.betas) == (2e-5, (0.8, 0.9))
+    assert made.engine.deepspeed == {"a": {"b": 1}}
+    assert made.data.train == ["x", "y"]
+    assert made.init_from is None
+    with pytest.raises(FrozenInstanceError):
+        made.max_steps = 8  # type: ignore[misc]
+
+
+def test_keys() -> None:
+    keys = list(keys_of(ClmConfig))
+    assert len(keys) == len(set(keys))
+    assert {"max_steps", "optim", "optim.lr", "engine.deepspeed", "tracking.run_name"} <= set(keys)
+    assert {"output_dir", "init_from", "data.text_field", "engine.nvme_path"} <= text_keys(ClmConfig)
+    assert not {"max_steps", "optim.lr", "data.train", "engine.stage"} & text_keys(ClmConfig)
+
+
+def test_unknown_keys_are_all_told_with_the_nearest_name() -> None:
+    assert complaint("+max_stepz=1", "+optim.warmup_step=1", "+lr=1", "+qqq=1", "+engine.stagee=1") == (
+        "unknown config key 'engine.stagee'; did you mean 'engine.stage'?; "
+        "unknown config key 'optim.warmup_step'; did you mean 'optim.warmup_steps'?; "
+        "unknown config key 'max_stepz'; did you mean 'max_steps'?; "
+        "unknown config key 'lr'; did you mean 'optim.lr'?; "
+        "unknown config key 'qqq'; run with '--cfg job' to see all keys"
+    )
+
+
+def test_keys_of_deepspeed_are_its_own() -> None:
+    assert config("+engine.deepspeed.zero_optimization.anything=1").engine.deepspeed == {
+        "zero_optimization": {"anything": 1}
+    }
+
+
+def test_missing_values_are_told_all_at_once() -> None:
+    missing = ["output_dir=???", "init_from=???", "max_steps=???", "data.train=???", "engine=zero3_nvme"]
+    assert complaint(*missing) == (
+        "missing: data.train, engine.nvme_path, output_dir, init_from, max_steps; "
+        "give data.train=... engine.nvme_path=... output_dir=... init_from=... max_steps=..."
+    )
+
+
+def test_removed_keys_are_missing() -> None:
+    assert complaint("~optim.lr", "~seed") == "seed is missing; optim.lr is missing"
+
+
+def test_wrong_values_are_told_all_at_once() -> None:
+    said = complaint("max_steps=many", "optim.lr=high", "engine.stage=5", "optim.schedule=cosin", "resume=5")
+    for part in (
+        "max_steps: input should be a valid integer, unable to parse string as an integer, got 'many'",
+        "optim.lr: input should be a valid number, unable to parse string as a number, got 'high'",
+        "engine.stage: input should be 0, 1, 2 or 3, got 5",
+        "optim.schedule: input should be 'cosine', 'linear', 'constant' or 'wsd', got 'cosin'",
+        "resume: input should be a valid string, got 5",
+    ):
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("max_steps=0", "max_steps must be at least 1, got 0"),
+        ("max_steps=2.5", "max_steps: input should be a valid integer, got a number with a fractional part, got 2.5"),
+        ("max_steps=null", "max_steps: input should be a valid integer, got None"),
+        ("micro_batch_size=-1", "micro_batch_size must be at least 1, got -1"),
+        ("keep_checkpoints=0", "keep_checkpoints must be at least 1, got 0"),
+        ("eval_every=-1", "eval_every must be 0 (only at the end) or more, got -1"),
+        ("optim.lr=0", "optim: lr must be above 0, got 0.0"),
+        ("optim.betas=[0.9]", "optim.betas.1 is missing"),
+        ("engine.stage=2", "engine.offload_parameters=cpu needs engine.stage=3"),
+        ("export_dtype=int8", "export_dtype: input should be 'bf16', 'fp16' or 'fp32', got 'int8'"),
+        ("model.n_layer=few", "model.n_layer: input should be a valid integer"),
+        ("optim=null", "optim"),
+        ("data.cache_dir=${nowhere}", "config: Interpolation key 'nowhere' not found"),
+        (
+            "+engine.deepspeed.train_batch_size=8",
+            "engine.deepspeed.train_batch_size is set by global_batch_size; set it there",
+        ),
+    ],
+)
+def test_values_that_make_no_sense(override: str, message: str) -> None:
+    if override == "optim=null":  # Hydra itself refuses to choose no group
+        with pytest.raises(ValueError, match="must be a string or a list"):
+            config(override)
+    else:
+        assert complaint(override).startswith(message)
+
+
+def test_model_config(tokenizer: Tokenizer) -> None:
+    tiny = config("model=gptj_tiny", "model.n_inner=99").model
+    made = model_config(tiny, None, tokenizer, 256)
+    assert (made.n_embd, made.n_layer, made.inner_size, made.vocab_size) == (256, 4, 99, 2048)
+    assert (made.bos_token_id, made.eos_token_id) == (0, 0)
+    with pytest.raises(ValueError, match=r"sequence_length 257 exceeds the model's n_positions \(256\)"):
+        model_config(tiny, None, tokenizer, 257)
+    with pytest.raises(ValueError, match="ids up to 339, but the model's vocab_size is 300"):
+        model_config(config("model=gptj_tiny", "model.vocab_size=300").model, None, tokenizer, 256)
+    with pytest.raises(ValueError, match=r"nowhere/config\.json: no readable GPT-J config\.json"):
+        model_config(tiny, "nowhere", tokenizer, 256)
+
+
+JOB = """
+from gptj_train.config import ClmConfig
+from gptj_train.launch import rank, recipe, world_size
+
+@recipe(ClmConfig, primary="clm")
+def main(cfg):
+    print(repr([cfg.max_steps, cfg.sample_prompt, cfg.optim.lr, rank(), world_size()]))
+
+if __name__ == "__main__":
+    main()
+"""
+PRESETS = {
+    "good": "max_steps: 5\noutput_dir: out\ninit_from: null\ndata:\n  train: a\noptim:\n  lr: 0.5\n",
+    "typo": "max_stepz: 5\noptim:\n  warmup: 3\n",
+    "typo_in_a_group": "defaults:\n  - override /modell: gptj_tiny\n",
+    "typo_in_a_choice": "defaults:\n  - override /model: gptj_tinny\n",
+    "broken": "max_steps: [5,\n",
+    "a_list": "- 1\n",
+    "a_group_is_a_number": "max_steps: 5\noutput_dir: out\ninit_from: null\ndata:\n  train: a\noptim: 3\n",
+}
+Command = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    """A recipe of its own, with the repository's configs and some presets more."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name, text in PRESETS.items():
+        (tmp_path / "configs" / "config" / f"{name}.yaml").write_text(f"# @package _global_\n{text}")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "job.py").write_text(JOB)
+    return tmp_path / "recipes" / "job.py"
+
+
+@pytest.fixture
+def command(job: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs the recipe with a command line; gives exit code, stdout and stderr."""
+    environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in {**environment, "HYDRA_FULL_ERROR": "0"}.items():
+        monkeypatch.setenv(name, value)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(job), *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(job), run_name="__main__")
+        return (caught.value.code or 0, *capsys.readouterr())  # type: ignore[return-value]
+
+    return run
+
+
+def test_command_line_wins_over_preset_wins_over_primary(command: Command) -> None:
+    assert command("+config=good") == (0, "[5, None, 0.5, 0, 1]\n", "")
+    assert command("+config=good", "max_steps=6", "optim.lr=1e-3") == (0, "[6, None, 0.001, 0, 1]\n", "")
+
+
+@pytest.mark.parametrize("prompt", ["def f(x):", "a, b", "{}[]", "it's", 'say "hi"', "1", "a=b", "ends with \\", "$x"])
+def test_free_text_needs_no_quotes(command: Command, prompt: str) -> None:
+    assert command("+config=good", f"sample_prompt={prompt}") == (0, f"{[5, prompt, 0.5, 0, 1]!r}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["+config=typo"], "unknown config key 'optim.warmup'"),
+        (["+config=typo_in_a_group"], "unknown config key 'modell'; did you mean 'model'?"),
+        (["+config=typo_in_a_choice"], "no model named 'gptj_tinny'; there are: gptj_6b, gptj_tiny"),
+        (["+config=broken"], "the command line or config cannot be read: while parsing a flow node"),
+        (["+config=a_list"], "the command line or config cannot be read: In 'config/a_list'"),
+        (["+config=a_group_is_a_number"], "optim: input should be a dictionary"),
+        (["+config=quikstart"], "no config named 'quikstart'; there are: a_group_is_a_number, a_list, broken, "),
+        (["+config=good", "max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
+        (["+config=good", "optim.lrr=3"], "unknown config key 'optim.lrr'; did you mean 'optim.lr'?"),
+        (["+config=good", "engine=zero9"], "no engine named 'zero9'; there are: zero3"),
+        (["+config=good", "engine=null"], "Config group override must be a string or a list"),
+        (
+            ["+config=good", "engine.deepspeed.x=1"],
+            "'engine.deepspeed.x' is not there yet; add it with +engine.deepspeed.x=...",
+        ),
+        (["+config=good", "engine.deepspeed={x: 1}"], "'engine.deepspeed' is not there yet; add it with +engine.deep"),
+        (["+config=good", "max_steps"], "the command line or config cannot be read: "),
+        (["+config=good", "optim.betas=[1,"], "the command line or config cannot be read: "),
+        (["+config=good", "max_steps=1,2"], "the command line or config cannot be read: Ambiguous value"),
+        (["--cfg", "job", "+config=quikstart"], "no config named 'quikstart'"),
+        (["--cfg", "job", "+config=good", "max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(command: Command, arguments: list[str], line: str) -> None:
+    code, out, err = command(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {line}")
+    assert err.count("\n") == 1
+
+
+def test_the_broken_line_of_a_preset_is_named(command: Command) -> None:
+    assert 'configs/config/broken.yaml", line 3' in command("+config=broken")[2]
+
+
+def test_cfg_job_shows_the_composed_config(command: Command) -> None:
+    code, out, _ = command("--cfg", "job", "+config=good")
+    assert code == 0
+    assert "max_steps: 5\n" in out
+    assert "  lr: 0.5\n" in out
+
+
+def test_ranks_and_the_launchers_argument(job: Path) -> None:
+    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    options: dict[str, Any] = {"env": known | slurm, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([sys.executable, str(job), "--local_rank=1", "+config=good"], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[5, None, 0.5, 1, 4]\n", "")

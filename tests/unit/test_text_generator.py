@@ -1,0 +1,72 @@
+"""Streaming, batches and stop strings say the same text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from gptj_train import GPTJConfig, GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.tasks.generation import TextGenerator, prompts_in
+
+PROMPTS = ["Once", "upon a time, a bé", "naïve 🙂 text"]
+OPTIONS = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model, whose text is a jumble of bytes: many of them parts of characters."""
+    torch.manual_seed(3)
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer.train(PROMPTS * 5, vocab_size=280)
+    config = GPTJConfig(vocab_size=280, n_positions=64, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, eos_token_id=0)
+    model = GPTJForCausalLM(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(path)
+    tokenizer.save(path)
+    return path
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_the_streamed_pieces_join_to_the_completed_text(folder: Path, prompt: str) -> None:
+    writer = TextGenerator(folder)
+    pieces = list(writer.stream(prompt, **OPTIONS))
+    (whole,) = writer.complete([prompt], **OPTIONS)
+    assert "".join(pieces) == whole
+    assert len(whole) > 5
+    assert len(pieces) > 3
+    assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
+
+
+def test_a_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
+    writer = TextGenerator(folder)
+    assert writer.complete(PROMPTS, **OPTIONS) == [writer.complete([prompt], **OPTIONS)[0] for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_text_ends_before_a_stop_string(folder: Path, length: int) -> None:
+    writer = TextGenerator(folder)
+    (whole,) = writer.complete([PROMPTS[0]], **OPTIONS)
+    stop = [whole[4 : 4 + length], "never said"]
+    expected = whole[: whole.index(stop[0])]
+    assert writer.complete([PROMPTS[0]], stop, **OPTIONS) == [expected]
+    assert "".join(writer.stream(PROMPTS[0], stop, **OPTIONS)) == expected
+
+
+def test_an_empty_prompt_is_told(folder: Path) -> None:
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        TextGenerator(folder).complete([""])
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("one\n\ntwo\nthree\n")
+    assert prompts_in(str(file), 2) == [["one", "two"], ["three"]]
+    file.write_text("\n")
+    with pytest.raises(ValueError, match="holds no prompt"):
+        prompts_in(str(file), 2)
+    with pytest.raises(ValueError, match="cannot be read"):
+        prompts_in(str(tmp_path / "absent"), 2)

@@ -1,0 +1,197 @@
+"""metrics.jsonl over starts and resumes, silence of the other ranks, and Weights & Biases without a network."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gptj_train.tracking import Tracker, TrackingConfig, read_metrics
+
+RUN_CONFIG = {"max_steps": 4, "optim": {"lr": 1e-3}, "init_from": None}
+
+
+def step(number: int, **changes: float) -> dict[str, float]:
+    return {
+        "step": number,
+        "loss": 5.0 - number,
+        "lr": 1e-3,
+        "grad_norm": 0.5,
+        "tokens": 100 * number,
+        "tokens_per_second": 1234.5,
+        "step_seconds": 0.25,
+        "memory": 1.5,
+    } | changes
+
+
+def evaluated(number: int) -> dict[str, float]:
+    return {"step": number, "tokens": 100 * number, "eval_loss": 4.0, "perplexity": 54.6, "bits_per_byte": 1.25}
+
+
+def tracker(folder: Path, rank: int = 0, wandb: str = "disabled", **config: Any) -> Tracker:
+    settings = TrackingConfig(**{"wandb": wandb, "project": "tests", "run_name": None} | config)
+    return Tracker(settings, folder, RUN_CONFIG, rank)
+
+
+def write(folder: Path, start: int, *lines: dict[str, float], **options: Any) -> None:
+    """A run from ``start`` that records these lines."""
+    made = tracker(folder, **options)
+    made.start(start, 4)
+    for line in lines:
+        (made.evaluation if "eval_loss" in line else made.step)(line)
+    made.finish()
+
+
+@pytest.fixture(autouse=True)
+def _no_wandb_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("WANDB_MODE", "WANDB_PROJECT", "WANDB_NAME", "WANDB_API_KEY", "WANDB_RUN_ID", "WANDB_ENTITY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "WANDB_DIR", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "NETRC"):
+        monkeypatch.setenv(name, str(tmp_path / "home"))
+
+
+def test_a_line_for_every_step_and_evaluation(tmp_path: Path) -> None:
+    lines = [evaluated(0), step(1), step(2), evaluated(2)]
+    write(tmp_path / "runs" / "a", 0, *lines)
+    assert read_metrics(tmp_path / "runs" / "a") == lines
+    assert (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().count("\n") == 4
+    assert yaml.safe_load((tmp_path / "runs" / "a" / "config.yaml").read_text()) == RUN_CONFIG
+
+
+def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
+    running = tracker(tmp_path)
+    running.start(0, 4)
+    running.step(step(1))
+    assert read_metrics(tmp_path) == [step(1)]
+    running.finish()
+
+
+def test_a_fresh_start_begins_anew(tmp_path: Path) -> None:
+    write(tmp_path, 0, evaluated(0), step(1), step(2))
+    write(tmp_path, 0, evaluated(0))
+    assert read_metrics(tmp_path) == [evaluated(0)]
+
+
+def test_resuming_keeps_lines_up_to_the_checkpoint_and_no_later_ones(tmp_path: Path) -> None:
+    lines = [evaluated(0), step(1), step(2), evaluated(2), step(3), step(4), evaluated(4)]
+    write(tmp_path, 0, *lines[:5])  # cut off at step 3; the checkpoint is of step 2
+    write(tmp_path, 2, *lines[4:])
+    assert read_metrics(tmp_path) == lines
+
+
+def test_resuming_twice_from_the_same_checkpoint_doubles_nothing(tmp_path: Path) -> None:
+    lines = [evaluated(0), step(1), step(2), evaluated(2), step(3)]
+    write(tmp_path, 0, *lines)
+    write(tmp_path, 2, step(3))
+    write(tmp_path, 2, step(3))
+    assert read_metrics(tmp_path) == lines
+
+
+@pytest.mark.parametrize("cut", [1, 10, 30])
+def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path, cut: int) -> None:
+    write(tmp_path, 0, step(1), step(2))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + json.dumps(step(3))[:cut])
+    assert read_metrics(tmp_path) == [step(1), step(2)]
+    write(tmp_path, 2, step(3))
+    assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
+
+
+def test_no_metrics_yet(tmp_path: Path) -> None:
+    assert read_metrics(tmp_path) == []
+
+
+def test_losses_that_are_no_numbers_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, step(4, loss=math.nan, grad_norm=math.inf))
+    (line,) = read_metrics(tmp_path)
+    assert math.isnan(line["loss"])
+    assert line["grad_norm"] == math.inf
+    assert "loss nan" in capsys.readouterr().out
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    silent = tracker(tmp_path / "run", rank=1, wandb="online")
+    silent.note("before")
+    silent.start(0, 4)
+    silent.evaluation(evaluated(0))
+    silent.step(step(4))
+    silent.note("after")
+    silent.finish()
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_rank_0_writes_nothing_before_its_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker(tmp_path / "run").note("batch 32")
+    assert capsys.readouterr().out == "batch 32\n"
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, evaluated(0), step(1), step(2), step(4))
+    assert capsys.readouterr().out.splitlines() == [
+        "step 0: eval_loss 4.0000  perplexity 54.6000  bits_per_byte 1.2500",
+        "step 1/4  loss 4.0000  lr 1.00e-03  1,234 tokens/s  1.5 GiB  00:00 left",
+        # step 2 comes too soon after step 1; the last step is always shown
+        "step 4/4  loss 1.0000  lr 1.00e-03  1,234 tokens/s  1.5 GiB  00:00 left",
+    ]
+
+
+def wandb_records(run: Path) -> dict[str, list[Any]]:
+    """The records of an offline run, by kind, as Weights & Biases' own tool reads them."""
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(run)]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    records: dict[str, list[Any]] = {}
+    for record in map(json.loads, lines):
+        records.setdefault(record["type"], []).append(record.get(record["type"]))
+    return records
+
+
+def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, evaluated(0), step(1), step(2), evaluated(2), wandb="offline", run_name="mine")
+    (run,) = tmp_path.glob("wandb/offline-run-*")
+    assert f"upload this run with: wandb sync {run}\n" in capsys.readouterr().out
+    records = wandb_records(run)
+    identity = (tmp_path / "wandb_id.txt").read_text()
+    assert len(identity) == 8
+    about = records["run"][0]
+    assert (about["run_id"], about["project"], about["display_name"]) == (identity, "tests", "mine")
+    assert about["config"]["update"]["optim"] == {"lr": 1e-3}
+    rows = [{k: v for k, v in row["item"].items() if not k.startswith("_")} for row in records["history"]]
+    evaluation = {"eval/loss": 4.0, "eval/perplexity": 54.6, "eval/bits_per_byte": 1.25}
+    performance = {"perf/tokens_per_s": 1234.5, "perf/step_seconds": 0.25, "mem/peak_gib": 1.5}
+    training = {"train/grad_norm": 0.5, "train/lr": 1e-3, **performance}
+    # Every row says where on the axis of tokens it stands, the evaluation before the first step too.
+    assert rows == [
+        {"train/tokens": 0, **evaluation},
+        {"train/tokens": 100, "train/loss": 4.0, **training},
+        {"train/tokens": 200, "train/loss": 3.0, **training, **evaluation},
+    ]
+    assert [row["item"]["_step"] for row in records["history"]] == [0, 1, 2]
+    assert records["metric"][0]["step_metric"] == "train/tokens"
+
+    write(tmp_path, 2, step(3), wandb="offline")
+    assert (tmp_path / "wandb_id.txt").read_text() == identity
+    (resumed,) = set(tmp_path.glob("wandb/offline-run-*")) - {run}
+    assert wandb_records(resumed)["run"][0]["run_id"] == identity
+    assert [row["item"]["_step"] for row in wandb_records(resumed)["history"]] == [3]
+
+
+def test_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    write(tmp_path, 0, step(1), wandb="online")
+    assert not (tmp_path / "wandb_id.txt").exists()
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_online_without_a_key_is_a_mistake_with_advice(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No API key configured") as caught:
+        tracker(tmp_path, wandb="online").start(0, 4)
+    assert str(caught.value).startswith("tracking.wandb=online: ")
+    assert str(caught.value).endswith("Or set tracking.wandb=offline.")
