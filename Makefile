@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The launcher's own processes: warn of nothing where there is no GPU.
-ifeq ($(shell command -v nvidia-smi),)
+# quickstart and tests start two ranks: on the CPU, unless there are GPUs for both.
+ifneq ($(filter 0 1,$(shell nvidia-smi -L 2>/dev/null | grep -c '^GPU')),)
 export DS_ACCELERATOR ?= cpu
 endif
 # The launcher starts ranks by names found on the path.

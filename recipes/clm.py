@@ -52,6 +52,7 @@ def main(cfg: ClmConfig) -> None:
     folder = export(engine, model, ARCHITECTURE, tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
+        write_report(cfg.output_dir, facts)
         sample = sample_from(folder, cfg.sample_prompt, cfg.seed) if cfg.sample_prompt else None
         write_report(cfg.output_dir, facts, sample)
         print(summary(cfg.output_dir, ARCHITECTURE, sample))

@@ -8,8 +8,10 @@ import logging
 import os
 import resource
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,9 @@ from gptj_train.training.schedule import OptimConfig
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.hf import HFWeights
 
+_TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
+_LONGEST_COMPILATION = 1800  # seconds
+
 logger.setLevel(logging.ERROR)
 # DeepSpeed still calls the collectives by the names that torch 2.13 renamed.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -42,20 +47,31 @@ def join_process_group() -> tuple[int, int]:
     The launcher's RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT must be in the environment.
     """
     if not dist.is_initialized():
-        if torch.cuda.is_available():
+        if deepspeed.get_accelerator().device_name() == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        else:
-            _share_cores()
+        _share_cores()
+        _clear_stale_locks()
         with _quiet():
-            deepspeed.init_distributed(verbose=False)
+            deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
 
 
 def _share_cores() -> None:
-    # Ranks on one CPU host otherwise each start a thread for every core.
-    if "OMP_NUM_THREADS" not in os.environ:
-        ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks_here))
+    """Give each rank its part of the host's cores: the optimizer on the host uses them beside a GPU too."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    share = max(1, (os.cpu_count() or 1) // ranks_here)
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets one thread, which starves the optimizer
+        torch.set_num_threads(share)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), share))
+
+
+def _clear_stale_locks() -> None:
+    """Remove what a killed compilation left: torch would wait for its end without limit."""
+    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
+        with contextlib.suppress(OSError):
+            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION:
+                lock.unlink()
 
 
 @contextlib.contextmanager
@@ -216,7 +232,16 @@ class Engine:
                 (folder.parent / script).unlink(missing_ok=True)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, with the same number of ranks and the same engine settings."""
+        """Read what ``save`` wrote, with the same number of ranks and the same engine settings.
+
+        Raises:
+            ValueError: with the optimizer on NVMe, whose moments DeepSpeed 0.19.8 does not bring back.
+        """
+        if self._engine.zero_nvme_offload_optimizer():
+            raise ValueError(
+                "a run with engine.offload_optimizer=nvme cannot be resumed: DeepSpeed does not restore its moments; "
+                "set resume=never to start over, or train with engine.offload_optimizer=cpu"
+            )
         with _quiet():
             self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         optimizer = getattr(self._engine.optimizer, "optimizer", None)

@@ -42,7 +42,7 @@ def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
     command += ["--master_port", str(port), str(HERE / "worker.py"), str(folder), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if not torch.accelerator.is_available():
+    if torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]

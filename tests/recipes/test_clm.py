@@ -29,7 +29,7 @@ def recipe(tmp_path: Path, ranks: int, *overrides: str) -> subprocess.CompletedP
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    if not torch.accelerator.is_available():
+    if torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
     command = [*launcher, "--master_port", port, "recipes/clm.py", "+config=quickstart"]
