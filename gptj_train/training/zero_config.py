@@ -110,7 +110,8 @@ def deepspeed_config(
         # Until then it is 0: stage 0 takes a step without gradients when it is built, which would decay weights.
         "optimizer": {
             "type": "AdamW",
-            "params": {"lr": 0.0, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0},
+            "params": {"lr": 0.0, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0}
+            | _implementation(engine),
         },
         "bf16": {"enabled": engine.precision == "bf16"},
         "fp16": {"enabled": engine.precision == "fp16"},
@@ -119,6 +120,12 @@ def deepspeed_config(
         "steps_per_print": 10**9,
     }
     return _merged(ours, engine.deepspeed)
+
+
+def _implementation(engine: EngineConfig) -> dict[str, bool]:
+    # Without offload torch's fused AdamW: DeepSpeed's own would need a CUDA toolkit to be compiled. Offloaded,
+    # DeepSpeed takes its CPUAdam; its stage 0 keeps master weights for its own FusedAdam only.
+    return {"torch_adam": True, "fused": True} if engine.stage > 0 and engine.offload_optimizer == "none" else {}
 
 
 def _accumulation_type(engine: EngineConfig) -> str:

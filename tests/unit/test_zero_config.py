@@ -32,14 +32,13 @@ BASE: dict[str, Any] = {
     "activation_checkpointing": True,
     "deepspeed": {},
 }
+ADAMW = {"lr": 0.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
+ON_THE_GPU = {"optimizer": {"type": "AdamW", "params": ADAMW | {"torch_adam": True, "fused": True}}}
 GOLDEN: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 2,
     "gradient_accumulation_steps": 4,
     "gradient_clipping": 0.5,
-    "optimizer": {
-        "type": "AdamW",
-        "params": {"lr": 0.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0},
-    },
+    "optimizer": {"type": "AdamW", "params": ADAMW},
     "bf16": {"enabled": True},
     "fp16": {"enabled": False},
     "data_types": {"grad_accum_dtype": "fp32"},
@@ -57,7 +56,7 @@ def config(pin_memory: bool = False, **changes: Any) -> dict[str, Any]:
 
 
 def test_zero3_on_the_gpus() -> None:
-    assert config() == GOLDEN
+    assert config() == GOLDEN | ON_THE_GPU
     assert "train_batch_size" not in config()
 
 
@@ -91,11 +90,16 @@ def test_optimizer_on_nvme_weights_on_the_host() -> None:
 )
 def test_precision(precision: str, bf16: bool, fp16: bool) -> None:
     made = config(stage=2, precision=precision)
-    assert made == GOLDEN | {
+    assert made == GOLDEN | ON_THE_GPU | {
         "bf16": {"enabled": bf16},
         "fp16": {"enabled": fp16},
         "zero_optimization": {"stage": 2},
     }
+
+
+@pytest.mark.parametrize(("place", "kind"), [("none", "bf16"), ("cpu", "fp32")])
+def test_stage_1_sums_gradients_in_fp32_only_where_that_is_right(place: str, kind: str) -> None:
+    assert config(stage=1, offload_optimizer=place)["data_types"] == {"grad_accum_dtype": kind}
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
