@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -19,12 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-if not torch.accelerator.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning about finding no GPU
-if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-    # DeepSpeed compiles its CPU optimizer at first use: once for each virtual environment, with its ninja.
-    os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
-    os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
+from gptj_train.training import host
+
+host.prepare_environment()
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger, safe_get_full_fp32_param
@@ -34,7 +30,6 @@ from gptj_train.training.zero_config import EngineConfig, accumulation_steps, de
 from gptj_train.weights.hf import HFWeights
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
-_LONGEST_COMPILATION = 1800  # seconds
 
 logger.setLevel(logging.ERROR)
 # DeepSpeed still calls the collectives by the names that torch 2.13 renamed.
@@ -49,29 +44,11 @@ def join_process_group() -> tuple[int, int]:
     if not dist.is_initialized():
         if deepspeed.get_accelerator().device_name() == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        _share_cores()
-        _clear_stale_locks()
+        host.share_cores()
+        host.clear_stale_locks()
         with _quiet():
             deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
-
-
-def _share_cores() -> None:
-    """Give each rank its part of the host's cores: the optimizer on the host uses them beside a GPU too."""
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    share = max(1, (os.cpu_count() or 1) // ranks_here)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets one thread, which starves the optimizer
-        torch.set_num_threads(share)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), share))
-
-
-def _clear_stale_locks() -> None:
-    """Remove what a killed compilation left: torch would wait for its end without limit."""
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
-        with contextlib.suppress(OSError):
-            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION:
-                lock.unlink()
 
 
 @contextlib.contextmanager
@@ -84,11 +61,6 @@ def _quiet() -> Iterator[None]:
     except BaseException:
         print(said.getvalue(), end="")
         raise
-
-
-def _is_compiled() -> bool:
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return folder is None or any(Path(folder).rglob("cpu_adam*.so"))
 
 
 class Engine:
@@ -131,7 +103,7 @@ class Engine:
             largest_parameter=max(self.numels.values()),
             pin_memory=self.device.type != "cpu",
         )
-        if self.rank == 0 and engine.offload_optimizer != "none" and not _is_compiled():
+        if self.rank == 0 and engine.offload_optimizer != "none" and not host.is_compiled("cpu_adam"):
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         torch.manual_seed(seed)
         with _quiet():
