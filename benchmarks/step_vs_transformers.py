@@ -54,7 +54,7 @@ class Cell:
         return sizes | {"n_positions": self.sequence_length, "rotary_dim": rotary, "vocab_size": VOCAB}
 
 
-CELLS = [Cell(4, 256, 1, 512, 4), Cell(4, 512, 2, 1024, 1), Cell(4, 512, 2, 2048, 1)]
+CELLS = [Cell(4, 256, 1, 512, 4), Cell(4, 512, 2, 2048, 1)]
 
 
 def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
