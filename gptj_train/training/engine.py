@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import math
 import os
 import resource
 import sys
@@ -148,22 +147,13 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``.
-
-        Gradients that are not finite are dropped, and weights and moments stay as they are.
-        """
+        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
         optimizer = self._engine.optimizer
         for group in optimizer.param_groups:
             group["lr"] = lr
-        last = self._engine.is_gradient_accumulation_boundary()
-        if last and not hasattr(optimizer, "_global_grad_norm"):
+        if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
             self._plain_norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters()]))
-            if not math.isfinite(self._plain_norm):  # the one case that DeepSpeed does not look at
-                self._engine.module.zero_grad(set_to_none=True)
         self._engine.step()
-        if last and getattr(optimizer, "overflow", False) and hasattr(optimizer, "averaged_gradients"):
-            # DeepSpeed 0.19.8 offloading under stage 1 or 2 would add them to all later ones, and drop these too.
-            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
     @property
     def grad_norm(self) -> float:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptj_train import GPTJConfig
-from gptj_train.data.cache import prepare
 from gptj_train.data.loader import evaluation_batches, micro_batches_at
-from gptj_train.data.sources import DataConfig
-from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.loss import IGNORE, next_token_targets
-from gptj_train.tasks.clm import CausalLM
 from gptj_train.training.schedule import OptimConfig
 from gptj_train.training.trainer import TrainerConfig
 
@@ -24,9 +19,9 @@ GLOBAL_BATCH = 4
 SEED = 5
 
 
-def toy_config(dropout: float = 0.0, vocab_size: int = VOCAB) -> GPTJConfig:
+def toy_config(dropout: float = 0.0) -> GPTJConfig:
     return GPTJConfig(
-        vocab_size=vocab_size,
+        vocab_size=VOCAB,
         n_positions=LENGTH,
         n_embd=32,
         n_layer=2,
@@ -55,7 +50,7 @@ def optim_config(clip_norm: float = 0.5) -> OptimConfig:
     )
 
 
-def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int) -> TrainerConfig:
+def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_every: int = 0) -> TrainerConfig:
     return TrainerConfig(
         output_dir=output_dir,
         seed=SEED,
@@ -63,7 +58,7 @@ def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int) -> Tr
         global_batch_size=GLOBAL_BATCH,
         micro_batch_size=micro_batch_size,
         eval_every=0,
-        save_every=0,
+        save_every=save_every,
         keep_checkpoints=2,
         resume="auto",
         optim=optim_config(),
@@ -93,15 +88,15 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 
 
 class ToyTask:
-    """The Task protocol on toy windows."""
+    """The Task protocol on toy windows; remembers which windows it handed out."""
 
     def __init__(self, micro_batch_size: int) -> None:
         self.micro_batch_size = micro_batch_size
-        self.seen: list[list[list[int]]] = []  # windows handed out, by step and micro-batch
+        self.handed_out: list[list[list[int]]] = []
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
         rows = micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, self.micro_batch_size, rank, world_size)
-        self.seen.append(rows)
+        self.handed_out.append(rows)
         return [batch_of(micro) for micro in rows]
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
@@ -117,22 +112,3 @@ class ToyTask:
     def metrics(self, records: list[tuple[float, int]]) -> dict[str, float]:
         loss, tokens = (sum(column) for column in zip(*records, strict=True))
         return {"eval_loss": loss / tokens, "eval_tokens": tokens}
-
-
-class SeenCausalLM(CausalLM):
-    """The real task; remembers the records that its metrics are of."""
-
-    seen: list[Any]
-
-    def metrics(self, records: list[tuple[float, int, int]]) -> dict[str, float]:
-        self.seen = records
-        return super().metrics(records)
-
-
-def packed_task(folder: Path, micro_batch_size: int) -> SeenCausalLM:
-    """Causal language modelling on ``text.jsonl``, with the tokenizer beside it."""
-    tokenizer = Tokenizer.load(folder)
-    text = str(folder / "text.jsonl")
-    data = DataConfig(train=text, validation=text, text_field="text", cache_dir=str(folder / "cache"))
-    train, validation = prepare(data, tokenizer, LENGTH)
-    return SeenCausalLM(train, validation, tokenizer, SEED, GLOBAL_BATCH, micro_batch_size)
