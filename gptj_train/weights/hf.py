@@ -1,25 +1,19 @@
-"""Tensors in and out of Transformers folders: safetensors or legacy .bin, one file or sharded."""
+"""Tensors out of Transformers folders: safetensors or legacy .bin, one file or sharded."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-MAX_SHARD_BYTES = 5_000_000_000
-
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 _PREFIX = "transformer."
@@ -145,70 +139,3 @@ def _is_state_dict(loaded: Any) -> bool:
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
-
-
-def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> tensor names, filling each safetensors file up to ``max_bytes``, in the given order."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > max_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    numels: Mapping[str, int],
-    dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write named tensors as sharded safetensors, holding one shard in memory at a time.
-
-    Args:
-        folder: an existing folder.
-        tensors: (name, tensor) in the order of ``numels``; each is cast to ``dtype`` as it comes.
-        numels: element count of every tensor that will come.
-    """
-    shards = plan_shards({name: numel * dtype.itemsize for name, numel in numels.items()}, max_shard_bytes)
-    stream = iter(tensors)
-    for file, names in shards.items():
-        shard = {}
-        for expected, (name, tensor) in zip(names, stream, strict=False):
-            assert name == expected, f"{name} came where {expected} was announced"
-            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        count = sum(numels.values())
-        index = {
-            "metadata": {"total_size": count * dtype.itemsize, "total_parameters": count},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def install_files(finished: Path, target: Path) -> None:
-    """Move a finished folder's files into ``target``; weights of an earlier save go, other files stay."""
-    target.mkdir(exist_ok=True)
-    written = {file.name for file in finished.iterdir()}
-    for old in target.iterdir():
-        if _WEIGHT_FILE.fullmatch(old.name) and old.name not in written:
-            old.unlink()
-    for name in written:
-        os.replace(finished / name, target / name)
-
-
-def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; what stood there goes only afterwards."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    os.replace(finished, target)
-    shutil.rmtree(old, ignore_errors=True)
