@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
-_FLOATS = ("F64", "F32", "F16", "BF16")
+_MOST_MAPPED = 200_000_000  # bytes
+_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
@@ -36,6 +38,7 @@ class HFWeights:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
+        self._mapped: Counter[str] = Counter()  # bytes read from each file since it was opened
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -98,10 +101,8 @@ class HFWeights:
 
     def close(self) -> None:
         """Release the mapped files; tensors already read stay valid."""
-        for handle in self._open.values():
-            if hasattr(handle, "__exit__"):
-                handle.__exit__(None, None, None)
-        self._open.clear()
+        for file in list(self._open):
+            self._release(file)
 
     def __enter__(self) -> HFWeights:
         return self
@@ -137,31 +138,59 @@ class HFWeights:
                 f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
             )
         for name, place in wanted.items():
-            (found, kind), shape = self._form(place), tuple(shapes[name])
+            found, shape = self.shape(place), tuple(shapes[name])
             if found != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
-            if kind not in _FLOATS:
-                raise ValueError(
-                    f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
-                    "give a folder in fp32, bf16 or fp16, one that is not quantized"
-                )
         return wanted
 
-    def _form(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and safetensors' name of the dtype, without reading the numbers."""
+    def names(self) -> set[str]:
+        """Of all tensors in the folder."""
+        return set(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them, without reading it.
+
+        Raises:
+            ValueError: a tensor that its file lacks, or one that is quantized.
+        """
         handle = self._handle(self._file_of[name])
         if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             raise ValueError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
-            kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-            return tuple(handle[name].shape), kinds.get(handle[name].dtype, str(handle[name].dtype))
-        stored = handle.get_slice(name)
-        return tuple(stored.get_shape()), stored.get_dtype()
+            shape, kind = handle[name].shape, str(handle[name].dtype).removeprefix("torch.")
+        else:
+            stored = handle.get_slice(name)
+            shape, kind = stored.get_shape(), stored.get_dtype()
+        if kind not in _FLOATS:
+            raise ValueError(
+                f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
+                "give a folder in fp32, bf16 or fp16, one that is not quantized"
+            )
+        return tuple(shape)
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, as stored."""
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fill ``into``, one-dimensional, with the tensor's elements from ``start`` on, cast to its dtype.
+
+        Only these elements come from the disk. What was read stays mapped, and counts as this process's memory,
+        until so much has been read that the file is mapped anew.
+        """
+        flat = self.tensor(name).reshape(-1)
+        into.copy_(flat.narrow(0, start, into.numel()))
+        file = self._file_of[name]
+        self._mapped[file] += into.numel() * flat.element_size()
+        if self._mapped[file] > _MOST_MAPPED:
+            self._release(file)
+
+    def _release(self, file: str) -> None:
+        handle = self._open.pop(file)
+        self._mapped[file] = 0
+        if hasattr(handle, "__exit__"):
+            handle.__exit__(None, None, None)
 
 
 def _is_state_dict(loaded: Any) -> bool:
