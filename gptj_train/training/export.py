@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import deque
 from pathlib import Path
 
 import torch
 
-from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.model.config import GPTJConfig
 from gptj_train.training.engine import Engine
+from gptj_train.training.model_files import ModelFiles
 from gptj_train.weights.hf import replace_folder, write_weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def export(
-    engine: Engine, config: GPTJConfig, architecture: str, tokenizer: Tokenizer, folder: str | Path, dtype: str
-) -> Path:
+def export(engine: Engine, model_files: ModelFiles, folder: str | Path, dtype: str) -> Path:
     """Write weights, config and tokenizer files that Transformers loads unchanged. Collective.
 
     Rank 0 holds one shard of at most 5 GB besides its own part; the folder appears whole or not at all.
 
     Args:
-        architecture: the Transformers class to name in config.json.
         dtype: bf16, fp16 or fp32.
     """
     target = Path(folder)
@@ -37,12 +32,9 @@ def export(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        write_weights(scratch, engine.full_parameters(), engine.numels, DTYPES[dtype])
-        config.dtype = str(DTYPES[dtype]).removeprefix("torch.")
-        config.save_pretrained(scratch, architecture)
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        (scratch / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        tokenizer.save(scratch)
+        numels = {name: shape.numel() for name, shape in engine.shapes.items()}
+        write_weights(scratch, engine.full_parameters(), numels, DTYPES[dtype])
+        model_files.save(scratch, DTYPES[dtype])
         replace_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
