@@ -50,8 +50,11 @@ class Tracker:
         self._last_line = 0.0
         self._pace = 0.0
 
-    def start(self, step: int, max_steps: int) -> None:
-        """Open the run folder's files, going on after ``step``: lines of later steps, from a run cut off, go."""
+    def start(self, step: int, max_steps: int, wandb_id: str | None = None) -> None:
+        """Open the run folder's files, going on after ``step``: lines of later steps, from a run cut off, go.
+
+        ``wandb_id`` is that of the run to go on with, where the folder does not say.
+        """
         if not self._speaks:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -60,10 +63,15 @@ class Tracker:
         kept = [line for line in read_metrics(self._folder) if 0 < line["step"] <= step or step > 0 == line["step"]]
         path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._metrics = path.open("a", buffering=1)
-        self._wandb = _start_wandb(self._config, self._folder, self._run_config)
+        self._wandb = _start_wandb(self._config, self._folder, self._run_config, wandb_id)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
         self._max_steps = max_steps
+
+    @property
+    def wandb_id(self) -> str | None:
+        """Of the Weights & Biases run, where there is one."""
+        return None if self._wandb is None else self._wandb.id
 
     def step(self, metrics: dict[str, float]) -> None:
         """A finished optimizer step."""
@@ -138,7 +146,7 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any]) -> Any:
+def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any], wandb_id: str | None) -> Any:
     mode = os.environ.get("WANDB_MODE", config.wandb)
     if mode == "disabled":
         return None
@@ -147,7 +155,7 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     # The id is made once and kept, so that a resumed job goes on in the same run.
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
-        id_file.write_text(secrets.token_hex(4))
+        id_file.write_text(wandb_id or secrets.token_hex(4))
     try:
         run = wandb.init(
             mode=mode,  # type: ignore[arg-type]

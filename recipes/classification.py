@@ -14,6 +14,8 @@ from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
+from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.retention import resumable
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -24,8 +26,7 @@ ARCHITECTURE = "GPTJForSequenceClassification"
 def main(cfg: ClassificationConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-    checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints)
-    resume_from = checkpoints.find(cfg.resume, world_size())
+    resume_from = resumable(cfg.output_dir, cfg.resume)
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     shape = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
     problem = cfg.task.problem_type
@@ -53,8 +54,10 @@ def main(cfg: ClassificationConfig) -> None:
         cfg.micro_batch_size,
         cfg.seed,
     )
+    model_files = ModelFiles(model, ARCHITECTURE, tokenizer)
+    checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    export(engine, model, ARCHITECTURE, tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
+    export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)

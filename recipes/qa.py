@@ -13,6 +13,8 @@ from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
+from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.retention import resumable
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -23,8 +25,7 @@ ARCHITECTURE = "GPTJForQuestionAnswering"
 def main(cfg: QAConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-    checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints)
-    resume_from = checkpoints.find(cfg.resume, world_size())
+    resume_from = resumable(cfg.output_dir, cfg.resume)
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
     model = replace(model, num_labels=2, id2label=None)  # start and end, whatever init_from was labelled with
@@ -58,8 +59,10 @@ def main(cfg: QAConfig) -> None:
         cfg.micro_batch_size,
         cfg.seed,
     )
+    model_files = ModelFiles(model, ARCHITECTURE, tokenizer)
+    checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    export(engine, model, ARCHITECTURE, tokenizer, f"{cfg.output_dir}/export", cfg.export_dtype)
+    export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
         task.write_predictions(cfg.output_dir)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 
 import numpy as np
+from torch import Tensor
 
 
 @lru_cache(maxsize=2)
@@ -43,3 +46,17 @@ def evaluation_batches(windows: int, micro_batch_size: int, rank: int, world_siz
     stride = micro_batch_size * world_size
     turns = range(rank * micro_batch_size, -(-windows // stride) * stride, stride)
     return [[i if i < windows else None for i in range(turn, turn + micro_batch_size)] for turn in turns]
+
+
+def fingerprint(batches: Iterable[Mapping[str, Tensor]]) -> str:
+    """sha256 of the samples in some batches, however they are grouped and padded to each other's length."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        mask = batch.get("attention_mask")
+        for row in range(len(batch["input_ids"])):
+            for name, values in sorted(batch.items()):
+                sample = values[row]
+                if mask is not None and values.shape == mask.shape:
+                    sample = sample[mask[row].bool()]
+                digest.update(f"{name}{tuple(sample.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The one door to DeepSpeed: build, step, save, load and gather."""
+"""The one door to DeepSpeed: build, step, gather and show its state."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,12 +21,12 @@ from gptj_train.training import host
 
 host.prepare_environment()
 import deepspeed
-from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
+from gptj_train.training.optimizer_state import OptimizerState
 from gptj_train.training.schedule import OptimConfig
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
-from gptj_train.weights.hf import HFWeights
+from gptj_train.weights.checkpoint import open_weights
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
 
@@ -113,10 +112,8 @@ class Engine:
                 model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
             )
         if engine.stage == 0:  # it has counted the empty step that made its moments
-            adam = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
-            for state in adam.state.values():
-                state["step"] = 0
-        self._names = list(self.shapes)
+            for section in self.optimizer_state().sections:
+                section.set_steps(0)
         self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
     @staticmethod
@@ -194,48 +191,17 @@ class Engine:
 
     # --- state in and out ---
 
-    def save(self, folder: Path) -> None:
-        """Write every rank's part of weights, master and moments into ``folder``."""
-        with _quiet():
-            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-        if self.rank == 0:  # DeepSpeed leaves programs beside the state
-            for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-                (folder.parent / script).unlink(missing_ok=True)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, with the same number of ranks and the same engine settings.
-
-        Raises:
-            ValueError: with the optimizer on NVMe, whose moments DeepSpeed 0.19.8 does not bring back.
-        """
-        if self._engine.zero_nvme_offload_optimizer():
-            raise ValueError(
-                "a run with engine.offload_optimizer=nvme cannot be resumed: DeepSpeed does not restore its moments; "
-                "set resume=never to start over, or train with engine.offload_optimizer=cpu"
-            )
-        with _quiet():
-            self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
-        optimizer = getattr(self._engine.optimizer, "optimizer", None)
-        if isinstance(optimizer, DeepSpeedCPUAdam):
-            _replay_steps(optimizer)
+    def optimizer_state(self) -> OptimizerState:
+        """This rank's master weights and moments, where they lie."""
+        names = dict(zip(self._engine.module.parameters(), self.shapes, strict=True))
+        return OptimizerState(self._engine.optimizer, names, self.rank)
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
-        whole = _stage_0_masters(self._engine.optimizer)
-        for name, parameter in zip(self._names, self._engine.module.parameters(), strict=True):
+        whole = dict(self.optimizer_state().whole_masters())
+        for name, parameter in zip(self.shapes, self._engine.module.parameters(), strict=True):
             master = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
             yield name, parameter.detach().float() if master is None else master
-
-
-def _stage_0_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
-    """Master weights under stage 0, which DeepSpeed keeps flat and does not link to the parameters."""
-    masters: dict[nn.Parameter, Tensor] = {}
-    for flat, group in zip(
-        getattr(optimizer, "fp32_groups_flat", []), getattr(optimizer, "fp16_groups", []), strict=False
-    ):
-        parts = flat.detach().split([parameter.numel() for parameter in group])
-        masters.update((parameter, part.view_as(parameter)) for parameter, part in zip(group, parts, strict=True))
-    return masters
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -250,7 +216,7 @@ def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]
 
 def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], partitioned: bool) -> None:
     """Copy an HF folder's tensors into the model, one at a time; under ZeRO-3 rank 0 reads and sends."""
-    with HFWeights(folder) as weights, torch.no_grad():
+    with open_weights(folder) as weights, torch.no_grad():
         tied = frozenset({"lm_head.weight"}) - shapes.keys()
         stored = weights.match(shapes, tied, bool(model.new_head_allowed))
         if dist.get_rank() == 0 and (new := shapes.keys() - stored.keys()):
@@ -262,19 +228,3 @@ def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], 
             with gathered:
                 if not partitioned or dist.get_rank() == 0:
                     parameter.copy_(weights.tensor(stored[name]))
-
-
-def _replay_steps(optimizer: DeepSpeedCPUAdam) -> None:
-    """Bring CPUAdam's native beta powers to where the loaded number of updates leaves them.
-
-    It keeps them as running fp32 products, which a checkpoint does not hold; computed anew by pow() they
-    differ in the last bits, and a resumed run would leave the straight one
-    (DeepSpeed csrc/includes/cpu_adam.h, IncrementStep).
-    """
-    group = optimizer.param_groups[0]
-    dummy = [torch.zeros(1) for _ in range(4)]
-    steps = max((int(state["step"]) for state in optimizer.state.values()), default=0)
-    for step in range(1, steps + 1):
-        optimizer.ds_opt_adam.adam_update(
-            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *dummy
-        )

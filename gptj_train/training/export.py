@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections import deque
 from pathlib import Path
 
-from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.model.config import GPTJConfig
 from gptj_train.training.engine import Engine
+from gptj_train.training.model_files import ModelFiles
 from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
 
 
-def export(
-    engine: Engine, config: GPTJConfig, architecture: str, tokenizer: Tokenizer, folder: str | Path, dtype: str
-) -> Path:
+def export(engine: Engine, model_files: ModelFiles, folder: str | Path, dtype: str) -> Path:
     """Write weights, config and tokenizer files that Transformers loads unchanged. Collective.
 
     Rank 0 holds one tensor besides its own part; the folder appears whole or not at all.
 
     Args:
-        architecture: the Transformers class to name in config.json.
         dtype: bf16, fp16 or fp32.
     """
     target = Path(folder)
@@ -34,11 +29,7 @@ def export(
     scratch.mkdir(parents=True)
     try:
         write_weights(scratch, engine.full_parameters(), engine.shapes, DTYPES[dtype])
-        config.dtype = str(DTYPES[dtype]).removeprefix("torch.")
-        config.save_pretrained(scratch, architecture)
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-        (scratch / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        tokenizer.save(scratch)
+        model_files.save(scratch, DTYPES[dtype])
         replace_folder(scratch, target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

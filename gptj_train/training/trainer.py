@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from gptj_train.data.loader import fingerprint
 from gptj_train.schema import schema
 from gptj_train.tracking import Tracker
-from gptj_train.training.checkpoint import Checkpoints, TrainState
+from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
 from gptj_train.training.engine import Engine
+from gptj_train.training.retention import check_space
 from gptj_train.training.schedule import OptimConfig, lr_at
 
 Batch = dict[str, Tensor]
@@ -32,6 +37,8 @@ class TrainerConfig:
     eval_every: int
     save_every: int
     keep_checkpoints: int
+    keep_every: int
+    failed_save: Literal["continue", "stop"]
     resume: str
     optim: OptimConfig
 
@@ -44,6 +51,8 @@ class TrainerConfig:
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 (only at the end) or more, got {getattr(self, name)}")
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every must be 0 (none) or more, got {self.keep_every}")
 
 
 class Task(Protocol):
@@ -75,13 +84,16 @@ class Trainer:
         self.checkpoints, self.tracker = checkpoints, tracker
         self.state = TrainState()
 
-    def train(self, resume_from: Path | None = None) -> None:
-        """Run to ``max_steps`` from the beginning, or from a checkpoint folder. Collective."""
+    def train(self, resume_from: Sequence[Path] = ()) -> None:
+        """Run to ``max_steps`` from the beginning, or from the first of some checkpoints that is whole. Collective."""
         config = self.config
-        if resume_from is not None:
-            self.state = self.checkpoints.load(self.engine, resume_from)
-            self.tracker.note(f"resuming from {resume_from}")
-        self.tracker.start(self.state.step, config.max_steps)
+        if resume_from:
+            self.resume(resume_from)
+        steps = range(self.state.step, config.max_steps)
+        check_space(
+            config.output_dir, self.engine.shapes, steps, config.save_every, config.keep_checkpoints, config.keep_every
+        )
+        self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
         if self.state.step == 0:
             self.evaluate()
         while self.state.step < config.max_steps:
@@ -90,7 +102,41 @@ class Trainer:
             if last or _due(self.state.step, config.eval_every):
                 self.evaluate()
             if last or _due(self.state.step, config.save_every):
-                self.tracker.note(f"saved {self.checkpoints.save(self.engine, self.state)}")
+                self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; one that fails is told, and is the end only if the config says so. Collective."""
+        self.state.next_batch = self._next_batch()
+        self.state.settings = _settings(self.config)
+        self.state.wandb_id = self.tracker.wandb_id or self.state.wandb_id
+        try:
+            self.tracker.note(f"saved {self.checkpoints.save(self.engine, self.state)}")
+        except SaveFailedError as error:
+            if self.config.failed_save == "stop":
+                raise
+            self.tracker.note(
+                f"step {self.state.step} was not saved: {error}; going on, earlier checkpoints are intact"
+            )
+
+    def resume(self, folders: Sequence[Path]) -> None:
+        """Go on from the first of some checkpoints that is whole. Collective.
+
+        Raises:
+            ValueError: none is whole, or the data are not those it was trained on.
+        """
+        self.state = load(self.engine, list(folders), self.tracker.note)
+        if self.state.next_batch != self._next_batch():
+            raise ValueError(
+                f"step {self.state.step} would see other data than the checkpoint says; restore data, tokenizer, seed, "
+                "sequence_length and global_batch_size, or begin a new run with init_from=<that checkpoint> and "
+                "another output_dir"
+            )
+        if self.state.settings != _settings(self.config):
+            self.tracker.note("some settings are not those that the checkpoint was written with")
+
+    def _next_batch(self) -> str:
+        """Hash of the next global batch, the same on any number of ranks."""
+        return fingerprint(self.task.training_batches(self.state.step, rank=0, world_size=1))
 
     def train_step(self) -> dict[str, float]:
         """One optimizer step over the global batch; returns what metrics.jsonl records of it.
@@ -145,3 +191,9 @@ class Trainer:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
+
+
+def _settings(config: TrainerConfig) -> str:
+    values = asdict(config)
+    del values["output_dir"], values["resume"]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

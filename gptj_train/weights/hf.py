@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from zipfile import ZipFile
 
 import torch
@@ -25,7 +26,72 @@ _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|em
 _PREFIX = "transformer."
 
 
-class HFWeights:
+class StoredWeights(ABC):
+    """Named tensors in a folder, read one at a time."""
+
+    folder: Path
+
+    @abstractmethod
+    def names(self) -> set[str]:
+        """Of all tensors in the folder."""
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of them, without reading it."""
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """One stored tensor, as stored."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fill ``into``, one-dimensional, with the tensor's elements from ``start`` on, cast to its dtype."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the files; tensors already read stay valid."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def match(
+        self, shapes: Mapping[str, torch.Size], tied: frozenset[str] = frozenset(), new_head: bool = False
+    ) -> dict[str, str]:
+        """Stored name of each wanted parameter, after checking that exactly these are here.
+
+        A trunk without head reads a folder with head and leaves the head. ``tied`` names may be stored
+        though nobody wants them. With ``new_head`` a folder of another task will do: the parameters outside
+        the trunk are then left out.
+
+        Raises:
+            ValueError: missing or unexpected tensors, or other shapes, all listed.
+        """
+        stored = {name for name in self.names() if not _LEGACY_BUFFER.fullmatch(name)} - tied
+        trunk_only = not any(name.startswith(_PREFIX) for name in shapes)
+        prefix = _PREFIX if trunk_only and any(name.startswith(_PREFIX) for name in stored) else ""
+        wanted = {name: prefix + name for name in shapes}
+        head = {name for name in shapes if not trunk_only and not name.startswith(_PREFIX)}
+        if new_head and head.isdisjoint(stored):
+            wanted = {name: name for name in shapes if name not in head}
+            stored = {name for name in stored if name.startswith(_PREFIX)}
+        missing = sorted(set(wanted.values()) - stored)
+        unexpected = sorted(name for name in stored - set(wanted.values()) if name.startswith(prefix))
+        if missing or unexpected:
+            raise ValueError(
+                f"{self.folder}: the weights are not this model's; "
+                f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
+            )
+        for name, place in wanted.items():
+            found, shape = self.shape(place), tuple(shapes[name])
+            if found != shape:
+                raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
+        return wanted
+
+
+class HFWeights(StoredWeights):
     """The tensors of a Transformers folder, read one at a time from memory-mapped files.
 
     Files are data: nothing in them runs, and none outside the folder is opened, except the blobs that a folder
@@ -100,51 +166,10 @@ class HFWeights:
         return self._open[file]
 
     def close(self) -> None:
-        """Release the mapped files; tensors already read stay valid."""
         for file in list(self._open):
             self._release(file)
 
-    def __enter__(self) -> HFWeights:
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def match(
-        self, shapes: Mapping[str, torch.Size], tied: frozenset[str] = frozenset(), new_head: bool = False
-    ) -> dict[str, str]:
-        """Stored name of each wanted parameter, after checking that exactly these are here.
-
-        A trunk without head reads a folder with head and leaves the head. ``tied`` names may be stored
-        though nobody wants them. With ``new_head`` a folder of another task will do: the parameters outside
-        the trunk are then left out.
-
-        Raises:
-            ValueError: missing or unexpected tensors, or other shapes, all listed.
-        """
-        stored = {name for name in self._file_of if not _LEGACY_BUFFER.fullmatch(name)} - tied
-        trunk_only = not any(name.startswith(_PREFIX) for name in shapes)
-        prefix = _PREFIX if trunk_only and any(name.startswith(_PREFIX) for name in stored) else ""
-        wanted = {name: prefix + name for name in shapes}
-        head = {name for name in shapes if not trunk_only and not name.startswith(_PREFIX)}
-        if new_head and head.isdisjoint(stored):
-            wanted = {name: name for name in shapes if name not in head}
-            stored = {name for name in stored if name.startswith(_PREFIX)}
-        missing = sorted(set(wanted.values()) - stored)
-        unexpected = sorted(name for name in stored - set(wanted.values()) if name.startswith(prefix))
-        if missing or unexpected:
-            raise ValueError(
-                f"{self.folder}: the weights are not this model's; "
-                f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
-            )
-        for name, place in wanted.items():
-            found, shape = self.shape(place), tuple(shapes[name])
-            if found != shape:
-                raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
-        return wanted
-
     def names(self) -> set[str]:
-        """Of all tensors in the folder."""
         return set(self._file_of)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -169,7 +194,6 @@ class HFWeights:
         return tuple(shape)
 
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, as stored."""
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
 

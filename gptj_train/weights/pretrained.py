@@ -13,7 +13,7 @@ from torch import nn
 from gptj_train.model import gptj, heads
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.layers import Linear
-from gptj_train.weights.hf import HFWeights
+from gptj_train.weights.checkpoint import open_weights
 from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
 
 
@@ -24,7 +24,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Self:
-        """Read an HF folder (safetensors or .bin, sharded or not) into a model in eval mode.
+        """Read an HF folder (safetensors or .bin, sharded or not) or a training checkpoint into a model in eval mode.
 
         Args:
             dtype: of the parameters; None keeps what is stored.
@@ -35,7 +35,7 @@ class Pretrained(nn.Module):
         config = GPTJConfig.from_pretrained(folder)
         with torch.device("meta"):
             model = cls(config)
-        with HFWeights(folder) as weights:
+        with open_weights(folder) as weights:
             shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
             tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
             stored = weights.match(shapes, tied, getattr(model, "new_head_allowed", False))

@@ -60,6 +60,8 @@ def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_
         eval_every=0,
         save_every=save_every,
         keep_checkpoints=2,
+        keep_every=0,
+        failed_save="stop",
         resume="auto",
         optim=optim_config(),
     )

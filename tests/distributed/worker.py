@@ -21,6 +21,8 @@ from gptj_train.tracking import Tracker, TrackingConfig
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
+from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.retention import resumable
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import EngineConfig
 
@@ -52,22 +54,22 @@ def do(job: dict[str, Any], out: Path) -> None:
         seed=config.seed,
     )
     task = ToyTask(micro)
-    checkpoints = Checkpoints(folder, keep=2)
+    model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
+    checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
-    found = checkpoints.find("auto", engine.world_size)
-    if found is not None:
-        trainer.state = checkpoints.load(engine, found)
+    if found := resumable(folder, "auto"):
+        trainer.resume(found)
     began = trainer.state.step
     lines = [trainer.train_step() for _ in range(began, min(steps, job["max_steps"]))]
     if job.get("save"):
-        checkpoints.save(engine, trainer.state)
+        trainer.save()
     result = {"steps": lines, "rows": task.handed_out, "evaluation": trainer.evaluate() if job.get("evaluate") else {}}
     (out / f"{job['name']}.rank{engine.rank}.json").write_text(json.dumps(result))
     weights = {name: tensor.clone().cpu() for name, tensor in engine.full_parameters()}
     if engine.rank == 0:
         save_file(weights, out / f"{job['name']}.safetensors")
     for dtype in job.get("export", []):
-        export(engine, model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300), folder / f"export_{dtype}", dtype)
+        export(engine, model_files, folder / f"export_{dtype}", dtype)
 
 
 def main() -> None:

@@ -104,11 +104,26 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-def test_another_number_of_ranks_is_told_in_one_line(corpus: Path) -> None:
+def test_goes_on_with_another_number_of_ranks(corpus: Path) -> None:
     """After the test above: its checkpoints are of two ranks."""
-    done = recipe(corpus, 1, "max_steps=20")
+    done = recipe(corpus, 1, "max_steps=18")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"resuming from {corpus}/run/checkpoints/step_00000016" in done.stdout
+    lines = [json.loads(line) for line in (corpus / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    assert list(losses) == list(range(1, 19))
+    assert losses[18] < 0.8 * losses[1]
+
+    # A checkpoint is a model folder too.
+    model = GPTJForCausalLM.from_pretrained(corpus / "run" / "checkpoints" / "step_00000018", dtype=torch.bfloat16)
+    stored = load_file(corpus / "run" / "export" / "model.safetensors")
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters())
+
+
+def test_other_data_are_refused_on_resume(corpus: Path) -> None:
+    done = recipe(corpus, 1, "max_steps=20", "seed=7")
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(message) == 1
-    assert "was written by 2 ranks, this job has 1; start it with 2" in message[0]
+    assert "step 18 would see other data than the checkpoint says; restore data, tokenizer, seed" in message[0]
     assert "Traceback" not in done.stderr

@@ -48,11 +48,6 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     shape.save_pretrained(tmp_path / "weightless")
-    manifest = {"state": {"step": 10, "tokens": 0}, "world_size": 4, "files": {"weights": 0}}
-    other_world = tmp_path / "four_ranks" / "checkpoints" / "step_00000010"
-    other_world.mkdir(parents=True)
-    (other_world / "weights").touch()
-    (other_world / "manifest.json").write_text(json.dumps(manifest))
     return tmp_path
 
 
@@ -160,9 +155,10 @@ MISTAKES = {
         ["resume={}/run_cut_off/checkpoints/step_00000010"],
         "resume={}/run_cut_off/checkpoints/step_00000010: no complete checkpoint there",
     ),
-    "checkpoint of another world": (
-        ["resume={}/four_ranks/checkpoints/step_00000010"],
-        "{}/four_ranks/checkpoints/step_00000010 was written by 4 ranks, this job has 1; start it with 4",
+    "none of the checkpoints complete": (
+        ["output_dir={}/run_cut_off"],
+        "none of the checkpoints can be used: {}/run_cut_off/checkpoints/step_00000010/manifest.json: cannot be read "
+        "(No such file or directory); resume=never starts over",
     ),
     "sequence too long for the model": (
         ["sequence_length=257"],

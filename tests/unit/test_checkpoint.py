@@ -1,79 +1,273 @@
-"""Which checkpoint folders count, and which go."""
+"""What is in a checkpoint, which ones count, which go, and what a save that fails leaves behind."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from fake_ranks import CONFIG, on_ranks, save
+from safetensors.torch import load_file
 
-from gptj_train.training.checkpoint import Checkpoints, TrainState
-
-
-class FakeRank:
-    """An engine of one rank whose state is one small file."""
-
-    rank, world_size = 0, 1
-
-    def wait(self) -> None: ...
-
-    def save(self, folder: Path) -> None:
-        (folder / "state").write_text("tensors")
-
-
-def saved(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
-    checkpoints = Checkpoints(folder, keep)
-    for step in steps:
-        checkpoints.save(FakeRank(), TrainState(step=step, tokens=10 * step))  # type: ignore[arg-type]
-    return checkpoints
+from gptj_train import GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.training import checkpoint
+from gptj_train.training.checkpoint import SaveFailedError, load
+from gptj_train.training.retention import check_space, resumable
+from gptj_train.weights.checkpoint import KINDS, CheckpointWeights, Manifest
+from gptj_train.weights.slices import SliceWriter
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
+def newest(folder: Path) -> Path:
+    return max((folder / "checkpoints").glob("step_*"))
+
+
+# --- what is in it ---
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_safetensors_by_name_and_slice(tmp_path: Path, world_size: int) -> None:
+    """Read by the library, the slices of all ranks make up the parameters, and the moments beside them."""
+    (rank, *_) = save(tmp_path, 3, world_size=world_size)
+    for kind in KINDS:
+        found: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for number in range(world_size):
+            stored = load_file(newest(tmp_path) / f"{kind}-{number + 1:05}-of-{world_size:05}.safetensors")
+            for key, tensor in stored.items():
+                name, _, start = key.rpartition(":")
+                found.setdefault(name, []).append((int(start), tensor))
+        for name, parameter in rank.model.named_parameters():
+            expected = parameter if kind == "master" else rank.adam.state[parameter][kind]
+            pieces = [tensor for _, tensor in sorted(found.pop(name), key=lambda pair: pair[0])]
+            assert torch.equal(torch.cat(pieces), expected.flatten()), name
+        assert not found
+
+
+def test_the_manifest_says_what_it_is(tmp_path: Path) -> None:
+    save(tmp_path, 3, world_size=2)
+    manifest = Manifest.read(newest(tmp_path))
+    files = {path.name: path.stat().st_size for path in newest(tmp_path).iterdir() if path.name != "manifest.json"}
+    assert {name: entry.bytes for name, entry in manifest.files.items()} == files
+    assert manifest.world_size == 2
+    assert manifest.state["step"] == 3
+    assert manifest.state["tokens"] == 30
+    assert manifest.optimizer == {"steps": 3, "loss_scale": {}}
+    assert manifest.parameters["transformer.wte.weight"] == [31, 16]
+
+
+def test_the_folder_is_a_model(tmp_path: Path) -> None:
+    (rank, *_) = save(tmp_path, 3, world_size=4)
+    model = GPTJForCausalLM.from_pretrained(newest(tmp_path))
+    for name, parameter in rank.model.named_parameters():
+        assert torch.equal(model.get_parameter(name), parameter), name
+    assert model.config.n_embd == CONFIG.n_embd
+    assert Tokenizer.load(newest(tmp_path)).end_id == 0
+    half = GPTJForCausalLM.from_pretrained(newest(tmp_path), dtype=torch.bfloat16)
+    assert half.lm_head.weight.dtype == torch.bfloat16
+
+
+def test_one_parameter_at_a_time(tmp_path: Path) -> None:
+    (rank, *_) = save(tmp_path, 1, world_size=2)
+    with CheckpointWeights(newest(tmp_path)) as weights:
+        assert weights.names() == set(rank.shapes)
+        assert weights.shape("lm_head.weight") == (31, 16)
+        assert torch.equal(weights.tensor("lm_head.weight"), rank.model.lm_head.weight)
+
+
+@pytest.mark.parametrize("readers", [1, 3, 4])
+@pytest.mark.parametrize("writers", [1, 2, 4])
+def test_any_number_of_ranks_reads_it(tmp_path: Path, writers: int, readers: int) -> None:
+    (wrote, *_) = save(tmp_path, 3, world_size=writers)
+    lines: list[str] = []
+
+    def resume(rank: Any) -> Any:
+        state = load(rank, resumable(tmp_path, "auto"), lines.append)
+        assert state.step == 3
+        return rank
+
+    for rank in on_ranks(readers, resume, seed=1):
+        for ours, theirs in zip(rank.model.parameters(), wrote.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+            for moment in KINDS[1:]:
+                assert torch.equal(rank.adam.state[ours][moment], wrote.adam.state[theirs][moment])
+            assert rank.adam.state[ours]["step"] == 3
+    assert lines == [f"resuming from {newest(tmp_path)}"] * readers
+
+
+def test_another_model_s_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 3)
+
+    def resume(rank: Any) -> None:
+        rank.shapes["lm_head.bias"] = torch.Size([32])
+        load(rank, resumable(tmp_path, "auto"), print)
+
+    with pytest.raises(ValueError, match=r"step_00000003 is of another model: lm_head.bias differs"):
+        on_ranks(1, resume)
+
+
+# --- which count, and which go ---
+
+
 def test_the_newest_stay(tmp_path: Path) -> None:
-    checkpoints = saved(tmp_path, 5, 10, 15)
+    save(tmp_path, 5, 10, 15)
     assert names(tmp_path) == ["step_00000010", "step_00000015"]
-    found = checkpoints.find("auto", world_size=1)
-    assert found is not None
-    assert found.name == "step_00000015"
-    assert json.loads((found / "manifest.json").read_text())["state"] == {"step": 15, "tokens": 150}
+    assert resumable(tmp_path, "auto") == [newest(tmp_path), newest(tmp_path).with_name("step_00000010")]
+
+
+def test_every_nth_stays_for_good(tmp_path: Path) -> None:
+    save(tmp_path, *range(1, 10), keep=1, keep_every=4)
+    assert names(tmp_path) == ["step_00000004", "step_00000008", "step_00000009"]
 
 
 def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path: Path) -> None:
-    saved(tmp_path, 100, 200)
-    saved(tmp_path, 10)
+    save(tmp_path, 100, 200)
+    save(tmp_path, 10)
+    assert names(tmp_path) == ["step_00000010"]
+
+
+def test_the_same_step_again(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    (rank, *_) = save(tmp_path, 2, 2, world_size=2)
+    assert Manifest.read(newest(tmp_path)).world_size == rank.world_size == 2
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_what_a_killed_job_left_goes(tmp_path: Path) -> None:
+    for leftover in (".step_00000005.tmp", ".step_00000001.old"):
+        (tmp_path / "checkpoints" / leftover).mkdir(parents=True)
+        (tmp_path / "checkpoints" / leftover / "master-00001-of-00001.safetensors").touch()
+    assert resumable(tmp_path, "auto") == []
+    save(tmp_path, 10)
     assert names(tmp_path) == ["step_00000010"]
 
 
 def test_never_resumes_nothing(tmp_path: Path) -> None:
-    assert saved(tmp_path, 5).find("never", world_size=1) is None
+    save(tmp_path, 5)
+    assert resumable(tmp_path, "never") == []
 
 
-@pytest.mark.parametrize("damage", ["no manifest", "no JSON", "no files", "missing", "cut"])
-def test_an_incomplete_checkpoint_is_not_offered(tmp_path: Path, damage: str) -> None:
-    checkpoints = saved(tmp_path, 5, 10)
-    newest = tmp_path / "checkpoints" / "step_00000010"
-    manifest: Any = json.loads((newest / "manifest.json").read_text())
-    if damage == "no manifest":
-        (newest / "manifest.json").unlink()
-    elif damage == "no JSON":
-        (newest / "manifest.json").write_text("{")
-    elif damage == "no files":
-        (newest / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
-    elif damage == "missing":
-        (newest / "state").unlink()
-    else:
-        (newest / "state").write_text("tens")
-    found = checkpoints.find("auto", world_size=1)
-    assert found is not None
-    assert found.name == "step_00000005"
-    with pytest.raises(ValueError, match="no complete checkpoint there"):
-        checkpoints.find(str(newest), world_size=1)
+# --- a save that fails ---
 
 
-def test_another_world_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"written by 1 ranks, this job has 8; start it with 1"):
-        saved(tmp_path, 5).find("auto", world_size=8)
+def no_space(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def input_output_error(*_: Any) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+FAILURES: dict[str, tuple[Any, str, Callable[..., None]]] = {
+    "disk full in the first bytes": (SliceWriter, "__init__", no_space),
+    "disk full in the middle": (SliceWriter, "add", no_space),
+    "I/O error in the flush": (SliceWriter, "finish", input_output_error),
+    "disk full in the manifest": (Manifest, "write", no_space),
+    "I/O error in the folder's flush": (checkpoint, "_sync_folder", input_output_error),
+    "read-only folder": (checkpoint, "_make_room", no_space),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_last_good_state_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, world_size: int) -> None:
+    save(tmp_path, 5, world_size=world_size)
+    owner, attribute, failure = FAILURES[case]
+    with monkeypatch.context() as patched:
+        patched.setattr(owner, attribute, failure)
+        with pytest.raises(SaveFailedError, match=r"step_00000010: (No space left on device|Input/output error)$"):
+            save(tmp_path, 10, world_size=world_size)
+    assert names(tmp_path) == ["step_00000005"]
+    assert not any(newest(tmp_path).glob("*.tmp"))
+    save(tmp_path, 15, world_size=world_size)
+    assert names(tmp_path) == ["step_00000005", "step_00000015"]
+
+
+def test_a_file_that_may_not_grow(tmp_path: Path) -> None:
+    """The kernel itself refuses, in the middle of a file."""
+    save(tmp_path, 5)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(SaveFailedError, match="File too large"):
+            save(tmp_path, 10)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == ["step_00000005"]
+
+
+def test_what_was_written_wrong_is_noticed_before_an_old_one_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 5)
+    write = Manifest.write
+
+    def spoil(manifest: Manifest, folder: Path) -> None:
+        write(manifest, folder)
+        with next(folder.glob("exp_avg-*")).open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"?")
+
+    monkeypatch.setattr(Manifest, "write", spoil)
+    with pytest.raises(SaveFailedError, match=r"sha256, just after it was written"):
+        save(tmp_path, 10, keep=1)
+    assert names(tmp_path) == ["step_00000005"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_state_with_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    (rank, *_) = save(tmp_path, 5)
+    rank.adam.state[rank.model.lm_head.bias]["exp_avg_sq"][3] = value
+    checkpoints = checkpoint.Checkpoints(tmp_path, 2, 0, None)  # type: ignore[arg-type]
+    with pytest.raises(SaveFailedError, match=r"lm_head.bias holds values that are not finite"):
+        checkpoints.save(rank, checkpoint.TrainState(step=6))
+    assert names(tmp_path) == ["step_00000005"]
+
+
+# --- room on the disk ---
+
+
+@pytest.mark.parametrize(
+    ("save_every", "keep", "keep_every", "count"),
+    [(0, 2, 0, 1), (10, 1, 0, 2), (10, 3, 0, 4), (50, 3, 0, 2), (10, 2, 20, 8), (30, 2, 0, 3)],
+)
+def test_room_is_counted_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_every: int, keep: int, keep_every: int, count: int
+) -> None:
+    """100 steps of a model of 1 million parameters: 12 MB each time, and one more while it is written."""
+    shapes = {"weight": torch.Size([1000, 1000])}
+
+    def check(free: int) -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
+        check_space(tmp_path / "run", shapes, range(100), save_every, keep, keep_every)
+
+    check(count * 12_000_000)
+    with pytest.raises(
+        ValueError, match=rf"{count} checkpoints of 0.0 GB need 0.\d GB of disk, .* lower keep_checkpoints"
+    ):
+        check(count * 12_000_000 - 1)
+    assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_will_go_count_as_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rank, *_) = save(tmp_path, 5, 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*"))
+    assert size > 2 * 12 * sum(shape.numel() for shape in rank.shapes.values())
+    check_space(tmp_path, rank.shapes, range(10, 10), 5, 2, 0)
+    with pytest.raises(ValueError, match="3 checkpoints"):
+        check_space(tmp_path, rank.shapes, range(10, 20), 5, 2, 0)
+
+
+def test_the_manifest_is_plain_data(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    assert json.loads((newest(tmp_path) / "manifest.json").read_text())["format"] == 1

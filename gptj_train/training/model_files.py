@@ -1,0 +1,33 @@
+"""What makes a folder of weights a model that can be used: its config and its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.model.config import GPTJConfig
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files beside the weights, in an export and in a checkpoint; ``architecture`` is the Transformers class."""
+
+    config: GPTJConfig
+    architecture: str
+    tokenizer: Tokenizer
+
+    def save(self, folder: Path, dtype: torch.dtype) -> None:
+        """Write config.json, generation_config.json and the tokenizer's three files.
+
+        Args:
+            dtype: of the weights beside them.
+        """
+        config = replace(self.config, dtype=str(dtype).removeprefix("torch."))
+        config.save_pretrained(folder, self.architecture)
+        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
+        self.tokenizer.save(folder)

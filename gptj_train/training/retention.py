@@ -1,0 +1,108 @@
+"""Which checkpoints of a run there are, which stay, and whether the disk has room for them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from gptj_train.weights.checkpoint import KINDS, Manifest
+
+
+def step_folder(output_dir: str | Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return Path(output_dir) / "checkpoints" / f"step_{step:08}"
+
+
+def resumable(output_dir: str | Path, resume: str) -> list[Path]:
+    """Checkpoints to resume from, newest first, of which the first that verifies counts; none: begin anew.
+
+    ``auto`` offers all of ``output_dir``, ``never`` none, anything else is the path of one.
+
+    Raises:
+        ValueError: no whole checkpoint where there should be one.
+    """
+    if resume == "never":
+        return []
+    if resume != "auto":
+        if wrong := complaint(Path(resume)):
+            raise ValueError(
+                f"resume={resume}: no complete checkpoint there; "
+                f"give a checkpoints/step_... folder, or resume=auto ({wrong})"
+            )
+        return [Path(resume)]
+    folders = _steps(Path(output_dir) / "checkpoints")[::-1]
+    wrongs = [wrong for folder in folders if (wrong := complaint(folder))]
+    if folders and len(wrongs) == len(folders):
+        raise ValueError(f"none of the checkpoints can be used: {wrongs[0]}; resume=never starts over")
+    return folders
+
+
+def complaint(folder: Path) -> str:
+    """Why a checkpoint is not complete; empty for one whose files have the sizes that its manifest says."""
+    try:
+        Manifest.read(folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def retire(newest: Path, keep: int, keep_every: int) -> None:
+    """Remove what need not stay beside a new checkpoint that is known to be good."""
+    steps = _steps(newest.parent)
+    complete = [folder for folder in steps if folder.name <= newest.name and not complaint(folder)]
+    old = [folder for folder in complete[:-keep] if not (keep_every and _step_of(folder) % keep_every == 0)]
+    # Later steps than the newest are of a run that was given up: resume=never, or from an earlier step.
+    for folder in old + [folder for folder in steps if folder.name > newest.name]:
+        with contextlib.suppress(OSError):
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """In two steps, so that half a checkpoint never bears its name."""
+    leftover = folder.with_name(f".{folder.name}.old")
+    folder.rename(leftover)
+    shutil.rmtree(leftover)
+
+
+def check_space(
+    output_dir: str | Path,
+    shapes: Mapping[str, torch.Size],
+    steps: range,
+    save_every: int,
+    keep: int,
+    keep_every: int,
+) -> None:
+    """Before a run begins: will the disk hold its checkpoints?
+
+    Args:
+        steps: that are still to be done, from 0.
+
+    Raises:
+        ValueError: it will not.
+    """
+    folder = Path(output_dir) / "checkpoints"
+    size = 4 * len(KINDS) * sum(shape.numel() for shape in shapes.values())
+    saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
+    saves |= {steps.stop} if steps else set()
+    staying = {step for step in saves if keep_every and step % keep_every == 0}
+    # While one more than ``keep`` is written the others are still there.
+    most = min(len(_steps(folder)) + len(saves - staying), keep + 1) + len(staying)
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    there = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if saves and most * size > there:
+        raise ValueError(
+            f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
+            f"{there / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
+        )
+
+
+def _steps(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
