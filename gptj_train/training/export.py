@@ -7,14 +7,11 @@ import shutil
 from collections import deque
 from pathlib import Path
 
-import torch
-
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
 from gptj_train.training.engine import Engine
 from gptj_train.weights.hf import replace_folder, write_weights
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from gptj_train.weights.placement import DTYPES
 
 
 def export(
