@@ -116,6 +116,25 @@ class EvaluateConfig:
 
 
 @schema
+class HarnessConfig:
+    """recipes/harness.py; the names are those of ``lm_eval.simple_evaluate``."""
+
+    checkpoint: str
+    dtype: Literal["bf16", "fp16", "fp32"] | None
+    tasks: list[str]
+    include_path: str | None
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+    output_dir: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@schema
 class GenerateConfig:
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 

@@ -69,15 +69,18 @@ class TextGenerator:
             stop: cut before the first of these strings.
             num_beams, **options: of ``GPTJForCausalLM.generate``.
         """
-        ids = [self._encode(prompt) for prompt in prompts]
-        longest = max(map(len, ids))
+        return self.complete_ids([self._encode(prompt) for prompt in prompts], stop, num_beams, **options)
+
+    def complete_ids(
+        self, ids: list[list[int]], stop: Sequence[str] = (), num_beams: int = 1, **options: Any
+    ) -> list[str]:
+        """As ``complete``, of prompts that are token ids."""
         end_id = self.tokenizer.end_id
-        padded = torch.tensor([[end_id] * (longest - len(row)) + row for row in ids], device=self.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=self.device)
+        padded, mask = self.padded(ids)
         options |= {"eos_token_id": end_id}
         new: list[list[int]] = [[] for _ in ids]
         if num_beams > 1:
-            new = self.model.generate(padded, mask, num_beams=num_beams, **options)[:, longest:].tolist()
+            new = self.model.generate(padded, mask, num_beams=num_beams, **options)[:, padded.shape[1] :].tolist()
         else:
             for column in self.model.stream(padded, mask, **options):
                 for row, token in zip(new, column.tolist(), strict=True):
@@ -85,6 +88,13 @@ class TextGenerator:
                 if stop and all(self._cut(*pair, stop)[1] for pair in zip(ids, new, strict=True)):
                     break
         return [self._cut(*pair, stop)[0] for pair in zip(ids, new, strict=True)]
+
+    def padded(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts of different lengths as input_ids and attention_mask (B, T) int64, padded on the left."""
+        longest = max(map(len, ids))
+        rows = [[self.tokenizer.end_id] * (longest - len(row)) + row for row in ids]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+        return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
     def _cut(self, prompt: list[int], new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
         """The new text up to a stop string or the end of text, and whether there was one."""
