@@ -166,6 +166,17 @@ class GenerateConfig:
         return lengths | chosen | drawn | {"top_k": self.top_k, "top_p": self.top_p}
 
 
+@schema
+class ImportMeshConfig:
+    """recipes/import_mesh.py"""
+
+    source: str
+    output_dir: str
+    dtype: Literal["bf16", "fp16", "fp32"]
+    tokenizer: str | None
+    model: ModelConfig
+
+
 def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
     """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
 

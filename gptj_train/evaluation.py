@@ -25,7 +25,8 @@ from gptj_train.tasks.classification import Classification, ClassificationTaskCo
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.question_answering import QuestionAnswering
 from gptj_train.training.trainer import Task
-from gptj_train.weights.placement import DTYPES, place
+from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.placement import place
 from gptj_train.weights.pretrained import class_of
 
 _TIMEOUT = timedelta(hours=6)  # for the ranks that are done first

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.weights.placement import DTYPES, place
+from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.placement import place
 from gptj_train.weights.pretrained import GPTJForCausalLM
 
 _UNFINISHED = "\ufffd"  # what the bytes of a character decode to until all have come

@@ -92,22 +92,21 @@ class Engine:
         self.rank, self.world_size = join_process_group()
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         with torch.device("meta"):
-            shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
-        self.numels = {name: shape.numel() for name, shape in shapes.items()}
+            self.shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
         accumulation = accumulation_steps(global_batch_size, micro_batch_size, self.world_size)
         config = deepspeed_config(
             engine,
             optim,
             micro_batch_size,
             accumulation,
-            largest_parameter=max(self.numels.values()),
+            largest_parameter=max(shape.numel() for shape in self.shapes.values()),
             pin_memory=self.device.type != "cpu",
         )
         if self.rank == 0 and engine.offload_optimizer != "none" and not host.is_compiled("cpu_adam"):
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         torch.manual_seed(seed)
         with _quiet():
-            model = self._placed(build, engine, config, init_from, shapes)
+            model = self._placed(build, engine, config, init_from, self.shapes)
             if engine.activation_checkpointing:
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             self._engine, *_ = deepspeed.initialize(
@@ -117,7 +116,7 @@ class Engine:
             adam = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
             for state in adam.state.values():
                 state["step"] = 0
-        self._names = list(self.numels)
+        self._names = list(self.shapes)
         self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
     @staticmethod

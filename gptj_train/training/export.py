@@ -10,8 +10,7 @@ from pathlib import Path
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
 from gptj_train.training.engine import Engine
-from gptj_train.weights.hf import replace_folder, write_weights
-from gptj_train.weights.placement import DTYPES
+from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
 
 
 def export(
@@ -19,7 +18,7 @@ def export(
 ) -> Path:
     """Write weights, config and tokenizer files that Transformers loads unchanged. Collective.
 
-    Rank 0 holds one shard of at most 5 GB besides its own part; the folder appears whole or not at all.
+    Rank 0 holds one tensor besides its own part; the folder appears whole or not at all.
 
     Args:
         architecture: the Transformers class to name in config.json.
@@ -34,7 +33,7 @@ def export(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        write_weights(scratch, engine.full_parameters(), engine.numels, DTYPES[dtype])
+        write_weights(scratch, engine.full_parameters(), engine.shapes, DTYPES[dtype])
         config.dtype = str(DTYPES[dtype]).removeprefix("torch.")
         config.save_pretrained(scratch, architecture)
         ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}

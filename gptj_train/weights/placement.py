@@ -8,7 +8,6 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FOR_WEIGHTS = 0.8  # of the accelerator's free memory; the rest is for activations and the KV cache
 
 

@@ -14,7 +14,8 @@ from torch import nn
 from gptj_train.model import gptj, heads
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.layers import Linear
-from gptj_train.weights.hf import MAX_SHARD_BYTES, HFWeights, install_files, write_weights
+from gptj_train.weights.hf import HFWeights
+from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
 
 
 class Pretrained(nn.Module):
@@ -64,8 +65,8 @@ class Pretrained(nn.Module):
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             finished = Path(scratch) / target.name
             finished.mkdir()
-            numels = {name: parameter.numel() for name, parameter in parameters.items()}
-            write_weights(finished, parameters.items(), numels, dtype, max_shard_bytes)
+            shapes = {name: parameter.shape for name, parameter in parameters.items()}
+            write_weights(finished, parameters.items(), shapes, dtype, max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(finished, architecture=type(self).__name__)
             install_files(finished, target)
