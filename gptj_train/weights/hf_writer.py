@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-"""What a config may ask weights to be written as."""
+"""What a config may ask weights to be."""
 
 MAX_SHARD_BYTES = 5_000_000_000
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -95,3 +96,22 @@ class GPTJForSequenceClassification(heads.GPTJForSequenceClassification, Pretrai
 
 class GPTJForQuestionAnswering(heads.GPTJForQuestionAnswering, Pretrained):
     __doc__ = heads.GPTJForQuestionAnswering.__doc__
+
+
+_PUBLIC = {
+    cls.__name__: cls for cls in (GPTJModel, GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswering)
+}
+
+
+def class_of(folder: str | Path) -> type[Pretrained]:
+    """The class that the ``architectures`` of a folder's config.json name.
+
+    Raises:
+        ValueError: no readable config.json, or none of our classes in it.
+    """
+    GPTJConfig.from_pretrained(folder)  # says what is wrong with the file
+    named = json.loads((Path(folder) / "config.json").read_text()).get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if isinstance(name, str) and name in _PUBLIC:
+            return _PUBLIC[name]
+    raise ValueError(f"{folder}/config.json: architectures is {named!r}; it must name one of {', '.join(_PUBLIC)}")
