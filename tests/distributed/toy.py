@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -114,3 +115,6 @@ class ToyTask:
     def metrics(self, records: list[tuple[float, int]]) -> dict[str, float]:
         loss, tokens = (sum(column) for column in zip(*records, strict=True))
         return {"eval_loss": loss / tokens, "eval_tokens": tokens}
+
+    def write_predictions(self, folder: str | Path) -> None:
+        pass
