@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from gptj_train.data.labelled import LabelledDataConfig
+from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.tokenizer import Tokenizer
@@ -57,6 +58,11 @@ class FinetuneConfig(TrainerConfig):
     engine: EngineConfig
     tracking: TrackingConfig
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.sequence_length < 2:
+            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+
 
 @schema
 class ClmConfig(FinetuneConfig):
@@ -83,10 +89,57 @@ class QAConfig(FinetuneConfig):
 
 
 @schema
+class EvaluationDataConfig(LabelledFields):
+    """Held-out data: text, labelled texts or questions, as the checkpoint's task wants them."""
+
+    validation: str | list[str]
+    cache_dir: str
+
+
+@schema
+class EvaluateConfig:
+    """recipes/evaluate.py; ``task`` is for question answering."""
+
+    checkpoint: str
+    output_dir: str | None
+    dtype: Literal["bf16", "fp16", "fp32"] | None
+    sequence_length: int | None
+    batch_size: int
+    data: EvaluationDataConfig
+    task: QATaskConfig
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("sequence_length", 2)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+@schema
+class HarnessConfig:
+    """recipes/harness.py; the names are those of ``lm_eval.simple_evaluate``."""
+
+    checkpoint: str
+    dtype: Literal["bf16", "fp16", "fp32"] | None
+    tasks: list[str]
+    include_path: str | None
+    num_fewshot: int | None
+    limit: int | None
+    batch_size: int
+    output_dir: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@schema
 class GenerateConfig:
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
     checkpoint: str
+    dtype: Literal["bf16", "fp16", "fp32"] | None
     prompt: str | None
     prompts: str | None
     batch_size: int
@@ -98,7 +151,30 @@ class GenerateConfig:
     top_k: int
     top_p: float
     repetition_penalty: float
+    num_beams: int
+    length_penalty: float
     seed: int | None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments of ``GPTJForCausalLM.generate``: a search with beams draws nothing."""
+        lengths = {"max_new_tokens": self.max_new_tokens, "max_length": self.max_length}
+        chosen = {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
+        if self.num_beams > 1:
+            return lengths | chosen | {"length_penalty": self.length_penalty}
+        drawn = {"do_sample": self.do_sample, "temperature": self.temperature, "seed": self.seed}
+        return lengths | chosen | drawn | {"top_k": self.top_k, "top_p": self.top_p}
+
+
+@schema
+class ImportMeshConfig:
+    """recipes/import_mesh.py"""
+
+    source: str
+    output_dir: str
+    dtype: Literal["bf16", "fp16", "fp32"]
+    tokenizer: str | None
+    model: ModelConfig
 
 
 def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:

@@ -9,7 +9,7 @@ from gptj_train.data.labelled import prepare_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.launch import rank, recipe, world_size
 from gptj_train.report import summary, write_report
-from gptj_train.tasks.classification import Classification
+from gptj_train.tasks.classification import Classification, known_labels
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
@@ -30,7 +30,8 @@ def main(cfg: ClassificationConfig) -> None:
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     shape = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
     problem = cfg.task.problem_type
-    train, validation, names = prepare_labelled(cfg.data, problem, cfg.task.labels, tokenizer, cfg.sequence_length)
+    labels = known_labels(cfg.task, cfg.init_from)
+    train, validation, names = prepare_labelled(cfg.data, problem, labels, tokenizer, cfg.sequence_length)
     model = replace(shape, id2label=dict(enumerate(names)), problem_type=problem, pad_token_id=tokenizer.end_id)
     task = Classification(
         train, validation, names, cfg.task, tokenizer.end_id, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size

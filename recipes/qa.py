@@ -65,7 +65,6 @@ def main(cfg: QAConfig) -> None:
     export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype)
     tracker.finish()
     if engine.rank == 0:
-        task.write_predictions(cfg.output_dir)
         write_report(cfg.output_dir, facts)
         print(summary(cfg.output_dir, ARCHITECTURE))
 

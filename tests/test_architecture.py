@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "report": {"tracking"},
     "training": {"data", "model", "weights", "tracking", "schema"},
     "config": {"data", "model", "tasks", "tracking", "training", "schema"},
+    "evaluation": {"config", "data", "model", "tasks", "training", "weights"},
     "launch": {"config"},
     "__init__": {"model", "weights"},
 }

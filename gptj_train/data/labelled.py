@@ -1,43 +1,26 @@
-"""Labelled texts out of jsonl, csv, parquet and ``datasets`` folders: token ids and labels in memory."""
+"""Labelled texts in memory: token ids, and labels as the model wants them."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset, disable_progress_bars, load_dataset
-from datasets import Sequence as ListOf
 
+from gptj_train.data.labelled_files import LabelledFields, Record, read_records
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.schema import schema
 
-disable_progress_bars()
-
-_READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 _TEXTS_AT_ONCE = 1024
 
 
 @schema
-class LabelledDataConfig:
+class LabelledDataConfig(LabelledFields):
     """Where the labelled texts are. Paths may be files, folders or globs, one or a list."""
 
     train: str | list[str]
     validation: str | list[str] | None
-    text_field: str
-    second_text_field: str | None
-    label_field: str | list[str]
-
-    @property
-    def text_fields(self) -> list[str]:
-        return [self.text_field, *([self.second_text_field] if self.second_text_field else [])]
-
-    @property
-    def label_fields(self) -> list[str]:
-        return [self.label_field] if isinstance(self.label_field, str) else self.label_field
 
 
 @dataclass(frozen=True)
@@ -49,13 +32,6 @@ class LabelledRows:
 
     def __len__(self) -> int:
         return len(self.token_ids)
-
-
-@dataclass(frozen=True)
-class _Record:
-    where: str
-    texts: list[str]
-    label: Any
 
 
 def prepare_labelled(
@@ -73,8 +49,8 @@ def prepare_labelled(
     """
     if len(data.label_fields) > 1 and problem_type == "single_label_classification":
         raise ValueError("data.label_field: several fields are for multi_label_classification and regression")
-    records = list(_records(data.train, "data.train", data))
-    held_out = list(_records(data.validation, "data.validation", data)) if data.validation else []
+    records = list(read_records(data.train, "data.train", data))
+    held_out = list(read_records(data.validation, "data.validation", data)) if data.validation else []
     if problem_type == "regression":
         width = len(_numbers(records[0]))
         names = [str(name) for name in labels or _names_of_numbers(data, width)]
@@ -92,108 +68,34 @@ def prepare_labelled(
     return train, validation, names
 
 
-# --- reading ---
+def labelled_rows(
+    paths: str | list[str],
+    fields: LabelledFields,
+    problem_type: str,
+    names: list[str],
+    tokenizer: Tokenizer,
+    length: int,
+) -> LabelledRows:
+    """The rows of ``data.validation``, for a model that knows its labels.
 
-
-def _records(paths: str | list[str], key: str, data: LabelledDataConfig) -> Iterator[_Record]:
-    empty = True
-    for source in _sources(paths, key):
-        for number, row in enumerate(_rows(source, data), start=1):
-            empty = False
-            yield _record(row, f"{source} row {number}", data)
-    if empty:
-        raise ValueError(f"{key}: no rows in {paths}; give files with at least one")
-
-
-def _sources(paths: str | list[str], key: str) -> list[Path]:
-    """Files, and folders that ``Dataset.save_to_disk`` wrote, in a fixed order."""
-    found: list[Path] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
-        sources = [source for match in matches for source in _sources_at(match)]
-        if not sources:
-            raise ValueError(
-                f"{key}: no .jsonl, .csv or .parquet file and no saved dataset at {path!r} (looked from {Path.cwd()}); "
-                "correct the path"
-            )
-        found += sources
-    return found
-
-
-def _sources_at(path: Path) -> list[Path]:
-    if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(state.parent) for state in path.glob("*/state.json")))
-        raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
-    if (path / "state.json").is_file():
-        return [path]
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in files if file.suffix in _READERS]
-
-
-def _rows(source: Path, data: LabelledDataConfig) -> Iterator[dict[str, Any]]:
-    if source.is_file() and not source.stat().st_size:
-        return  # the reader of json would stumble
-    try:
-        dataset = _opened(source, data)
-        features = dataset.features or {}
-        names = {field: found for field in data.label_fields if (found := _class_label(features.get(field)))}
-        for row in dataset:
-            named = {field: _int2str(known, row[field]) for field, known in names.items()}
-            yield {**row, **named}
-    except Exception as error:  # each reader raises its own
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: cannot be read ({reason}); correct the file") from None
-
-
-def _opened(source: Path, data: LabelledDataConfig) -> Dataset | IterableDataset:
-    if source.is_dir():
-        return Dataset.load_from_disk(str(source))
-    # A csv holds texts: no column is guessed to be numbers, and no "None" or "NA" to be nothing.
-    texts = dict.fromkeys((*data.text_fields, *data.label_fields), str)
-    options = {"converters": texts, "na_filter": False} if source.suffix == ".csv" else {}
-    return load_dataset(
-        _READERS[source.suffix], data_files=glob.escape(str(source)), split="train", streaming=True, **options
-    )
-
-
-def _class_label(feature: Any) -> ClassLabel | None:
-    """The names that a dataset of ``datasets`` keeps beside its integers."""
-    feature = feature.feature if isinstance(feature, ListOf) else feature
-    return feature if isinstance(feature, ClassLabel) else None
-
-
-def _int2str(names: ClassLabel, label: Any) -> Any:
-    if isinstance(label, list):
-        return [_int2str(names, item) for item in label]
-    return names.int2str(label) if label is not None and 0 <= label < names.num_classes else None
-
-
-def _record(row: dict[str, Any], where: str, data: LabelledDataConfig) -> _Record:
-    texts = [row.get(field) for field in data.text_fields]
-    for field, text in zip(data.text_fields, texts, strict=True):
-        if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: no text in {field!r}, filled are {_filled(row)}; set data.text_field or fix it")
-    label = [row.get(field) for field in data.label_fields]
-    if None in label or "" in label:
-        raise ValueError(f"{where}: no {data.label_field!r}, filled are {_filled(row)}; set data.label_field or fix it")
-    return _Record(where, texts, label[0] if isinstance(data.label_field, str) else label)  # type: ignore[arg-type]
-
-
-def _filled(row: dict[str, Any]) -> str:
-    return ", ".join(name for name, value in row.items() if value not in (None, ""))
+    Raises:
+        ValueError: as ``prepare_labelled``; also for a label that is none of ``names``.
+    """
+    records = list(read_records(paths, "data.validation", fields))
+    return LabelledRows(_token_ids(records, tokenizer, length), _targets(records, problem_type, names, fields))
 
 
 # --- labels ---
 
 
-def _names_in(records: list[_Record], problem_type: str, data: LabelledDataConfig) -> list[str]:
+def _names_in(records: list[Record], problem_type: str, data: LabelledFields) -> list[str]:
     if not isinstance(data.label_field, str):
         return data.label_field
     names = {str(label) for record in records for label in _given(record, problem_type)}
     return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
 
 
-def _given(record: _Record, problem_type: str) -> list[Any]:
+def _given(record: Record, problem_type: str) -> list[Any]:
     """The labels of a record as they stand there."""
     several = problem_type == "multi_label_classification"
     if isinstance(record.label, list) != several or isinstance(record.label, (float, dict)):
@@ -203,7 +105,7 @@ def _given(record: _Record, problem_type: str) -> list[Any]:
     return record.label if several else [record.label]
 
 
-def _targets(records: list[_Record], problem_type: str, names: list[str], data: LabelledDataConfig) -> np.ndarray:
+def _targets(records: list[Record], problem_type: str, names: list[str], data: LabelledFields) -> np.ndarray:
     """(R) int64 class ids, or (R, L) float32: 0 and 1 for several labels, numbers to regress on."""
     if problem_type == "regression":
         numbers = [_numbers(record) for record in records]
@@ -227,7 +129,7 @@ def _targets(records: list[_Record], problem_type: str, names: list[str], data: 
     return flags
 
 
-def _id_of(label: Any, ids: dict[str, int], names: list[str], record: _Record) -> int:
+def _id_of(label: Any, ids: dict[str, int], names: list[str], record: Record) -> int:
     try:
         return ids[str(label)]
     except KeyError:
@@ -235,7 +137,7 @@ def _id_of(label: Any, ids: dict[str, int], names: list[str], record: _Record) -
         raise ValueError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels") from None
 
 
-def _numbers(record: _Record) -> list[float]:
+def _numbers(record: Record) -> list[float]:
     try:
         numbers = [float(value) for value in (record.label if isinstance(record.label, list) else [record.label])]
     except (TypeError, ValueError):
@@ -245,12 +147,12 @@ def _numbers(record: _Record) -> list[float]:
     return numbers
 
 
-def _names_of_numbers(data: LabelledDataConfig, width: int) -> list[str]:
+def _names_of_numbers(data: LabelledFields, width: int) -> list[str]:
     fields = data.label_fields
     return fields if len(fields) == width else [f"{fields[0]}_{number}" for number in range(width)]
 
 
-def _flags(record: _Record) -> list[float]:
+def _flags(record: Record) -> list[float]:
     flags = [str(value).lower() for value in record.label]
     if not set(flags) <= {"0", "1", "true", "false"}:
         raise ValueError(f"{record.where}: the fields of several labels must hold 0 or 1, got {record.label}")
@@ -260,7 +162,7 @@ def _flags(record: _Record) -> list[float]:
 # --- texts ---
 
 
-def _token_ids(records: list[_Record], tokenizer: Tokenizer, length: int) -> list[np.ndarray]:
+def _token_ids(records: list[Record], tokenizer: Tokenizer, length: int) -> list[np.ndarray]:
     rows = []
     for start in range(0, len(records), _TEXTS_AT_ONCE):
         texts = [record.texts for record in records[start : start + _TEXTS_AT_ONCE]]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +13,19 @@ from torch import Tensor
 
 from gptj_train.data.labelled import LabelledRows
 from gptj_train.data.loader import evaluation_batches, micro_batches_at
+from gptj_train.model.config import GPTJConfig
 from gptj_train.schema import schema
+from gptj_train.tasks.classification_metrics import classification_metrics
+from gptj_train.weights.pretrained import GPTJForSequenceClassification, class_of
 
-Record = tuple[float, Tensor, Tensor]
-"""An evaluation batch without its padding rows: summed loss, logits (R, L) fp32, labels."""
+
+class Record(NamedTuple):
+    """An evaluation batch without its padding: summed loss, numbers of the rows, logits (R, L) fp32, labels."""
+
+    loss: float
+    rows: list[int]
+    logits: Tensor
+    labels: Tensor
 
 
 @schema
@@ -30,6 +41,21 @@ class ClassificationTaskConfig:
             raise ValueError("task.class_weights: regression has no classes to weigh; set it to null")
         if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=0) < 0:
             raise ValueError(f"task.class_weights must not be negative, got {self.class_weights}")
+
+
+def names_of(model: GPTJConfig) -> list[str]:
+    """A model's labels in the order of their ids; as Transformers calls them where they have no names."""
+    names = model.id2label or {label: f"LABEL_{label}" for label in range(model.num_labels)}
+    return [names[label] for label in sorted(names)]
+
+
+def known_labels(config: ClassificationTaskConfig, init_from: str | None) -> list[str] | None:
+    """The names asked for; else those of the head that the initial weights come with, which keeps its order."""
+    if config.labels is not None:
+        return [str(label) for label in config.labels]
+    if init_from is None or class_of(init_from) is not GPTJForSequenceClassification:
+        return None
+    return names_of(GPTJConfig.from_pretrained(init_from))
 
 
 def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
@@ -57,11 +83,14 @@ def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels
 
 
 class Classification:
-    """Batches, padded on the right, and metrics of ``GPTJForSequenceClassification``."""
+    """Batches, padded on the right, and metrics of ``GPTJForSequenceClassification``.
+
+    Without ``train`` it only evaluates. ``predictions`` are those of the last evaluation, one a row.
+    """
 
     def __init__(
         self,
-        train: LabelledRows,
+        train: LabelledRows | None,
         validation: LabelledRows | None,
         names: Sequence[str],
         config: ClassificationTaskConfig,
@@ -72,11 +101,14 @@ class Classification:
     ) -> None:
         self._train, self._validation, self._names = train, validation, names
         self._problem_type = config.problem_type
-        self._weights = class_weights(config, names, train.labels)
+        unweighted = np.ones(len(names), dtype=np.float32)
+        self._weights = unweighted if train is None else class_weights(config, names, train.labels)
         self._pad_id, self._seed = pad_id, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self.predictions: list[dict[str, Any]] = []
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+        assert self._train is not None
         micro_batches = micro_batches_at(
             step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
         )
@@ -92,110 +124,75 @@ class Classification:
         return batch["labels"][_real(batch)].numel()
 
     def records(self, output: Any, batch: dict[str, Tensor]) -> list[Record]:
+        assert isinstance(batch, _Batch)
         real = _real(batch)
-        return [(output.loss.item(), output.logits.float().cpu()[real], batch["labels"][real])]
+        rows = [row for row in batch.rows if row is not None]
+        return [Record(output.loss.item(), rows, output.logits.float().cpu()[real], batch["labels"][real])]
 
     def metrics(self, records: list[Record]) -> dict[str, Any]:
-        losses, logits, labels = zip(*records, strict=True)
-        return classification_metrics(
-            self._problem_type, sum(losses), torch.cat(logits), torch.cat(labels), self._names
-        )
+        order = torch.tensor([row for record in records for row in record.rows]).argsort()
+        logits = torch.cat([record.logits for record in records])[order]
+        labels = torch.cat([record.labels for record in records])[order]
+        self.predictions = list(predictions(self._problem_type, logits, labels, self._names))
+        loss = sum(record.loss for record in records)
+        return classification_metrics(self._problem_type, loss, logits, labels, self._names)
 
-    def _batch(self, data: LabelledRows, rows: Sequence[int | None]) -> dict[str, Tensor]:
-        """input_ids and attention_mask, (B, T) int64; labels and loss_weights, (B) or (B, L).
+    def write_predictions(self, folder: str | Path) -> None:
+        """predictions.jsonl, a line for each held-out row in their order; nothing if none were made."""
+        if self.predictions:
+            lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in self.predictions]
+            (Path(folder) / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
-        A row of None has no real token, and no weight in the loss.
-        """
+    def _batch(self, data: LabelledRows, rows: Sequence[int | None]) -> _Batch:
+        return _Batch(data, rows, self._weights, self._pad_id)
+
+
+class _Batch(dict[str, Tensor]):
+    """input_ids and attention_mask, (B, T) int64, padded on the right; labels and loss_weights, (B) or (B, L).
+
+    A row of None has no real token, and no weight in the loss. ``rows`` tells them apart.
+    """
+
+    def __init__(self, data: LabelledRows, rows: Sequence[int | None], weights: np.ndarray, pad_id: int) -> None:
+        self.rows = rows
         known = [0 if row is None else row for row in rows]
         padding = torch.tensor([row is None for row in rows])
         lengths = torch.tensor([len(data.token_ids[row]) for row in known]).masked_fill(padding, 0)
-        input_ids = torch.full((len(rows), max(1, int(lengths.max()))), self._pad_id)
+        input_ids = torch.full((len(rows), max(1, int(lengths.max()))), pad_id)
         for ids, row, length in zip(input_ids, known, lengths, strict=True):
             ids[:length] = torch.from_numpy(data.token_ids[row][:length])
         labels = data.labels[known]
-        weights = self._weights[labels] if labels.ndim == 1 else np.where(labels == 1, self._weights, 1)
-        loss_weights = torch.from_numpy(weights.astype(np.float32))
+        factors = weights[labels] if labels.ndim == 1 else np.where(labels == 1, weights, 1)
+        loss_weights = torch.from_numpy(factors.astype(np.float32))
         loss_weights[padding] = 0
-        return {
-            "input_ids": input_ids,
-            "attention_mask": (torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            "labels": torch.from_numpy(labels),
-            "loss_weights": loss_weights,
-        }
+        super().__init__(
+            input_ids=input_ids,
+            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
+            labels=torch.from_numpy(labels),
+            loss_weights=loss_weights,
+        )
 
 
 def _real(batch: dict[str, Tensor]) -> Tensor:
     return batch["attention_mask"].any(dim=1)
 
 
-def classification_metrics(
-    problem_type: str, loss: float, logits: Tensor, labels: Tensor, names: Sequence[str]
-) -> dict[str, Any]:
-    """The loss a term and what the problem is commonly judged by.
+def predictions(problem_type: str, logits: Tensor, labels: Tensor, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """For each row its number from 1, what it is labelled, what is predicted, and each label's score.
 
-    Args:
-        loss: summed.
-        logits: (R, L) fp32.
-        labels: (R) int64 class ids, or (R, L) fp32.
-        names: of the L labels.
+    Scores are probabilities, of several labels each for itself and predicted above one half; numbers have none.
+    Arguments as of ``classification_metrics``.
     """
-    found: dict[str, Any] = {"eval_loss": loss / labels.numel()}
-    if problem_type == "single_label_classification":
-        return found | _single_label(logits.argmax(dim=1), labels, names)
-    return found | (_multi_label(logits, labels) if problem_type.startswith("multi") else _regression(logits, labels))
-
-
-# torchmetrics is imported where it is used: it takes seconds, which no other recipe need spend.
-
-
-def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_confusion_matrix,
-        multiclass_f1_score,
-        multiclass_matthews_corrcoef,
-    )
-
-    count = len(names)
-    matrix = multiclass_confusion_matrix(predicted, labels, count).tolist()
-    return {
-        "accuracy": multiclass_accuracy(predicted, labels, count, average="micro").item(),
-        "macro_f1": multiclass_f1_score(predicted, labels, count, average="macro").item(),
-        # One class more than there are: torchmetrics does not give 0 where one of just two is never predicted.
-        "mcc": multiclass_matthews_corrcoef(predicted, labels, count + 1).item(),
-        "confusion_matrix": {
-            true: {name: times for name, times in zip(names, row, strict=True) if times}
-            for true, row in zip(names, matrix, strict=True)
-        },
-    }
-
-
-def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """F1 at a probability of one half, and at the hundredth that makes micro-F1 largest on this very data."""
-    from torchmetrics.functional.classification import multilabel_f1_score
-
-    probabilities, wanted, count = logits.sigmoid(), labels.long(), labels.shape[1]
-
-    def f1(average: Literal["micro", "macro"], threshold: float) -> float:
-        return multilabel_f1_score(probabilities, wanted, count, threshold, average).item()
-
-    best = max((hundredth / 100 for hundredth in range(1, 100)), key=lambda threshold: f1("micro", threshold))
-    return {
-        "micro_f1": f1("micro", 0.5),
-        "macro_f1": f1("macro", 0.5),
-        "best_threshold": best,
-        "best_micro_f1": f1("micro", best),
-        "best_macro_f1": f1("macro", best),
-    }
-
-
-def _regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Correlations are means over the numbers of a row; they need two rows, and are NaN for constants."""
-    from torchmetrics.functional import mean_squared_error, pearson_corrcoef, spearman_corrcoef
-
-    predicted, labels = predicted.squeeze(1), labels.squeeze(1)
-    return {
-        "mse": mean_squared_error(predicted, labels).item(),
-        "pearson": pearson_corrcoef(predicted, labels).mean().item(),
-        "spearman": spearman_corrcoef(predicted, labels).mean().item(),
-    }
+    single, regression = problem_type.startswith("single"), problem_type == "regression"
+    scores = logits if regression else logits.softmax(dim=1) if single else logits.sigmoid()
+    for number, (row, told) in enumerate(zip(scores.tolist(), labels.tolist(), strict=True), start=1):
+        scored = dict(zip(names, row, strict=True))
+        if regression:
+            yield {"row": number, "label": dict(zip(names, told, strict=True)), "predicted": scored}
+        elif single:
+            best = max(scored, key=lambda name: scored[name])
+            yield {"row": number, "label": names[told], "predicted": best, "scores": scored}
+        else:
+            given = [name for name, flag in zip(names, told, strict=True) if flag]
+            likely = [name for name, score in scored.items() if score > 0.5]
+            yield {"row": number, "label": given, "predicted": likely, "scores": scored}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,14 @@ from gptj_train.model.loss import IGNORE, next_token_targets
 
 
 class CausalLM:
-    """Next-token prediction; documents in a window neither see nor predict each other."""
+    """Next-token prediction; documents in a window neither see nor predict each other.
+
+    Without ``train`` it only evaluates.
+    """
 
     def __init__(
         self,
-        train: PackedWindows,
+        train: PackedWindows | None,
         validation: PackedWindows | None,
         tokenizer: Tokenizer,
         seed: int,
@@ -35,6 +39,7 @@ class CausalLM:
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+        assert self._train is not None
         micro_batches = micro_batches_at(
             step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
         )
@@ -64,6 +69,9 @@ class CausalLM:
             "perplexity": math.exp(min(loss, 700)),
             "bits_per_byte": summed_loss / math.log(2) / max(size, 1),
         }
+
+    def write_predictions(self, folder: str | Path) -> None:
+        """Nothing: losses are all there is."""
 
 
 def _targets(batch: dict[str, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text from an exported or original checkpoint."""
+"""Text from an exported, original or training checkpoint."""
 
 from __future__ import annotations
 
@@ -10,42 +10,49 @@ from typing import Any
 import torch
 
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.placement import place
 from gptj_train.weights.pretrained import GPTJForCausalLM
 
 _UNFINISHED = "\ufffd"  # what the bytes of a character decode to until all have come
 
 
 class TextGenerator:
-    """The model and tokenizer of an HF folder, on the GPU if there is one.
+    """The model and tokenizer of a folder, on the accelerator if there is one.
+
+    Args:
+        dtype: of the weights, a key of ``DTYPES``; None keeps what is stored.
 
     Raises:
         ValueError: a folder without model or tokenizer; later, an empty prompt or a bad option.
     """
 
-    def __init__(self, checkpoint: str | Path) -> None:
-        self._tokenizer = Tokenizer.load(checkpoint)
-        self._device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        self._model = GPTJForCausalLM.from_pretrained(checkpoint)
-        if self._device is not None:
-            self._model.to(self._device)
+    def __init__(self, checkpoint: str | Path, dtype: str | None = None) -> None:
+        self.tokenizer = Tokenizer.load(checkpoint)
+        self.model = GPTJForCausalLM.from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
+        self.tokenizer.check_fits(self.model.config.vocab_size)
+        self.device = place(self.model)
 
-    def stream(self, prompt: str, stop: Sequence[str] = (), **options: Any) -> Iterator[str]:
-        """Yield the continuation of a prompt piece by piece, as its characters are certain.
+    def stream(self, prompt: str, stop: Sequence[str] = (), num_beams: int = 1, **options: Any) -> Iterator[str]:
+        """Yield the continuation of a prompt piece by piece, as its characters are certain; of beams at the end.
 
         Args:
             stop: end before the first of these strings.
-            **options: of ``GPTJForCausalLM.stream``.
+            num_beams, **options: of ``GPTJForCausalLM.generate``.
         """
+        if num_beams > 1:
+            yield from self.complete([prompt], stop, num_beams, **options)
+            return
         ids = self._encode(prompt)
-        before = len(self._tokenizer.decode(ids))
+        before = len(self.tokenizer.decode(ids))
         held_back = max(map(len, stop), default=1) - 1  # may be the beginning of a stop string
         text, shown = "", 0
-        columns = self._model.stream(
-            torch.tensor([ids], device=self._device), eos_token_id=self._tokenizer.end_id, **options
+        columns = self.model.stream(
+            torch.tensor([ids], device=self.device), eos_token_id=self.tokenizer.end_id, **options
         )
         for token in columns:
             ids.append(int(token))
-            text = self._tokenizer.decode(ids)[before:]
+            text = self.tokenizer.decode(ids)[before:]
             cut = _first(text, stop)
             if cut is not None:
                 yield text[shown:cut]
@@ -56,31 +63,54 @@ class TextGenerator:
                 shown = certain
         yield text[shown:]
 
-    def complete(self, prompts: list[str], stop: Sequence[str] = (), **options: Any) -> list[str]:
-        """The continuation of each prompt, all generated as one batch.
+    def complete(self, prompts: list[str], stop: Sequence[str] = (), num_beams: int = 1, **options: Any) -> list[str]:
+        """The continuation of each prompt, all generated as one batch; it ends when every text has.
 
         Args:
             stop: cut before the first of these strings.
-            **options: of ``GPTJForCausalLM.generate``.
+            num_beams, **options: of ``GPTJForCausalLM.generate``.
         """
-        ids = [self._encode(prompt) for prompt in prompts]
+        return self.complete_ids([self._encode(prompt) for prompt in prompts], stop, num_beams, **options)
+
+    def complete_ids(
+        self, ids: list[list[int]], stop: Sequence[str] = (), num_beams: int = 1, **options: Any
+    ) -> list[str]:
+        """As ``complete``, of prompts that are token ids."""
+        end_id = self.tokenizer.end_id
+        padded, mask = self.padded(ids)
+        options |= {"eos_token_id": end_id}
+        new: list[list[int]] = [[] for _ in ids]
+        if num_beams > 1:
+            new = self.model.generate(padded, mask, num_beams=num_beams, **options)[:, padded.shape[1] :].tolist()
+        else:
+            for column in self.model.stream(padded, mask, **options):
+                for row, token in zip(new, column.tolist(), strict=True):
+                    row.append(token)
+                if stop and all(self._cut(*pair, stop)[1] for pair in zip(ids, new, strict=True)):
+                    break
+        return [self._cut(*pair, stop)[0] for pair in zip(ids, new, strict=True)]
+
+    def padded(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Prompts of different lengths as input_ids and attention_mask (B, T) int64, padded on the left."""
         longest = max(map(len, ids))
-        end_id = self._tokenizer.end_id
-        padded = torch.tensor([[end_id] * (longest - len(row)) + row for row in ids], device=self._device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=self._device)
-        generated = self._model.generate(padded, mask, eos_token_id=end_id, **options)
-        texts = []
-        for row, own in zip(generated.tolist(), ids, strict=True):
-            text = self._tokenizer.decode(row[longest - len(own) :])[len(self._tokenizer.decode(own)) :]
-            texts.append(text[: _first(text, stop)])
-        return texts
+        rows = [[self.tokenizer.end_id] * (longest - len(row)) + row for row in ids]
+        mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+        return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
+
+    def _cut(self, prompt: list[int], new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
+        """The new text up to a stop string or the end of text, and whether there was one."""
+        ended = self.tokenizer.end_id in new
+        new = new[: new.index(self.tokenizer.end_id)] if ended else new
+        text = self.tokenizer.decode(prompt + new)[len(self.tokenizer.decode(prompt)) :]
+        cut = _first(text, stop)
+        return text[:cut], ended or cut is not None
 
     def room(self, prompt: str) -> int:
         """Tokens that fit behind a prompt."""
-        return self._model.config.n_positions - len(self._encode(prompt))
+        return self.model.config.n_positions - len(self._encode(prompt))
 
     def _encode(self, prompt: str) -> list[int]:
-        if not (ids := self._tokenizer.encode(prompt)):
+        if not (ids := self.tokenizer.encode(prompt)):
             raise ValueError("the prompt is empty; give prompt='some text'")
         return ids
 

@@ -54,12 +54,13 @@ class FeatureRecord(NamedTuple):
 class QuestionAnswering:
     """Start and end of the answer in the context, both on the last token where there is none.
 
-    ``predictions`` and ``candidates``, by question id, are those of the last evaluation.
+    Without ``train`` it only evaluates. ``predictions`` and ``candidates``, by question id, are those of the last
+    evaluation.
     """
 
     def __init__(
         self,
-        train: Features,
+        train: Features | None,
         validation: Features,
         config: QATaskConfig,
         seed: int,
@@ -73,6 +74,7 @@ class QuestionAnswering:
         self.candidates: dict[str, list[dict[str, Any]]] = {}
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+        assert self._train is not None
         micro_batches = micro_batches_at(
             step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
         )

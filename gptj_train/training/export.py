@@ -6,19 +6,15 @@ import shutil
 from collections import deque
 from pathlib import Path
 
-import torch
-
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.weights.hf import replace_folder, write_weights
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
 
 
 def export(engine: Engine, model_files: ModelFiles, folder: str | Path, dtype: str) -> Path:
     """Write weights, config and tokenizer files that Transformers loads unchanged. Collective.
 
-    Rank 0 holds one shard of at most 5 GB besides its own part; the folder appears whole or not at all.
+    Rank 0 holds one tensor besides its own part; the folder appears whole or not at all.
 
     Args:
         dtype: bf16, fp16 or fp32.
@@ -32,8 +28,7 @@ def export(engine: Engine, model_files: ModelFiles, folder: str | Path, dtype: s
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        numels = {name: shape.numel() for name, shape in engine.shapes.items()}
-        write_weights(scratch, engine.full_parameters(), numels, DTYPES[dtype])
+        write_weights(scratch, engine.full_parameters(), engine.shapes, DTYPES[dtype])
         model_files.save(scratch, DTYPES[dtype])
         replace_folder(scratch, target)
     finally:

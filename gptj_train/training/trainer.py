@@ -73,6 +73,9 @@ class Task(Protocol):
     def metrics(self, records: list[Any]) -> dict[str, Any]:
         """What to report for the rows of all batches and ranks, as JSON values; ``eval_loss`` among it."""
 
+    def write_predictions(self, folder: str | Path) -> None:
+        """What the last metrics were computed from, as files; nothing where nothing is predicted."""
+
 
 class Trainer:
     """Trains a task's model to ``max_steps``, evaluating and saving on the way."""
@@ -185,6 +188,8 @@ class Trainer:
         if not records:
             return {}
         metrics = self.task.metrics(records)
+        if self.engine.rank == 0:
+            self.task.write_predictions(self.config.output_dir)
         self.tracker.evaluation({"step": self.state.step, "tokens": self.state.tokens, **metrics})
         return metrics
 

@@ -1,26 +1,24 @@
-"""Tensors in and out of Transformers folders: safetensors or legacy .bin, one file or sharded."""
+"""Tensors out of Transformers folders: safetensors or legacy .bin, one file or sharded."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from zipfile import ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-MAX_SHARD_BYTES = 5_000_000_000
-
+_LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 _PREFIX = "transformer."
@@ -36,8 +34,8 @@ class StoredWeights(ABC):
         """Of all tensors in the folder."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them, without reading it."""
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """A tensor's shape and safetensors' name of its dtype, without reading the numbers."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -81,14 +79,22 @@ class StoredWeights(ABC):
                 f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
             )
         for name, place in wanted.items():
-            found, shape = self.shape(place), tuple(shapes[name])
+            (found, kind), shape = self.form(place), tuple(shapes[name])
             if found != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
+            if kind not in _FLOATS:
+                raise ValueError(
+                    f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
+                    "give a folder in fp32, bf16 or fp16, one that is not quantized"
+                )
         return wanted
 
 
 class HFWeights(StoredWeights):
     """The tensors of a Transformers folder, read one at a time from memory-mapped files.
+
+    Files are data: nothing in them runs, and none outside the folder is opened, except the blobs that a folder
+    in a hub cache links to.
 
     Raises:
         ValueError: no weights in the folder, or an index or file that cannot be trusted or read.
@@ -107,18 +113,32 @@ class HFWeights(StoredWeights):
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(single).keys(), single)
             if (self.folder / index).is_file():
-                return self._read_index(self.folder / index)
+                return self._read_index(self._regular(index))
         raise ValueError(
             f"{self.folder}: no model.safetensors, pytorch_model.bin or their index here; "
             "give the folder that Transformers' save_pretrained or our export wrote"
         )
 
+    def _regular(self, file: str) -> Path:
+        """The path of a file, once it is known to be one and to be in the folder."""
+        path = self.folder / file
+        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(self.folder))
+        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+        if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+            raise ValueError(f"{path}: refused, it is a link to outside of its folder; put the file itself there")
+        if not real.is_file():
+            why = "not a regular file" if real.exists() else "the index names it, but it is not there"
+            raise ValueError(f"{path}: cannot be read as weights ({why})")
+        return path
+
     @staticmethod
     def _read_index(path: Path) -> dict[str, str]:
         try:
+            if path.stat().st_size > _LARGEST_INDEX:
+                raise ValueError("it is too large for one")
             weight_map = json.loads(path.read_text())["weight_map"]
             plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable weight index ({error})") from None
         if not plain:
             raise ValueError(f"{path}: weight_map may name files of its own folder only")
@@ -126,7 +146,7 @@ class HFWeights(StoredWeights):
 
     def _handle(self, file: str) -> Any:
         if file not in self._open:
-            path = self.folder / file
+            path = self._regular(file)
             try:
                 if file.endswith(".safetensors"):
                     self._open[file] = safe_open(path, framework="pt").__enter__()
@@ -136,8 +156,11 @@ class HFWeights(StoredWeights):
                 raise ValueError(f"{path}: cannot be read as weights ({error})") from None
             except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
                 raise ValueError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from None
-            if file.endswith(".bin") and not _is_state_dict(self._open[file]):
-                raise ValueError(f"{path}: refused, it is not a plain dictionary of tensors")
+            if file.endswith(".bin"):
+                if not _is_state_dict(self._open[file]):
+                    raise ValueError(f"{path}: refused, it is not a plain dictionary of tensors")
+                if not _is_whole(path, self._open[file]):
+                    raise ValueError(f"{path}: cannot be read as weights (its records are not as long as its tensors)")
         return self._open[file]
 
     def close(self) -> None:
@@ -149,13 +172,15 @@ class HFWeights(StoredWeights):
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
         handle = self._handle(self._file_of[name])
         if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             raise ValueError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
-            return tuple(handle[name].shape)
-        return tuple(handle.get_slice(name).get_shape())
+            kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+            return tuple(handle[name].shape), kinds.get(handle[name].dtype, str(handle[name].dtype))
+        stored = handle.get_slice(name)
+        return tuple(stored.get_shape()), stored.get_dtype()
 
     def tensor(self, name: str) -> Tensor:
         handle = self._handle(self._file_of[name])
@@ -166,73 +191,14 @@ def _is_state_dict(loaded: Any) -> bool:
     return isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
 
 
+def _is_whole(path: Path, state: dict[str, Tensor]) -> bool:
+    # Mapped into memory, a record that is too short would be continued with whatever follows it in the file.
+    with ZipFile(path) as archive:
+        stored = sum(record.compress_size for record in archive.infolist() if "/data/" in record.filename)
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    return sum(storages.values()) == stored
+
+
 def _some(names: list[str]) -> str:
     shown = ", ".join(names[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
-
-
-def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:
-    """File name -> tensor names, filling each safetensors file up to ``max_bytes``, in the given order."""
-    groups: list[list[str]] = [[]]
-    used = 0
-    for name, size in sizes.items():
-        if groups[-1] and used + size > max_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(name)
-        used += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
-
-
-def write_weights(
-    folder: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    numels: Mapping[str, int],
-    dtype: torch.dtype,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write named tensors as sharded safetensors, holding one shard in memory at a time.
-
-    Args:
-        folder: an existing folder.
-        tensors: (name, tensor) in the order of ``numels``; each is cast to ``dtype`` as it comes.
-        numels: element count of every tensor that will come.
-    """
-    shards = plan_shards({name: numel * dtype.itemsize for name, numel in numels.items()}, max_shard_bytes)
-    stream = iter(tensors)
-    for file, names in shards.items():
-        shard = {}
-        for expected, (name, tensor) in zip(names, stream, strict=False):
-            assert name == expected, f"{name} came where {expected} was announced"
-            shard[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        save_file(shard, folder / file, metadata={"format": "pt"})
-    if len(shards) > 1:
-        count = sum(numels.values())
-        index = {
-            "metadata": {"total_size": count * dtype.itemsize, "total_parameters": count},
-            "weight_map": {name: file for file, names in shards.items() for name in names},
-        }
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def install_files(finished: Path, target: Path) -> None:
-    """Move a finished folder's files into ``target``; weights of an earlier save go, other files stay."""
-    target.mkdir(exist_ok=True)
-    written = {file.name for file in finished.iterdir()}
-    for old in target.iterdir():
-        if _WEIGHT_FILE.fullmatch(old.name) and old.name not in written:
-            old.unlink()
-    for name in written:
-        os.replace(finished / name, target / name)
-
-
-def replace_folder(finished: Path, target: Path) -> None:
-    """Put a finished folder in the place of ``target``; what stood there goes only afterwards."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    os.replace(finished, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from gptj_train.model import gptj, heads
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.weights.checkpoint import open_weights
-from gptj_train.weights.hf import MAX_SHARD_BYTES, install_files, write_weights
+from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
 
 
 class Pretrained(nn.Module):
@@ -64,8 +65,8 @@ class Pretrained(nn.Module):
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             finished = Path(scratch) / target.name
             finished.mkdir()
-            numels = {name: parameter.numel() for name, parameter in parameters.items()}
-            write_weights(finished, parameters.items(), numels, dtype, max_shard_bytes)
+            shapes = {name: parameter.shape for name, parameter in parameters.items()}
+            write_weights(finished, parameters.items(), shapes, dtype, max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(finished, architecture=type(self).__name__)
             install_files(finished, target)
@@ -95,3 +96,22 @@ class GPTJForSequenceClassification(heads.GPTJForSequenceClassification, Pretrai
 
 class GPTJForQuestionAnswering(heads.GPTJForQuestionAnswering, Pretrained):
     __doc__ = heads.GPTJForQuestionAnswering.__doc__
+
+
+_PUBLIC = {
+    cls.__name__: cls for cls in (GPTJModel, GPTJForCausalLM, GPTJForSequenceClassification, GPTJForQuestionAnswering)
+}
+
+
+def class_of(folder: str | Path) -> type[Pretrained]:
+    """The class that the ``architectures`` of a folder's config.json name.
+
+    Raises:
+        ValueError: no readable config.json, or none of our classes in it.
+    """
+    GPTJConfig.from_pretrained(folder)  # says what is wrong with the file
+    named = json.loads((Path(folder) / "config.json").read_text()).get("architectures")
+    for name in named if isinstance(named, list) else ():
+        if isinstance(name, str) and name in _PUBLIC:
+            return _PUBLIC[name]
+    raise ValueError(f"{folder}/config.json: architectures is {named!r}; it must name one of {', '.join(_PUBLIC)}")

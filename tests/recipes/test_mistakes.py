@@ -168,7 +168,7 @@ MISTAKES = {
         ["init_from={}/weightless", "sequence_length=65"],
         "sequence_length 65 exceeds the model's n_positions (64)",
     ),
-    "sequence without a next token": (["sequence_length=1"], "sequence_length must be from 2 to 65535 tokens, got 1"),
+    "sequence without a next token": (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
     "odd rotary_dim": (["model.rotary_dim=7"], "model.rotary_dim (7) must be even"),
     "no layers": (["model.n_layer=0"], "model.n_layer must be at least 1, got 0"),
 }

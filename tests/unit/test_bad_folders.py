@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -227,3 +228,135 @@ def test_config_that_does_not_fit(folder: Path, changes: dict[str, Any], message
 def test_config_that_is_no_object(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
     assert "config.json" in refusal(folder)
+
+
+# --- files that are not what they seem ---
+
+
+def hostile_safetensors(path: Path, header: bytes, length: int | None = None, data: bytes = b"") -> None:
+    path.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize("length", [0, 1, 10**8 + 1, 2**40, 2**63, 2**64 - 1])
+def test_absurd_header_length(folder: Path, length: int) -> None:
+    hostile_safetensors(folder / "model.safetensors", b'{"a":{}}', length)
+    assert "model.safetensors: cannot be read as weights" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    "places",
+    [
+        [0, 2**62],  # beyond the file
+        [0, 8],  # smaller than the shape
+        [8, 72],  # a gap before it
+        [64, 0],
+        [-64, 0],
+        "everywhere",
+    ],
+)
+def test_places_that_do_not_fit(folder: Path, places: Any) -> None:
+    header = {"lm_head.bias": {"dtype": "F32", "shape": [16], "data_offsets": places}}
+    hostile_safetensors(folder / "model.safetensors", json.dumps(header).encode(), data=bytes(64))
+    assert "model.safetensors: cannot be read as weights" in refusal(folder)
+
+
+def test_tensors_that_share_bytes(folder: Path) -> None:
+    one = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    header = {"lm_head.bias": one, "lm_head.weight": one}
+    hostile_safetensors(folder / "model.safetensors", json.dumps(header).encode(), data=bytes(64))
+    assert "model.safetensors: cannot be read as weights" in refusal(folder)
+
+
+def test_bytes_behind_the_last_tensor(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"PK")
+    assert "model.safetensors: cannot be read as weights" in refusal(folder)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "dangling link", "loop"])
+@pytest.mark.parametrize("file", ["model-00001-of-00007.safetensors", "model.safetensors.index.json"])
+def test_what_is_no_file(sharded: Path, file: str, kind: str) -> None:
+    """None of them may hang or be followed."""
+    path = next(sharded.glob(file.replace("00007", "*")))
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name if kind == "loop" else "nowhere")
+    message = refusal(sharded)
+    assert "cannot be read as weights" in message or "no model.safetensors" in message
+
+
+@pytest.mark.parametrize("target", ["beside", "/dev/zero"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_links_that_leave_the_folder(folder: Path, file: str, target: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, file, state)
+    outside = folder.parent / "outside"
+    (folder / file).rename(outside)
+    (folder / file).symlink_to(outside if target == "beside" else target)
+    message = refusal(folder)
+    assert f"{file}: refused, it is a link to outside" in message or "no model.safetensors" in message
+
+
+def test_links_to_weights_beside_the_index(sharded: Path) -> None:
+    file = min(sharded.glob("*.safetensors"))
+    outside = sharded.parent / "outside"
+    file.rename(outside)
+    file.symlink_to(outside)
+    assert f"{file.name}: refused, it is a link to outside" in refusal(sharded)
+
+
+def test_links_of_a_hub_cache_are_followed(tmp_path: Path) -> None:
+    snapshot, blobs = tmp_path / "models--gptj" / "snapshots" / "abc", tmp_path / "models--gptj" / "blobs"
+    GPTJForCausalLM(CONFIG).save_pretrained(snapshot)
+    blobs.mkdir()
+    (snapshot / "model.safetensors").rename(blobs / "123")
+    (snapshot / "model.safetensors").symlink_to("../../blobs/123")
+    GPTJForCausalLM.from_pretrained(snapshot)
+    (tmp_path / "link").symlink_to(snapshot)
+    GPTJForCausalLM.from_pretrained(tmp_path / "link")
+
+
+def test_deeply_nested_index(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").write_text("[" * 200_000)
+    assert "not a readable weight index" in refusal(sharded)
+
+
+def test_enormous_index(sharded: Path) -> None:
+    os.truncate(sharded / "model.safetensors.index.json", 2**40)  # sparse
+    assert "not a readable weight index (it is too large for one)" in refusal(sharded)
+
+
+@FORMS
+def test_quantized_weights(folder: Path, form: str) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, form, state | {"lm_head.weight": torch.zeros(31, 16, dtype=torch.int8)})
+    assert "lm_head.weight is stored as" in refusal(folder)
+    assert "quantized" in refusal(folder)
+
+
+def test_bin_whose_storage_is_smaller_than_its_tensor(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, "pytorch_model.bin", state)
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        entries = {item.filename: archive.read(item) for item in archive.infolist()}
+    largest = max(entries, key=lambda name: len(entries[name]) if "/data/" in name else 0)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content[:8] if name == largest else content)
+    assert "pytorch_model.bin: cannot be read as weights (its records" in refusal(folder)
+
+
+def test_compressed_bin(folder: Path) -> None:
+    write(folder, "pytorch_model.bin", load_file(folder / "model.safetensors"))
+    path = folder / "pytorch_model.bin"
+    with zipfile.ZipFile(path) as archive:
+        entries = {item.filename: archive.read(item) for item in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    assert "pytorch_model.bin" in refusal(folder)

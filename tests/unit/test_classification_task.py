@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,16 @@ from sklearn import metrics as sk
 from sklearn.utils.class_weight import compute_class_weight
 from torch.nn import functional as F
 
-from gptj_train import GPTJConfig, GPTJForSequenceClassification
+from gptj_train import GPTJConfig, GPTJForSequenceClassification, GPTJModel
 from gptj_train.data.labelled import LabelledRows
 from gptj_train.tasks.classification import (
     Classification,
     ClassificationTaskConfig,
     class_weights,
-    classification_metrics,
+    known_labels,
+    predictions,
 )
+from gptj_train.tasks.classification_metrics import classification_metrics
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 NAMES = ["a", "b", "c"]
@@ -104,6 +107,27 @@ def test_regression_metrics(width: int) -> None:
     assert found["spearman"] == pytest.approx(np.mean([stats.spearmanr(*pair)[0] for pair in columns]), abs=1e-5)
 
 
+def told_as(problem: str, label: Any) -> Any:
+    """A label as predictions.jsonl names it."""
+    if problem == SINGLE:
+        return NAMES[label]
+    named = dict(zip(NAMES, label.tolist(), strict=True))
+    return named if problem == "regression" else [name for name, flag in named.items() if flag]
+
+
+def test_predictions() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [5.0, -1.0, 0.1]])
+    (first, second) = predictions(SINGLE, logits, torch.tensor([2, 0]), NAMES)
+    assert (first["row"], first["label"], first["predicted"]) == (1, "c", "b")
+    assert list(first["scores"].values()) == pytest.approx(logits[0].softmax(0).tolist())
+    assert (second["row"], second["label"], second["predicted"]) == (2, "a", "a")
+    (_, both) = predictions(MULTI, logits, torch.tensor([[0.0, 1, 0], [1, 1, 0]]), NAMES)
+    assert (both["label"], both["predicted"]) == (["a", "b"], ["a", "c"])
+    assert both["scores"]["b"] == pytest.approx(1 / (1 + math.e))
+    (number, _) = predictions("regression", logits, torch.tensor([[1.0, 2, 3], [4, 5, 6]]), NAMES)
+    assert number == {"row": 1, "label": {"a": 1, "b": 2, "c": 3}, "predicted": {"a": 0, "b": 2, "c": 1}}
+
+
 @pytest.mark.parametrize("problem", [SINGLE, MULTI, "regression"])
 @pytest.mark.parametrize("weights", [None, {"b": 3.0, "c": 0.0}])
 def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) -> None:
@@ -122,8 +146,10 @@ def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) 
                 for batch in batches
                 for record in task.records(model(**batch, use_cache=False, num_items_in_batch=1.0), batch)
             ]
-        assert sum(len(logits) for _, logits, _ in records) == 11
+        assert sorted(row for record in records for row in record.rows) == list(range(11))
         found.append(task.metrics(records))
+        told = [told_as(problem, label) for label in rows.labels]
+        assert [(line["row"], line["label"]) for line in task.predictions] == list(enumerate(told, start=1))
     for other in found[1:]:
         for name, value in found[0].items():
             assert other[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
@@ -186,3 +212,14 @@ def test_wrong_weights_are_named(problem: str, weights: Any, message: str) -> No
 def test_constant_predictions_have_no_correlation() -> None:
     found = classification_metrics("regression", 1.0, torch.zeros(5, 1), torch.randn(5, 1), ["x"])
     assert math.isnan(found["pearson"])
+
+
+def test_a_head_to_start_from_keeps_its_order_of_labels(tmp_path: Path) -> None:
+    assert known_labels(task_config(), None) is None
+    GPTJModel(make_model(SINGLE).config).save_pretrained(tmp_path)  # a trunk has no labels
+    assert known_labels(task_config(), str(tmp_path)) is None
+    shape = {"vocab_size": 31, "n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4}
+    GPTJForSequenceClassification(GPTJConfig(**shape, id2label={0: "z", 1: "a"})).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    assert known_labels(task_config(), str(tmp_path)) == ["z", "a"]
+    given = ClassificationTaskConfig(problem_type=SINGLE, labels=["a", 2], class_weights=None)  # type: ignore[arg-type]
+    assert known_labels(given, str(tmp_path)) == ["a", "2"]

@@ -70,3 +70,21 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         prompts_in(str(file), 2)
     with pytest.raises(ValueError, match="cannot be read"):
         prompts_in(str(tmp_path / "absent"), 2)
+
+
+def test_beams_come_out_at_once_and_are_the_models(folder: Path) -> None:
+    writer = TextGenerator(folder)
+    ids = torch.tensor([writer.tokenizer.encode("Once")])
+    expected = writer.tokenizer.decode(writer.model.generate(ids, num_beams=6, max_new_tokens=8)[0].tolist())[4:]
+    assert expected != writer.complete(["Once"], max_new_tokens=8)[0]
+    assert list(writer.stream("Once", num_beams=6, max_new_tokens=8)) == [expected]
+
+
+def test_a_batch_ends_when_every_text_has(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TextGenerator(folder)
+    (whole,) = writer.complete([PROMPTS[0]], **OPTIONS)
+    steps = []
+    next_logits = writer.model._next_logits
+    monkeypatch.setattr(writer.model, "_next_logits", lambda *args: steps.append(1) or next_logits(*args))
+    assert writer.complete([PROMPTS[0]], [whole[2:5]], **OPTIONS) == [whole[: whole.index(whole[2:5])]]
+    assert len(steps) < 10

@@ -1,0 +1,85 @@
+"""Seconds a token and peak memory of text from a checkpoint of GPT-J 6B's shape, on this machine.
+
+    python benchmarks/generate_6b.py /scratch/gptj_6b_random [--new-tokens 8] [--dtype bf16]
+
+writes the folder first if it is not there (random weights of the real shapes in bf16, 12.1 GB), then answers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from gptj_train import GPTJConfig, GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.tasks.generation import TextGenerator
+from gptj_train.weights.hf_writer import write_weights
+
+RESULT = Path(__file__).parent / "results" / "generate_6b.json"
+
+
+def write_checkpoint(folder: Path) -> None:
+    """GPT-J 6B's config with random weights, one tensor in memory at a time."""
+    config = GPTJConfig(dtype="bfloat16")
+    with torch.device("meta"):
+        model = GPTJForCausalLM(config)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        block = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)).mul_(0.02).bfloat16()
+        for name, shape in shapes.items():
+            repeated = block.repeat(-(-shape.numel() // len(block)))
+            yield (
+                name,
+                repeated[: shape.numel()].view(shape) + (1.0 if name.endswith(("ln_1.weight", "ln_f.weight")) else 0),
+            )
+
+    folder.mkdir(parents=True)
+    write_weights(folder, tensors(), shapes, torch.bfloat16)
+    config.save_pretrained(folder, "GPTJForCausalLM")
+    Tokenizer.train([Path(__file__).read_text()], 400).save(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--new-tokens", type=int, default=8)
+    parser.add_argument("--dtype", choices=["bf16", "fp32"])
+    given = parser.parse_args()
+    if not given.folder.exists():
+        write_checkpoint(given.folder)
+    began = time.perf_counter()
+    writer = TextGenerator(given.folder, given.dtype)
+    loaded = time.perf_counter()
+    moments = [loaded]
+    for _ in writer.model.stream(
+        torch.tensor([writer.tokenizer.encode("from pathlib import Path")], device=writer.device),
+        max_new_tokens=given.new_tokens,
+        eos_token_id=[],
+    ):
+        moments.append(time.perf_counter())
+    seconds = [later - earlier for earlier, later in pairwise(moments)]
+    found = {
+        "machine": f"{torch.get_num_threads()} threads, {platform.machine()}, device {writer.device}",
+        "torch": torch.__version__,
+        "dtype": str(writer.model.lm_head.weight.dtype),
+        "parameters": sum(parameter.numel() for parameter in writer.model.parameters()),
+        "load_seconds": round(loaded - began, 1),
+        "first_token_seconds": round(seconds[0], 1),
+        "seconds_per_token": round(sorted(seconds[1:])[len(seconds[1:]) // 2], 2),
+        "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+    }
+    RESULT.write_text(json.dumps(found, indent=2) + "\n")
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

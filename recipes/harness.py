@@ -1,0 +1,18 @@
+"""Tasks of the lm-eval harness on a local model: python recipes/harness.py checkpoint=DIR 'tasks=[NAME]'"""
+
+from gptj_train.config import HarnessConfig
+from gptj_train.launch import recipe
+from gptj_train.tasks.generation import TextGenerator
+
+
+@recipe(HarnessConfig)
+def main(cfg: HarnessConfig) -> None:
+    from gptj_train.tasks.harness import run_tasks  # here, so that what is missing is told in a line
+
+    writer = TextGenerator(cfg.checkpoint, cfg.dtype)
+    table = run_tasks(writer, cfg.tasks, cfg.include_path, cfg.num_fewshot, cfg.limit, cfg.batch_size, cfg.output_dir)
+    print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""mesh-transformer-jax checkpoint -> HF folder: python recipes/import_mesh.py source=DIR output_dir=DIR"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from gptj_train import GPTJConfig
+from gptj_train.config import ImportMeshConfig
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.launch import recipe
+from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.mesh_jax import MeshCheckpoint
+
+
+@recipe(ImportMeshConfig)
+def main(cfg: ImportMeshConfig) -> None:
+    checkpoint = MeshCheckpoint(cfg.source, GPTJConfig(**asdict(cfg.model)))
+    tokenizer = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer is not None else None
+    checkpoint.save_pretrained(cfg.output_dir, DTYPES[cfg.dtype])
+    if tokenizer is not None:
+        tokenizer.save(Path(cfg.output_dir))
+    count = sum(shape.numel() for shape in checkpoint.shapes.values())
+    moments = " and Adam's moments" if checkpoint.is_full else ""
+    print(f"{count:,} parameters{moments} of step {checkpoint.step:,} in {cfg.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
