@@ -133,12 +133,12 @@ class CheckpointWeights(StoredWeights):
     def names(self) -> set[str]:
         return set(self._manifest.parameters)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._manifest.parameters[name])
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        return tuple(self._manifest.parameters[name]), "F32"
 
     def tensor(self, name: str) -> Tensor:
         """A parameter, whole, fp32."""
-        whole = torch.empty(self.shape(name), dtype=torch.float32)
+        whole = torch.empty(self._manifest.parameters[name], dtype=torch.float32)
         self.read(name, 0, whole.view(-1))
         return whole
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
 _MOST_MAPPED = 200_000_000  # bytes
-_FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
@@ -36,8 +36,8 @@ class StoredWeights(ABC):
         """Of all tensors in the folder."""
 
     @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them, without reading it."""
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """A tensor's shape and safetensors' name of its dtype, without reading the numbers."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -85,9 +85,14 @@ class StoredWeights(ABC):
                 f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
             )
         for name, place in wanted.items():
-            found, shape = self.shape(place), tuple(shapes[name])
+            (found, kind), shape = self.form(place), tuple(shapes[name])
             if found != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
+            if kind not in _FLOATS:
+                raise ValueError(
+                    f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
+                    "give a folder in fp32, bf16 or fp16, one that is not quantized"
+                )
         return wanted
 
 
@@ -172,37 +177,23 @@ class HFWeights(StoredWeights):
     def names(self) -> set[str]:
         return set(self._file_of)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of one of them, without reading it.
-
-        Raises:
-            ValueError: a tensor that its file lacks, or one that is quantized.
-        """
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
         handle = self._handle(self._file_of[name])
         if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             raise ValueError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
-            shape, kind = handle[name].shape, str(handle[name].dtype).removeprefix("torch.")
-        else:
-            stored = handle.get_slice(name)
-            shape, kind = stored.get_shape(), stored.get_dtype()
-        if kind not in _FLOATS:
-            raise ValueError(
-                f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
-                "give a folder in fp32, bf16 or fp16, one that is not quantized"
-            )
-        return tuple(shape)
+            kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+            return tuple(handle[name].shape), kinds.get(handle[name].dtype, str(handle[name].dtype))
+        stored = handle.get_slice(name)
+        return tuple(stored.get_shape()), stored.get_dtype()
 
     def tensor(self, name: str) -> Tensor:
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
-        """Fill ``into``, one-dimensional, with the tensor's elements from ``start`` on, cast to its dtype.
-
-        Only these elements come from the disk. What was read stays mapped, and counts as this process's memory,
-        until so much has been read that the file is mapped anew.
-        """
+        # Only these elements come from the disk. They stay mapped, and count as this process's memory, until so
+        # many have been read that the file is mapped anew.
         flat = self.tensor(name).reshape(-1)
         into.copy_(flat.narrow(0, start, into.numel()))
         file = self._file_of[name]

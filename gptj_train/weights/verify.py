@@ -110,7 +110,7 @@ def _filled(module: nn.Module, weights: HFWeights, prefix: str) -> Any:
 def _head(hidden: Tensor, weights: HFWeights) -> Tensor:
     names = [name for name in weights.names() if not name.startswith("transformer.")]
     (weight,) = (name for name in names if name.endswith("weight"))
-    rows, width = weights.shape(weight)
+    rows, width = weights.form(weight)[0]
     logits = torch.empty(len(hidden), rows)
     for start in range(0, rows, _ROWS):
         part = torch.empty(min(_ROWS, rows - start), width)
