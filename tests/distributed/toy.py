@@ -19,11 +19,11 @@ GLOBAL_BATCH = 4
 SEED = 5
 
 
-def toy_config(dropout: float = 0.0) -> GPTJConfig:
+def toy_config(dropout: float = 0.0, width: int = 32) -> GPTJConfig:
     return GPTJConfig(
         vocab_size=VOCAB,
         n_positions=LENGTH,
-        n_embd=32,
+        n_embd=width,
         n_layer=2,
         n_head=4,
         rotary_dim=4,
