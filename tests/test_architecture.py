@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "report": {"tracking"},
     "training": {"data", "model", "weights", "tracking", "schema"},
     "config": {"data", "model", "tasks", "tracking", "training", "schema"},
-    "launch": {"config"},
+    "launch": {"config", "training"},
     "__init__": {"model", "weights"},
 }
 """Rooms of gptj_train and the rooms whose modules they may import besides their own."""

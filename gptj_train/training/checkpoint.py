@@ -14,10 +14,17 @@ MANIFEST = "manifest.json"
 
 @dataclass
 class TrainState:
-    """What a run is besides its tensors: optimizer steps done and target tokens seen. All else follows from these."""
+    """What a run is besides its tensors: optimizer steps done and target tokens seen. All else follows from these.
+
+    ``skipped`` steps had numbers that are not finite and changed no weight; ``evaluated`` is the step whose
+    evaluation came last.
+    """
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = -1
 
 
 class Checkpoints:

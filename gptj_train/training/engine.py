@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import math
 import os
 import resource
 import sys
@@ -25,7 +25,7 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
-from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.schedule import OptimConfig, decay_groups
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.hf import HFWeights
 
@@ -46,21 +46,11 @@ def join_process_group() -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         host.share_cores()
         host.clear_stale_locks()
-        with _quiet():
+        # Its inference alone reduces over shared memory, of which each rank leaves 66 MiB behind in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with host.quiet():
             deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's print calls from the screen of every rank; shown if it fails."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            yield
-    except BaseException:
-        print(said.getvalue(), end="")
-        raise
 
 
 class Engine:
@@ -106,12 +96,12 @@ class Engine:
         if self.rank == 0 and engine.offload_optimizer != "none" and not host.is_compiled("cpu_adam"):
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         torch.manual_seed(seed)
-        with _quiet():
+        with host.quiet():
             model = self._placed(build, engine, config, init_from, shapes)
             if engine.activation_checkpointing:
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
+                model=model, model_parameters=decay_groups(model, optim.weight_decay), config=config
             )
         if engine.stage == 0:  # it has counted the empty step that made its moments
             adam = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
@@ -133,6 +123,8 @@ class Engine:
             model = build()
         if init_from is not None:
             _load_weights(model, init_from, shapes, partitioned)
+        if partitioned:
+            _clear_padding(model)
         return model
 
     # --- the step ---
@@ -143,23 +135,45 @@ class Engine:
         return self._engine(**moved, use_cache=False, num_items_in_batch=targets)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches.
+
+        A loss that is not finite makes all of them NaN.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
+        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``.
+
+        Gradients that are not finite, in part or on one rank, are dropped on all: weights and moments stay as
+        they are.
+        """
         optimizer = self._engine.optimizer
+        last = self._engine.is_gradient_accumulation_boundary()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
+        unchecked = last and not hasattr(optimizer, "_global_grad_norm")  # fp32 on stage 0
+        if unchecked:
             self._plain_norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters()]))
+            if not math.isfinite(self._plain_norm):
+                self._engine.module.zero_grad()
+                self._engine.set_gradient_accumulation_boundary(False)
         self._engine.step()
+        if unchecked:
+            self._engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts on
+        if last and getattr(optimizer, "overflow", False) and hasattr(optimizer, "averaged_gradients"):
+            # DeepSpeed 0.19.8 offloading under stage 1 or 2 would add them to all later ones, and drop these too.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
     @property
     def grad_norm(self) -> float:
-        """Global L2 norm of the last update's gradients before clipping."""
+        """Global L2 norm of the last gradients before clipping; not finite if they were dropped."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_norm if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 losses are multiplied by before backward; 1 in other precisions."""
+        return float(getattr(self._engine.optimizer, "loss_scale", None) or 1)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -193,11 +207,18 @@ class Engine:
         """Until every rank is here."""
         dist.barrier()
 
+    def holds_only_finite(self) -> bool:
+        """Whether each number of all ranks' master weights and moments is finite. Collective."""
+        optimizer = getattr(self._engine.optimizer, "optimizer", self._engine.optimizer)
+        tensors = [t for master, state in optimizer.state.items() for t in (master.detach(), *state.values())]
+        ends = [end.item() for t in tensors if torch.is_tensor(t) and t.numel() for end in t.aminmax()]
+        return self.summed([sum(not math.isfinite(end) for end in ends)]) == [0]
+
     # --- state in and out ---
 
     def save(self, folder: Path) -> None:
         """Write every rank's part of weights, master and moments into ``folder``."""
-        with _quiet():
+        with host.quiet():
             self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
         if self.rank == 0:  # DeepSpeed leaves programs beside the state
             for script in ("zero_to_fp32.py", "zero_to_torch.py"):
@@ -214,7 +235,7 @@ class Engine:
                 "a run with engine.offload_optimizer=nvme cannot be resumed: DeepSpeed does not restore its moments; "
                 "set resume=never to start over, or train with engine.offload_optimizer=cpu"
             )
-        with _quiet():
+        with host.quiet():
             self._engine.load_checkpoint(str(folder.parent), tag=folder.name, load_lr_scheduler_states=False)
         optimizer = getattr(self._engine.optimizer, "optimizer", None)
         if isinstance(optimizer, DeepSpeedCPUAdam):
@@ -239,16 +260,6 @@ def _stage_0_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:
     return masters
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: norms and biases are one-dimensional."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
 def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], partitioned: bool) -> None:
     """Copy an HF folder's tensors into the model, one at a time; under ZeRO-3 rank 0 reads and sends."""
     with HFWeights(folder) as weights, torch.no_grad():
@@ -263,6 +274,13 @@ def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], 
             with gathered:
                 if not partitioned or dist.get_rank() == 0:
                     parameter.copy_(weights.tensor(stored[name]))
+
+
+def _clear_padding(model: nn.Module) -> None:
+    """ZeRO-3 fills up a parameter's last part with memory as it finds it, which need not even be finite."""
+    for parameter in model.parameters():
+        part = parameter.ds_tensor  # type: ignore[attr-defined]
+        part.data[max(0, parameter.ds_numel - dist.get_rank() * part.ds_numel) :] = 0  # type: ignore[attr-defined]
 
 
 def _replay_steps(optimizer: DeepSpeedCPUAdam) -> None:

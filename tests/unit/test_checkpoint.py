@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def test_the_newest_stay(tmp_path: Path) -> None:
     found = checkpoints.find("auto", world_size=1)
     assert found is not None
     assert found.name == "step_00000015"
-    assert json.loads((found / "manifest.json").read_text())["state"] == {"step": 15, "tokens": 150}
+    assert json.loads((found / "manifest.json").read_text())["state"] == asdict(TrainState(15, 150))
 
 
 def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path: Path) -> None:
