@@ -12,6 +12,9 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from gptj_train.data import vocabulary
+from gptj_train.data.vocabulary import NewWord
+
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -65,6 +68,29 @@ class Tokenizer:
         )
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
+
+    def with_words(self, words: Iterable[NewWord], rows: int) -> tuple[Tokenizer, dict[int, list[int]]]:
+        """The tokenizer with words added in spare rows of an embedding of ``rows``; those it knows stay.
+
+        Returns:
+            It, and for each row that is to start from the mean of others those others' ids.
+
+        Raises:
+            ValueError: more words than spare rows.
+        """
+        words = list(words)
+        backend, places = vocabulary.with_words(self._backend, [word.name for word in words], rows)
+        means = {
+            places[word.name]: [number for like in word.like for number in self.encode(like)]
+            for word in words
+            if word.like and word.name in places
+        }
+        return Tokenizer(backend, self.end_of_text), means
+
+    def pad_id(self, rows: int) -> int:
+        """What fills up batches: a row of the embedding that no word uses, or the end of text without one."""
+        spare = vocabulary.pad_row(self._backend, rows)
+        return self.end_id if spare is None else spare
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -133,11 +159,18 @@ class Tokenizer:
             sizes[number] = spelt_out.get(token, len(token))
         return sizes
 
-    def save(self, folder: Path) -> None:
-        """Write the three files that Transformers reads a tokenizer from."""
+    def save(self, folder: Path, rows: int | None = None) -> None:
+        """Write the three files that Transformers reads a tokenizer from.
+
+        Args:
+            rows: of the model's embedding; each gets an entry, as other runtimes ask for, and a spare one pads.
+        """
         self._backend.encode_special_tokens = False
-        self._backend.save(str(folder / "tokenizer.json"))
+        backend = self._backend if rows is None else vocabulary.filled(self._backend, rows)
+        backend.save(str(folder / "tokenizer.json"))
         names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
+        if rows is not None:
+            names["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))
         config = {
             **names,
             "tokenizer_class": "PreTrainedTokenizerFast",

@@ -90,7 +90,7 @@ class Checkpoints:
             state=asdict(state),
             optimizer=engine.optimizer_state().counters(),
             world_size=engine.world_size,
-            parameters={name: list(shape) for name, shape in engine.shapes.items()},
+            parameters={name: list(shape) for name, shape in engine.trained.items()},
             files=files,
             version=version("gptj_train"),
         ).write(scratch)
@@ -154,7 +154,7 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
             raise ValueError(f"cannot resume: {damage}; resume=never starts over")
         note(f"{damage}; trying {next_best.name}")
     manifest = Manifest.read(folder)
-    shapes = {name: list(shape) for name, shape in engine.shapes.items()}
+    shapes = {name: list(shape) for name, shape in engine.trained.items()}
     if manifest.parameters != shapes:
         other = min(name for name in shapes | manifest.parameters if shapes.get(name) != manifest.parameters.get(name))
         raise ValueError(f"{folder} is of another model: {other} differs; give another output_dir")

@@ -23,10 +23,13 @@ host.prepare_environment()
 import deepspeed
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
+from gptj_train.model.lora import is_adapter
+from gptj_train.training.initial_weights import fill_frozen, fill_masters
 from gptj_train.training.optimizer_state import OptimizerState
 from gptj_train.training.schedule import OptimConfig
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.checkpoint import open_weights
+from gptj_train.weights.hf import StoredWeights
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
 
@@ -91,7 +94,9 @@ class Engine:
         self.rank, self.world_size = join_process_group()
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
         with torch.device("meta"):
-            self.shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
+            plan = build()
+        self.shapes = {name: parameter.shape for name, parameter in plan.named_parameters()}
+        self.trained = {name: parameter.shape for name, parameter in plan.named_parameters() if parameter.requires_grad}
         accumulation = accumulation_steps(global_batch_size, micro_batch_size, self.world_size)
         config = deepspeed_config(
             engine,
@@ -103,33 +108,36 @@ class Engine:
         )
         if self.rank == 0 and engine.offload_optimizer != "none" and not host.is_compiled("cpu_adam"):
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
-        torch.manual_seed(seed)
-        with _quiet():
-            model = self._placed(build, engine, config, init_from, self.shapes)
+        with contextlib.ExitStack() as stack:
+            weights, stored = None, {}
+            if init_from is not None:  # known to be this model's before memory is taken for it
+                weights = stack.enter_context(open_weights(init_from))
+                stored = self._match(weights, bool(plan.new_head_allowed))
+            stack.enter_context(_quiet())
+            torch.manual_seed(seed)
+            with deepspeed.zero.Init(config_dict_or_path=config, enabled=engine.stage == 3):
+                model = build()
+            if weights is not None:
+                fill_frozen(model, weights, stored, self.rank)
             if engine.activation_checkpointing:
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             self._engine, *_ = deepspeed.initialize(
                 model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
             )
+            if weights is not None:
+                fill_masters(self.optimizer_state(), weights, stored)
         if engine.stage == 0:  # it has counted the empty step that made its moments
             for section in self.optimizer_state().sections:
                 section.set_steps(0)
         self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
-    @staticmethod
-    def _placed(
-        build: Callable[[], nn.Module],
-        engine: EngineConfig,
-        config: dict[str, Any],
-        init_from: str | None,
-        shapes: dict[str, torch.Size],
-    ) -> nn.Module:
-        partitioned = engine.stage == 3
-        with deepspeed.zero.Init(config_dict_or_path=config, enabled=partitioned):
-            model = build()
-        if init_from is not None:
-            _load_weights(model, init_from, shapes, partitioned)
-        return model
+    def _match(self, weights: StoredWeights, new_head: bool) -> dict[str, str]:
+        """Name in ``weights`` of each parameter that is to come from there."""
+        wanted = {name: shape for name, shape in self.shapes.items() if not is_adapter(name)}
+        stored = weights.match(wanted, frozenset({"lm_head.weight"}) - wanted.keys(), new_head)
+        if self.rank == 0 and (new := wanted.keys() - stored.keys()):
+            print(f"new head, not in {weights.folder}: {', '.join(sorted(new))}", file=sys.stderr, flush=True)
+        return stored
 
     # --- the step ---
 
@@ -148,7 +156,8 @@ class Engine:
         for group in optimizer.param_groups:
             group["lr"] = lr
         if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
-            self._plain_norm = float(nn.utils.get_total_norm([p.grad for p in self._engine.module.parameters()]))
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._plain_norm = float(nn.utils.get_total_norm(gradients))
         self._engine.step()
 
     @property
@@ -198,33 +207,35 @@ class Engine:
 
     def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
-        whole = dict(self.optimizer_state().whole_masters())
+        state = self.optimizer_state()
+        whole, parts = dict(state.whole_masters()), state.partial_masters()
         for name, parameter in zip(self.shapes, self._engine.module.parameters(), strict=True):
-            master = whole[parameter] if parameter in whole else safe_get_full_fp32_param(parameter)
-            yield name, parameter.detach().float() if master is None else master
+            if parameter in whole:
+                yield name, whole[parameter]
+            elif not parameter.requires_grad:
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_tensor")):
+                    yield name, parameter.detach().float()
+            elif hasattr(parameter, "ds_tensor"):
+                yield name, safe_get_full_fp32_param(parameter)
+            elif parts is not None:
+                yield name, self._joined(parts.get(name, []), parameter.shape)
+            else:
+                yield name, parameter.detach()
+
+    def _joined(self, parts: list[tuple[int, Tensor]], shape: torch.Size) -> Tensor:
+        """The ranks' parts of a parameter as one; added up as integers, which keeps every bit, also of -0.0."""
+        bits = torch.zeros(shape.numel(), dtype=torch.int32, device=self.device)
+        for start, part in parts:
+            bits[start : start + part.numel()] = part.view(torch.int32).to(self.device)
+        dist.all_reduce(bits)
+        return bits.view(torch.float32).view(shape)
 
 
 def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay for matrices only: norms and biases are one-dimensional."""
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
         shape = getattr(parameter, "ds_shape", parameter.shape)
         (matrices if len(shape) > 1 else vectors).append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-
-
-def _load_weights(model: nn.Module, folder: str, shapes: dict[str, torch.Size], partitioned: bool) -> None:
-    """Copy an HF folder's tensors into the model, one at a time; under ZeRO-3 rank 0 reads and sends."""
-    with open_weights(folder) as weights, torch.no_grad():
-        tied = frozenset({"lm_head.weight"}) - shapes.keys()
-        stored = weights.match(shapes, tied, bool(model.new_head_allowed))
-        if dist.get_rank() == 0 and (new := shapes.keys() - stored.keys()):
-            print(f"new head, not in {folder}: {', '.join(sorted(new))}", file=sys.stderr, flush=True)
-        for name, parameter in model.named_parameters():
-            if name not in stored:
-                continue
-            gathered = deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=partitioned)
-            with gathered:
-                if not partitioned or dist.get_rank() == 0:
-                    parameter.copy_(weights.tensor(stored[name]))

@@ -6,6 +6,7 @@ part, and hands the buffers to AdamW. Its attributes are used here without impor
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -162,6 +163,16 @@ class OptimizerState:
         for section, group in zip(self.sections, self._optimizer.fp16_groups, strict=True):
             for parameter, offset in zip(group, section.offsets, strict=True):
                 yield parameter, section.master.detach().narrow(0, offset, parameter.numel()).view_as(parameter)
+
+    def partial_masters(self) -> dict[str, list[tuple[int, Tensor]]] | None:
+        """This rank's parts of each parameter's fp32 master and where they begin, on stages 1 and 2; else None."""
+        if not hasattr(self._optimizer, "single_partition_of_fp32_groups"):
+            return None
+        parts = defaultdict(list)
+        for section in self.sections:
+            for (name, start, numel), offset in zip(section.slices, section.offsets, strict=True):
+                parts[name].append((start, section.master.detach().narrow(0, offset, numel)))
+        return parts
 
     def counters(self) -> dict[str, Any]:
         """AdamW's steps and the state of fp16's loss scale, the same on every rank."""

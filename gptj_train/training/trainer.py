@@ -94,7 +94,7 @@ class Trainer:
             self.resume(resume_from)
         steps = range(self.state.step, config.max_steps)
         check_space(
-            config.output_dir, self.engine.shapes, steps, config.save_every, config.keep_checkpoints, config.keep_every
+            config.output_dir, self.engine.trained, steps, config.save_every, config.keep_checkpoints, config.keep_every
         )
         self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
         if self.state.step == 0:

@@ -139,8 +139,11 @@ class CheckpointWeights(StoredWeights):
     def tensor(self, name: str) -> Tensor:
         """A parameter, whole, fp32."""
         whole = torch.empty(self._manifest.parameters[name], dtype=torch.float32)
-        self._reader.read(name, 0, whole.view(-1))
+        self.read(name, 0, whole.view(-1))
         return whole
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        self._reader.read(name, start, into)
 
     def close(self) -> None:
         self._reader.close()

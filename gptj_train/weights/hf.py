@@ -6,6 +6,7 @@ import json
 import os
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
+_MOST_MAPPED = 200_000_000  # bytes
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
 # Buffers that old Transformers versions saved; they hold no weights.
@@ -40,6 +42,10 @@ class StoredWeights(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, as stored."""
+
+    @abstractmethod
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        """Fill ``into``, one-dimensional, with the tensor's elements from ``start`` on, cast to its dtype."""
 
     @abstractmethod
     def close(self) -> None:
@@ -103,6 +109,7 @@ class HFWeights(StoredWeights):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._open: dict[str, Any] = {}
+        self._mapped: Counter[str] = Counter()  # bytes read from each file since it was opened
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -164,10 +171,8 @@ class HFWeights(StoredWeights):
         return self._open[file]
 
     def close(self) -> None:
-        for handle in self._open.values():
-            if hasattr(handle, "__exit__"):
-                handle.__exit__(None, None, None)
-        self._open.clear()
+        for file in list(self._open):
+            self._release(file)
 
     def names(self) -> set[str]:
         return set(self._file_of)
@@ -185,6 +190,22 @@ class HFWeights(StoredWeights):
     def tensor(self, name: str) -> Tensor:
         handle = self._handle(self._file_of[name])
         return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        # Only these elements come from the disk. They stay mapped, and count as this process's memory, until so
+        # many have been read that the file is mapped anew.
+        flat = self.tensor(name).reshape(-1)
+        into.copy_(flat.narrow(0, start, into.numel()))
+        file = self._file_of[name]
+        self._mapped[file] += into.numel() * flat.element_size()
+        if self._mapped[file] > _MOST_MAPPED:
+            self._release(file)
+
+    def _release(self, file: str) -> None:
+        handle = self._open.pop(file)
+        self._mapped[file] = 0
+        if hasattr(handle, "__exit__"):
+            handle.__exit__(None, None, None)
 
 
 def _is_state_dict(loaded: Any) -> bool:

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def write_weights(
     shards = plan_shards(sizes, max_shard_bytes)
     stream = iter(tensors)
     for file, names in shards.items():
-        _write_file(folder / file, stream, {name: shapes[name] for name in names}, dtype)
+        write_file(folder / file, stream, {name: shapes[name] for name in names}, dtype)
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values()), "total_parameters": sum(sizes.values()) // dtype.itemsize}
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -63,11 +63,14 @@ def write_weights(
         (folder / "model.safetensors.index.json").write_text(text + "\n")
 
 
-def _write_file(
-    path: Path, stream: Iterator[tuple[str, Tensor]], shapes: Mapping[str, torch.Size], dtype: torch.dtype
+def write_file(
+    path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size], dtype: torch.dtype
 ) -> None:
-    # The format (huggingface.co/docs/safetensors) puts the places of all tensors first. The library's own
-    # save_file wants a whole file's tensors in memory.
+    """Write the next tensors, as many as there are shapes, into one safetensors file, and wait for the disk.
+
+    The format (https://github.com/huggingface/safetensors#format) puts the places of all tensors first. The
+    library's own save_file wants all of them in memory.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in shapes.items():
@@ -77,7 +80,7 @@ def _write_file(
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for expected, (name, tensor) in zip(shapes, stream, strict=False):
+        for expected, (name, tensor) in zip(shapes, tensors, strict=False):
             assert (name, tensor.shape) == (expected, shapes[expected]), f"{name} came where {expected} was announced"
             stored = tensor.detach().to("cpu", dtype).contiguous()
             file.write(stored.flatten().view(torch.uint8).numpy().data)

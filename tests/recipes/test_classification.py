@@ -1,4 +1,4 @@
-"""recipes/classification.py on two ranks: it learns, evaluates every row once, and exports what Transformers reads."""
+"""recipes/classification.py on two ranks: stopped and resumed it learns, and exports what Transformers reads."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hydra
 import pytest
 import torch
 import transformers
 from torch.nn import functional as F
 
 from gptj_train import GPTJForSequenceClassification
+from gptj_train.config import EvaluateConfig, validated
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.evaluation import build_task, evaluate
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = {"animal": ["cat", "dog", "horse", "cow"], "food": ["bread", "rice", "apple", "soup"], "tool": ["saw", "axe"]}
@@ -34,7 +37,7 @@ def write_rows(path: Path, count: int) -> None:
 
 
 @pytest.mark.distributed
-def test_two_ranks(tmp_path: Path) -> None:
+def test_one_rank_then_two(tmp_path: Path) -> None:
     write_rows(tmp_path / "train.jsonl", 200)
     write_rows(tmp_path / "validation.jsonl", HELD_OUT)
     (tmp_path / "tokenizer").mkdir()
@@ -46,19 +49,22 @@ def test_two_ranks(tmp_path: Path) -> None:
         model=gptj_tiny model.vocab_size=280 model.n_embd=32 model.n_layer=2 model.n_head=2 model.rotary_dim=8
         engine=zero3_offload engine.precision=fp32 export_dtype=fp32
         optim.lr=0.01 optim.warmup_steps=2 sequence_length=40
-        max_steps=25 global_batch_size=16 micro_batch_size=4 eval_every=0 save_every=0
+        global_batch_size=16 micro_batch_size=4 eval_every=0 save_every=0
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", port]
-    command = [*launcher, "recipes/classification.py", *settings.split()]
-    env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    for ranks, max_steps in ((1, 12), (2, 25)):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", "--master_port", port]
+        command = [*launcher, "recipes/classification.py", *settings.split(), f"max_steps={max_steps}"]
+        env = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
 
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    before, after = (line for line in lines if "eval_loss" in line)
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 26))
+    before, middle, after = (line for line in lines if "eval_loss" in line)
+    assert before["eval_loss"] > middle["eval_loss"] > after["eval_loss"]
     assert before["accuracy"] < 0.7
     assert after["accuracy"] > 0.9
     assert after["eval_loss"] < 0.5 * before["eval_loss"]
@@ -82,3 +88,17 @@ def test_two_ranks(tmp_path: Path) -> None:
     labels = torch.tensor([list(WORDS).index(row["label"]) for row in rows])
     assert (expected.argmax(1) == labels).float().mean().item() == pytest.approx(after["accuracy"])
     assert F.cross_entropy(expected, labels).item() == pytest.approx(after["eval_loss"], rel=1e-4)
+
+    cfg = evaluation_config(run / "checkpoints/step_00000025", tmp_path / "validation.jsonl")
+    task = build_task(cfg)
+    found = evaluate(cfg.checkpoint, cfg.dtype, task, rank=0, world_size=1)
+    assert found["confusion_matrix"] == after["confusion_matrix"]
+    assert found["eval_loss"] == pytest.approx(after["eval_loss"], rel=1e-4)
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    assert [line["predicted"] for line in predictions] == [line["predicted"] for line in task.predictions]
+
+
+def evaluation_config(checkpoint: Path, data: Path) -> EvaluateConfig:
+    given = [f"checkpoint={checkpoint}", f"data.validation={data}", "sequence_length=40"]
+    with hydra.initialize_config_dir(str(REPOSITORY / "configs"), version_base="1.3"):
+        return validated(hydra.compose("evaluate", overrides=given), EvaluateConfig)

@@ -30,6 +30,7 @@ class FakeRank:
         self.model = GPTJForCausalLM(CONFIG)
         self.adam = torch.optim.AdamW(self.model.parameters(), lr=0.1)
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.trained = self.shapes
 
     def train(self, steps: int) -> None:
         for step in range(steps):

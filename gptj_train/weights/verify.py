@@ -1,0 +1,121 @@
+"""Is a written folder what it should be? Read again from the disk, one tensor or one block at a time."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gptj_train.model.attention import attention_pattern
+from gptj_train.model.config import GPTJConfig
+from gptj_train.model.gptj import GPTJBlock
+from gptj_train.model.rotary import rotary_angles
+from gptj_train.weights.hf import HFWeights
+
+_ROWS = 4096  # of a head that are held at once
+
+
+class ExportError(RuntimeError):
+    """A folder that was just written does not hold what was to be written."""
+
+
+def verify_folder(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Any]:
+    """Names, shapes, dtype and values of a folder's weights, and the hashes of all its files.
+
+    Returns:
+        What export_report.json says of the folder.
+
+    Raises:
+        ExportError: anything missing or different, of another dtype, or not finite.
+    """
+    try:
+        with HFWeights(folder) as weights:
+            weights.match(shapes)
+            for name, shape in shapes.items():
+                assert shape.numel(), f"{name} is empty"
+                _check_tensor(weights.tensor(name), name, dtype)
+        size = sum(_weight_bytes(file) for file in folder.glob("*.safetensors"))
+    except ValueError as error:
+        raise ExportError(str(error)) from None
+    count = sum(shape.numel() for shape in shapes.values())
+    if size != count * dtype.itemsize:
+        raise ExportError(f"{folder}: {size:,} bytes of weights, {count:,} parameters in {dtype} have another size")
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return {
+        "parameters": count,
+        "dtype": str(dtype).removeprefix("torch."),
+        "total_size": size,
+        "tensors": len(shapes),
+        "files": {
+            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
+        },
+    }
+
+
+def _weight_bytes(file: Path) -> int:
+    """Of a safetensors file without its header."""
+    with file.open("rb") as opened:
+        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+
+
+def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
+    if tensor.dtype != dtype:
+        raise ExportError(f"{name} is stored as {tensor.dtype}, not {dtype}")
+    if not tensor.isfinite().all():
+        beyond = "; a weight is beyond fp16's range: use export_dtype=bf16" if dtype == torch.float16 else ""
+        raise ExportError(f"{name} holds values that are not finite{beyond}")
+
+
+def sha256_of(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def streamed_logits(folder: Path, input_ids: Tensor) -> Tensor:
+    """What the head says of every token, computed in fp32 with one block of the model in memory at a time.
+
+    Args:
+        input_ids: (1, T).
+
+    Returns:
+        (T, rows of the head): of the vocabulary, the labels, or start and end.
+    """
+    config = GPTJConfig.from_pretrained(folder)
+    width = config.n_embd
+    with HFWeights(folder) as weights, torch.no_grad():
+        hidden = torch.empty(1, input_ids.shape[1], width)
+        for position, row in enumerate(input_ids[0].tolist()):
+            weights.read("transformer.wte.weight", row * width, hidden[0, position])
+        angles = rotary_angles(torch.arange(input_ids.shape[1])[None], config.n_positions, config.rotary_size)
+        pattern = attention_pattern(hidden, 0, None, None, explicit=False)
+        for layer in range(config.n_layer):
+            with torch.device("meta"):
+                block = GPTJBlock(config, layer).eval()
+            hidden, _ = _filled(block, weights, f"transformer.h.{layer}.")(hidden, angles, pattern)
+        norm = _filled(nn.LayerNorm(width, config.layer_norm_epsilon, device="meta"), weights, "transformer.ln_f.")
+        return _head(norm(hidden)[0], weights)
+
+
+def _filled(module: nn.Module, weights: HFWeights, prefix: str) -> Any:
+    state = {name: weights.tensor(prefix + name).float() for name, _ in module.named_parameters()}
+    module.load_state_dict(state, assign=True)
+    return module
+
+
+def _head(hidden: Tensor, weights: HFWeights) -> Tensor:
+    names = [name for name in weights.names() if not name.startswith("transformer.")]
+    (weight,) = (name for name in names if name.endswith("weight"))
+    rows, width = weights.form(weight)[0]
+    logits = torch.empty(len(hidden), rows)
+    for start in range(0, rows, _ROWS):
+        part = torch.empty(min(_ROWS, rows - start), width)
+        weights.read(weight, start * width, part.view(-1))
+        logits[:, start : start + len(part)] = F.linear(hidden, part)
+    for bias in (name for name in names if name.endswith("bias")):
+        logits += weights.tensor(bias).float()
+    return logits
