@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -31,9 +32,12 @@ from gptj_train.tracking import read_metrics
 from gptj_train.weights.checkpoint import KINDS, Manifest
 from gptj_train.weights.slices import SliceReader
 
-KILLS_A_ROUND = 12
-STEPS = 48
+KILLS_A_ROUND = 10
+STEPS = 60
 LAUNCH_SECONDS = 300
+Plan = list[tuple[int, dict[str, Any] | None]]
+"""The ranks of each life and the kill that ends it."""
+Result = dict[str, Any]
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
 MANY_TIMES = {"writing of a slice": 60, "opening of a file": 3, "flush of a file": 3, "flush of the parent": 4}
 
@@ -72,13 +76,30 @@ def plan_kill(chance: random.Random, ranks: int, in_save: bool) -> dict[str, Any
     """Who dies, and when: seconds after the ranks have met, or at a point of a save."""
     victims = chance.choice([[rank] for rank in range(ranks)] + [list(range(ranks))] * min(ranks, 2))
     if not in_save:
-        return {"victims": victims, "seconds": chance.uniform(0, 4)}
+        return {"victims": victims, "seconds": chance.uniform(0, 1)}
     point = chance.choice(POINTS)
     times = chance.randint(1, MANY_TIMES.get(point.partition(" ")[2], 1))
-    return {"victims": victims, "point": point, "save": chance.randint(1, 2), "times": times}
+    return {"victims": victims, "point": point, "save": _save_of(point) + chance.randint(0, 1), "times": times}
 
 
-def disturbed(folder: Path, plan: list[tuple[int, dict[str, Any] | None]]) -> list[dict[str, Any]]:
+def plan_round(chance: random.Random, count: int, worlds: tuple[int, ...]) -> Plan:
+    """Kills by turns inside the save and at any time; the number of ranks changes now and then."""
+    blocks = chance.sample(worlds, len(worlds))
+    ranks_of = [blocks[number * len(blocks) // count] for number in range(count)]
+    return [(ranks, plan_kill(chance, ranks, in_save=number % 2 == 0)) for number, ranks in enumerate(ranks_of)]
+
+
+def plan_points(first: int, count: int) -> Plan:
+    """Each point of the save, with rank 0 of 2 dying there, then rank 1."""
+    named = [(point, victim) for point in POINTS for victim in (0, 1)][first : first + count]
+    return [(2, {"victims": [victim], "point": point, "save": _save_of(point), "times": 1}) for point, victim in named]
+
+
+def _save_of(point: str) -> int:
+    return 3 if "old one" in point else 1  # the third save is the first that has one to remove
+
+
+def disturbed(folder: Path, plan: Plan) -> list[dict[str, Any]]:
     """Live through a plan of ranks and kills; what happened in each life."""
     happened = []
     for ranks, kill in plan:
@@ -146,48 +167,39 @@ def check_lost_work(happened: list[dict[str, Any]], lives: list[dict[str, int]])
     return most
 
 
-def drill(kills: int, seed: int, only_points: bool = False, worlds: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
-    """Rounds until so many kills have struck; raises AssertionError where one did harm."""
+def drill(kills: int, seed: int, only_points: bool = False, worlds: tuple[int, ...] = (1, 2, 4)) -> Iterator[Result]:
+    """Rounds until so many kills have struck, and what has come of all so far after each of them.
+
+    Raises:
+        AssertionError: a kill did harm.
+    """
     chance, began = random.Random(seed), time.monotonic()
     struck: list[dict[str, Any]] = []
-    rounds = most_lost = 0
-    named = [(point, victim) for point in POINTS for victim in (0, 1)] if only_points else []
+    most_lost = 0
     while len(struck) < kills:
-        rounds += 1
         count = min(KILLS_A_ROUND, kills - len(struck))
-        blocks = chance.sample(worlds, len(worlds))
-        plan: list[tuple[int, dict[str, Any] | None]] = []
-        for number in range(count):
-            ranks = 2 if only_points else blocks[number * len(blocks) // count]
-            plan.append((ranks, plan_kill(chance, ranks, in_save=number % 2 == 0)))
-            if only_points:
-                point, victim = named[len(struck) + number]
-                plan[-1] = 2, {"victims": [victim], "point": point, "save": 2, "times": 1}
-        plan.append((plan[-1][0], None))
+        plan = plan_points(len(struck), count) if only_points else plan_round(chance, count, worlds)
         with tempfile.TemporaryDirectory() as scratch:
             run, straight = Path(scratch) / "run", Path(scratch) / "straight"
             run.mkdir()
             straight.mkdir()
-            happened = disturbed(run, plan)
+            happened = disturbed(run, [*plan, (plan[-1][0], None)])
             lives = [json.loads(line) for line in _lines(run / "lives.jsonl")]
             undisturbed(straight, lives)
             compare(run, straight)
             most_lost = max(most_lost, check_lost_work(happened, lives))
         struck += [{"ranks": life["ranks"], **life["kill"]} for life in happened if life["killed"]]
-        print(f"round {rounds}: {len(struck)} kills, all bitwise; {time.monotonic() - began:.0f} s", flush=True)
-    return {
-        "kills": len(struck),
-        "inside the save": sum("point" in kill for kill in struck),
-        "of all ranks": sum(len(kill["victims"]) == kill["ranks"] > 1 for kill in struck),
-        "on ranks": {str(ranks): sum(kill["ranks"] == ranks for kill in struck) for ranks in (1, 2, 4)},
-        "rounds": rounds,
-        "resumed and ended bitwise equal": len(struck),
-        "most steps lost to a kill": most_lost,
-        "steps between saves": SAVE_EVERY,
-        "seed": seed,
-        "seconds": round(time.monotonic() - began),
-        "struck": struck,
-    }
+        yield {
+            "kills, all resumed and ended bitwise equal": len(struck),
+            "of these inside the save": sum("point" in kill for kill in struck),
+            "of these of all ranks": sum(len(kill["victims"]) == kill["ranks"] > 1 for kill in struck),
+            "on ranks": {str(ranks): sum(kill["ranks"] == ranks for kill in struck) for ranks in (1, 2, 4)},
+            "most steps lost to a kill": most_lost,
+            "steps between saves": SAVE_EVERY,
+            "seed": seed,
+            "seconds": round(time.monotonic() - began),
+            "struck": struck,
+        }
 
 
 def main() -> None:
@@ -197,10 +209,10 @@ def main() -> None:
     parser.add_argument("--points", action="store_true", help="each named point of the save once for each of 2 ranks")
     parser.add_argument("--report", type=Path)
     given = parser.parse_args()
-    result = drill(2 * len(POINTS) if given.points else given.kills, given.seed, given.points)
-    if given.report:
-        given.report.write_text(json.dumps(result, indent=1) + "\n")
-    print({name: value for name, value in result.items() if name != "struck"})
+    for result in drill(2 * len(POINTS) if given.points else given.kills, given.seed, given.points):
+        print({name: value for name, value in result.items() if name != "struck"}, flush=True)
+        if given.report:
+            given.report.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
