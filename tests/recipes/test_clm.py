@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
+KEYS |= {"skipped_steps", "loss_scale"}
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
 
 
