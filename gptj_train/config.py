@@ -177,6 +177,15 @@ class ImportMeshConfig:
     model: ModelConfig
 
 
+@schema
+class ExportConfig:
+    """recipes/export.py"""
+
+    run: str
+    output_dir: str
+    dtype: Literal["bf16", "fp16", "fp32"]
+
+
 def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
     """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
 

@@ -190,6 +190,15 @@ def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [row["item"]["_step"] for row in wandb_records(resumed)["history"]] == [3]
 
 
+def test_wandb_goes_on_in_the_run_that_a_checkpoint_names(tmp_path: Path) -> None:
+    """Resumed into a folder of its own."""
+    going_on = tracker(tmp_path, wandb="offline")
+    assert going_on.wandb_id is None
+    going_on.start(2, 4, "abcd1234")
+    assert going_on.wandb_id == (tmp_path / "wandb_id.txt").read_text() == "abcd1234"
+    going_on.finish()
+
+
 def test_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     write(tmp_path, 0, step(1), wandb="online")
