@@ -70,7 +70,7 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "report.html"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = recipe(corpus, 2, "max_steps=16", "save_every=6")
