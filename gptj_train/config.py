@@ -16,11 +16,13 @@ from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.vocabulary import NewWord
 from gptj_train.model.config import GPTJConfig
 from gptj_train.schema import schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
+from gptj_train.training.adapters import LoraConfig
 from gptj_train.training.trainer import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
@@ -53,8 +55,10 @@ class FinetuneConfig(TrainerConfig):
     sequence_length: int
     init_from: str | None
     tokenizer: str | None
+    add_tokens: list[str]
     export_dtype: Literal["bf16", "fp16", "fp32"]
     model: ModelConfig
+    lora: LoraConfig
     engine: EngineConfig
     tracking: TrackingConfig
 
@@ -199,7 +203,20 @@ def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer
     tokenizer.check_fits(shape.vocab_size)
     if sequence_length > shape.n_positions:
         raise ValueError(f"sequence_length {sequence_length} exceeds the model's n_positions ({shape.n_positions})")
-    return replace(shape, bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id)
+    end, pad = tokenizer.end_id, tokenizer.pad_id(shape.vocab_size)
+    return replace(shape, bos_token_id=end, eos_token_id=end, pad_token_id=pad)
+
+
+def vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
+    """The tokenizer with the words that are added, the model to train, and the rows that start as means of others.
+
+    Raises:
+        ValueError: no tokenizer, a model that does not suit it, or words that do not fit.
+    """
+    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
+    model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
+    tokenizer, new_rows = tokenizer.with_words(map(NewWord.parse, cfg.add_tokens), model.vocab_size)
+    return tokenizer, model, new_rows
 
 
 def validated(composed: DictConfig, cls: type[T]) -> T:
@@ -232,9 +249,9 @@ def unknown_key_message(key: str, cls: type) -> str:
         return f"{key!r} is not there yet; add it with +{key}=..."
     known = list(keys_of(cls))
     leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = get_close_matches(key, known, n=1) or [
-        leaves[leaf] for leaf in get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
-    ]
+    own = key.rsplit(".", 1)[-1]
+    near = [leaves[own]] if own in leaves else get_close_matches(key, known, n=1)
+    near = near or [leaves[leaf] for leaf in get_close_matches(own, leaves, n=1)]
     hint = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
     return f"unknown config key {key!r}; {hint}"
 
