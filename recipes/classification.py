@@ -14,8 +14,7 @@ from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
-from gptj_train.training.preemption import check_stop_file
-from gptj_train.training.trainer import Trainer
+from gptj_train.training.trainer import Trainer, check_run_folder
 from gptj_train.training.zero_config import accumulation_steps
 
 ARCHITECTURE = "GPTJForSequenceClassification"
@@ -25,7 +24,7 @@ ARCHITECTURE = "GPTJForSequenceClassification"
 def main(cfg: ClassificationConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-    check_stop_file(cfg.output_dir)
+    check_run_folder(cfg.output_dir)
     checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints)
     resume_from = checkpoints.find(cfg.resume, world_size())
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +17,7 @@ from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, TrainState
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health
-from gptj_train.training.preemption import Preempted, StopRequest
+from gptj_train.training.preemption import STOP_FILE, Preempted, StopRequest
 from gptj_train.training.schedule import OptimConfig, lr_at
 from gptj_train.training.watchdog import Watchdog
 
@@ -57,6 +58,25 @@ class TrainerConfig:
             raise ValueError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
         if self.hang_timeout < 0:
             raise ValueError(f"hang_timeout must be 0 (never) or more, got {self.hang_timeout}")
+
+
+def check_run_folder(output_dir: str) -> None:
+    """Find out before anything is loaded whether a run can be in this folder; writes nothing.
+
+    Raises:
+        ValueError: it cannot be written to, or holds a stop file: a scheduler would start what is to stop again
+            and again.
+    """
+    folder = Path(output_dir)
+    try:
+        if (folder / STOP_FILE).exists():
+            raise ValueError(f"{folder / STOP_FILE} says that this run is to stop; remove it to go on")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        usable = bool(output_dir.strip()) and there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise ValueError(f"output_dir={output_dir[:100]}: {error.strerror}") from None
+    if not usable:
+        raise ValueError(f"output_dir={output_dir}: not a folder that can be written to; give another one")
 
 
 class Task(Protocol):

@@ -23,6 +23,7 @@ _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bi
 # Buffers that old Transformers versions saved; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 _PREFIX = "transformer."
+_FLOATS = {"F64", "F32", "F16", "BF16", torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
 class HFWeights:
@@ -56,7 +57,7 @@ class HFWeights:
         try:
             weight_map = json.loads(path.read_text())["weight_map"]
             plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a readable weight index ({error})") from None
         if not plain:
             raise ValueError(f"{path}: weight_map may name files of its own folder only")
@@ -65,6 +66,8 @@ class HFWeights:
     def _handle(self, file: str) -> Any:
         if file not in self._open:
             path = self.folder / file
+            if not path.is_file():  # a pipe would be waited for without end
+                raise ValueError(f"{path}: no such file")
             try:
                 if file.endswith(".safetensors"):
                     self._open[file] = safe_open(path, framework="pt").__enter__()
@@ -119,18 +122,22 @@ class HFWeights:
                 f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
             )
         for name, place in wanted.items():
-            found, shape = self._shape(place), tuple(shapes[name])
+            (found, dtype), shape = self._stored(place), tuple(shapes[name])
             if found != shape:
                 raise ValueError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
+            if dtype not in _FLOATS:
+                raise ValueError(f"{self.folder}: {name} holds {dtype}, not weights in fp16, bf16, fp32 or fp64")
         return wanted
 
-    def _shape(self, name: str) -> tuple[int, ...]:
+    def _stored(self, name: str) -> tuple[tuple[int, ...], Any]:
+        """Shape and type of a stored tensor."""
         handle = self._handle(self._file_of[name])
         if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             raise ValueError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
-            return tuple(handle[name].shape)
-        return tuple(handle.get_slice(name).get_shape())
+            return tuple(handle[name].shape), handle[name].dtype
+        part = handle.get_slice(name)
+        return tuple(part.get_shape()), part.get_dtype()
 
     def tensor(self, name: str) -> Tensor:
         """One stored tensor, as stored."""

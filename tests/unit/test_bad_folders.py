@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +109,10 @@ def test_index_that_leaves_the_folder(sharded: Path, file: Any) -> None:
     assert "model.safetensors.index.json" in refusal(sharded)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": null}', "\xff", '{"weight_map": ' + "[" * 100_000],
+)
 def test_unreadable_index(sharded: Path, text: str) -> None:
     (sharded / "model.safetensors.index.json").write_text(text, encoding="latin-1")
     assert "not a readable weight index" in refusal(sharded)
@@ -197,7 +203,7 @@ def test_missing_config(folder: Path) -> None:
     assert "config.json" in refusal(folder / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "{", "\xff\xfe", "[" * 100_000, '{"n_layer": ' + "9" * 10_000 + "}"])
 def test_unreadable_config(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")
     assert "no readable GPT-J config.json here" in refusal(folder)
@@ -214,7 +220,20 @@ def test_unreadable_config(folder: Path, text: str) -> None:
         ({"rotary_dim": 10}, "rotary_dim (10) must be even and at most n_embd / n_head (8)"),
         ({"rotary_dim": 0}, "rotary_dim (0)"),
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
-        ({"n_embd": "wide"}, "config.json"),
+        ({"n_embd": "wide"}, "model.n_embd must be a whole number of at most 1048576, got 'wide'"),
+        ({"n_embd": 16.0}, "model.n_embd must be a whole number"),
+        ({"n_layer": True}, "model.n_layer must be a whole number"),
+        ({"n_head": [2]}, "model.n_head must be a whole number"),
+        ({"vocab_size": None}, "model.vocab_size must be a whole number"),
+        ({"rotary_dim": "4"}, "model.rotary_dim must be a whole number"),
+        ({"n_inner": -5}, "model.n_inner must be at least 1, got -5"),
+        ({"n_layer": 10**9}, "model.n_layer must be a whole number of at most 4096, got 1000000000"),
+        ({"n_positions": 10**10}, "model.n_positions must be a whole number of at most"),
+        ({"num_labels": 10**10}, "model.num_labels must be a whole number of at most"),
+        ({"id2label": ["a"]}, "id2label must name the labels by number, got ['a']"),
+        ({"resid_pdrop": 7}, "model.resid_pdrop must be a number from 0 to below 1, got 7"),
+        ({"layer_norm_epsilon": float("nan")}, "model.layer_norm_epsilon must be a number from 0"),
+        ({"layer_norm_epsilon": "x"}, "model.layer_norm_epsilon must be a number from 0"),
         ({"n_embd": 32}, "config.json says (31, 32)"),
     ],
 )
@@ -227,3 +246,105 @@ def test_config_that_does_not_fit(folder: Path, changes: dict[str, Any], message
 def test_config_that_is_no_object(folder: Path) -> None:
     (folder / "config.json").write_text("[]")
     assert "config.json" in refusal(folder)
+
+
+def pipe(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def device(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def folder_instead(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.mkdir()
+
+
+def dangling(path: Path) -> None:
+    path.unlink(missing_ok=True)
+    path.symlink_to("nowhere")
+
+
+NO_FILES = pytest.mark.parametrize("make", [pipe, device, folder_instead, dangling])
+
+
+@NO_FILES
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_what_is_no_file_is_not_waited_for(folder: Path, name: str, make: Callable[[Path], None]) -> None:
+    make(folder / name)
+    assert "no readable GPT-J config.json" in (said := refusal(folder)) or "no model.safetensors" in said
+
+
+@NO_FILES
+def test_a_shard_that_is_no_file_is_not_waited_for(sharded: Path, make: Callable[[Path], None]) -> None:
+    make(sharded / "shard.safetensors")
+    edit_index(sharded, **{"lm_head.bias": "shard.safetensors"})
+    assert refusal(sharded).endswith("shard.safetensors: no such file")
+
+
+def test_links_are_followed_as_in_the_hub_s_cache(folder: Path) -> None:
+    """There every file of a snapshot is a link to ../../blobs/HASH."""
+    blobs = folder.parent / "blobs"
+    blobs.mkdir()
+    for file in list(folder.iterdir()):
+        file.rename(blobs / file.name)
+        file.symlink_to(Path("../blobs") / file.name)
+    assert GPTJForCausalLM.from_pretrained(folder).config.n_embd == 16
+
+
+def described(kind: str, shape: list[int], offsets: list[int]) -> dict[str, Any]:
+    return {"lm_head.bias": {"dtype": kind, "shape": shape, "data_offsets": offsets}}
+
+
+HEADERS = {
+    "no end": (2**63, b"{}"),
+    "2 GB": (2**31, b"{}"),
+    "just above the limit": (100_000_001, b"{}"),
+    "longer than the file": (1000, b"{}"),
+    "no JSON": (2, b"\x80\x04"),
+    "deep": (50_005, b'{"a":' + b"[" * 50_000),
+    "shape beyond the data": described("F32", [1000], [0, 4]),
+    "shape that overflows": described("F32", [2**62], [0, 4]),
+    "negative shape": described("F32", [-1], [0, 4]),
+    "negative offset": described("F32", [1], [-4, 0]),
+    "offsets swapped": described("F32", [1], [4, 0]),
+    "offsets beyond the file": described("F32", [1], [2**40, 2**40 + 4]),
+    "a gap": described("F32", [1], [4, 8]),
+    "unknown type": described("PICKLE", [1], [0, 4]),
+    "two tensors in one place": described("F32", [2], [0, 8])
+    | {"lm_head.weight": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+}
+
+
+@pytest.mark.parametrize("header", HEADERS.values(), ids=HEADERS)
+def test_a_safetensors_header_that_lies(folder: Path, header: Any) -> None:
+    length, text = header if isinstance(header, tuple) else (len(text := json.dumps(header).encode()), text)
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + text + bytes(8))
+    assert "model.safetensors: cannot be read as weights" in refusal(folder)
+
+
+@FORMS
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64])
+def test_tensors_that_are_no_weights(folder: Path, form: str, dtype: torch.dtype) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, form, state | {"lm_head.bias": state["lm_head.bias"].to(dtype)})
+    assert "lm_head.bias holds " in refusal(folder)
+
+
+def test_code_named_in_a_config_is_not_looked_at(folder: Path) -> None:
+    canary = folder.parent / "canary"
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+    path = folder / "config.json"
+    named = {
+        "_target_": "evil.Model",
+        "auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"},
+        "_attn_implementation_internal": "evil/kernel",
+        "trust_remote_code": True,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    GPTJForCausalLM.from_pretrained(folder)
+    assert "evil" not in sys.modules
+    assert not canary.exists()
