@@ -87,11 +87,25 @@ class QAConfig(FinetuneConfig):
 
 
 @schema
-class EvaluationDataConfig(LabelledFields):
+class PrepareDataConfig(ClmConfig):
+    """recipes/prepare_data.py"""
+
+    inspect: int
+
+
+@schema
+class EvaluationDataConfig(DataConfig):
     """Held-out data: text, labelled texts or questions, as the checkpoint's task wants them."""
 
     validation: str | list[str]
-    cache_dir: str
+    second_text_field: str | None
+    label_field: str | list[str]
+
+    @property
+    def labelled(self) -> LabelledFields:
+        return LabelledFields(
+            text_field=self.text_field, second_text_field=self.second_text_field, label_field=self.label_field
+        )
 
 
 @schema

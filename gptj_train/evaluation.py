@@ -14,9 +14,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from gptj_train.config import EvaluateConfig
-from gptj_train.data.cache import packed_windows
+from gptj_train.data.corpus import prepare
+from gptj_train.data.files import find_files
 from gptj_train.data.labelled import labelled_rows
-from gptj_train.data.sources import find_files
 from gptj_train.data.squad import Features, read_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
@@ -52,15 +52,14 @@ def build_task(cfg: EvaluateConfig) -> Task:
 
 
 def _language_modelling(cfg: EvaluateConfig, model: GPTJConfig, tokenizer: Tokenizer, length: int) -> Task:
-    files = find_files(cfg.data.validation, "data.validation")
-    windows = packed_windows(files, tokenizer, length, cfg.data.text_field, cfg.data.cache_dir)
-    return CausalLM(None, windows, tokenizer, 0, cfg.batch_size, cfg.batch_size)
+    held_out = prepare(cfg.data, tokenizer, length).held_out
+    return CausalLM(None, None, held_out, tokenizer, cfg.data.isolate, 0, cfg.batch_size, cfg.batch_size)
 
 
 def _classification(cfg: EvaluateConfig, model: GPTJConfig, tokenizer: Tokenizer, length: int) -> Task:
     problem = model.problem_type or ("regression" if model.num_labels == 1 else "single_label_classification")
     names = names_of(model)
-    rows = labelled_rows(cfg.data.validation, cfg.data, problem, names, tokenizer, length)
+    rows = labelled_rows(cfg.data.validation, cfg.data.labelled, problem, names, tokenizer, length)
     config = ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=None)  # type: ignore[arg-type]
     return Classification(None, rows, names, config, tokenizer.end_id, 0, cfg.batch_size, cfg.batch_size)
 

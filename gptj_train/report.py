@@ -74,7 +74,8 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
             said[0] += f" {skipped} of them changed nothing: their numbers were not finite."
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        changes = [f"{name} {_text(first[name])} -> {_text(value)}" for name, value in results_of(last).items()]
+        results = {name: value for name, value in results_of(last).items() if "/" not in name}
+        changes = [f"{name} {_text(first[name])} -> {_text(value)}" for name, value in results.items()]
         said.append("Held-out: " + ", ".join(changes) + ".")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")

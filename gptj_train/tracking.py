@@ -107,7 +107,9 @@ class Tracker:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
             # Before the first step no training metrics say where on the tokens' axis this belongs.
             self._wandb.log(logged | {_WANDB_NAMES["tokens"]: metrics["tokens"]}, step=int(metrics["step"]))
-        self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in results.items()))
+        # Those of components, as in eval_loss/NAME, are too many for a line.
+        shown = {name: value for name, value in results.items() if "/" not in name}
+        self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     def note(self, text: str) -> None:
         """A line of its own on the screen."""

@@ -4,7 +4,7 @@ from dataclasses import asdict
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.config import ClmConfig, vocabulary
-from gptj_train.data.cache import prepare
+from gptj_train.data.corpus import prepare
 from gptj_train.launch import rank, recipe, world_size
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.clm import CausalLM
@@ -30,17 +30,27 @@ def main(cfg: ClmConfig) -> None:
     check_run_folder(cfg.output_dir)
     resume_from = resumable(cfg.output_dir, cfg.resume)
     tokenizer, model, new_rows = vocabulary(cfg)
-    train, validation = prepare(cfg.data, tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, tokenizer, cfg.sequence_length)
 
     tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
     facts = {
-        "data": str(train.counts),
+        **dict(data.train.facts()),
         "batch": f"{cfg.global_batch_size} windows = {world_size()} ranks x {cfg.micro_batch_size} x "
         f"{accumulation} accumulated; {cfg.global_batch_size * cfg.sequence_length:,} tokens a step",
     }
-    tracker.note("\n".join(f"{name:<6} {fact}" for name, fact in facts.items()))
+    task = CausalLM(
+        data.train.windows,
+        data.weights,
+        data.held_out,
+        tokenizer,
+        cfg.data.isolate,
+        cfg.seed,
+        cfg.global_batch_size,
+        cfg.micro_batch_size,
+    )
+    facts["epochs"] = task.epochs(cfg.max_steps)
+    tracker.note("\n".join(f"{name:<6} {facts[name]}" for name in ("data", "batch", "epochs")))
 
-    task = CausalLM(train, validation, tokenizer, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size)
     engine = Engine(
         lambda: adapted(GPTJForCausalLM(model), cfg.lora),
         cfg.init_from,

@@ -1,18 +1,19 @@
-"""Tokenize and pack ahead of training: python recipes/prepare_data.py +config=NAME [key=value ...]"""
+"""Tokenize and pack ahead of time: python recipes/prepare_data.py +config=NAME data.train=FILES [inspect=N]"""
 
-from gptj_train.config import ClmConfig, vocabulary
-from gptj_train.data.cache import prepare
+from gptj_train.config import PrepareDataConfig, vocabulary
+from gptj_train.data.corpus import prepare
+from gptj_train.data.inspection import shown
 from gptj_train.launch import recipe
 
 
-@recipe(ClmConfig, primary="clm")
-def main(cfg: ClmConfig) -> None:
+@recipe(PrepareDataConfig)
+def main(cfg: PrepareDataConfig) -> None:
     tokenizer, *_ = vocabulary(cfg)
-    train, validation = prepare(cfg.data, tokenizer, cfg.sequence_length)
-    print(f"training  {train.counts}")
-    if validation is not None:
-        print(f"held-out  {validation.counts}")
-    print(f"packed in {cfg.data.cache_dir}; training with the same config finds it there")
+    data = prepare(cfg.data, tokenizer, cfg.sequence_length)
+    for name, part in data.parts.items():
+        print(f"{name}\n" + "\n".join(f"  {fact:<17} {value}" for fact, value in part.facts()))
+    for window in shown(data.train, tokenizer, cfg.inspect, cfg.seed):
+        print(window)
 
 
 if __name__ == "__main__":

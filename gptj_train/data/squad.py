@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gptj_train.data.sources import find_files
+from gptj_train.data.files import find_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.schema import schema
 

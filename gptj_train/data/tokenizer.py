@@ -106,6 +106,14 @@ class Tokenizer:
     def largest_id(self) -> int:
         return max(self._backend.get_vocab().values())
 
+    def to_json(self) -> str:
+        """A tokenizer.json, from which ``from_json`` makes this tokenizer again."""
+        return self._backend.to_str()
+
+    @classmethod
+    def from_json(cls, text: str, end_of_text: str) -> Tokenizer:
+        return cls(Backend.from_str(text), end_of_text)
+
     @property
     def digest(self) -> str:
         """sha256 of all that determines the ids."""
@@ -124,11 +132,14 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Ids of documents, each ended by ``end_id``; text that spells a special token stays text."""
+    def encode_texts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of texts, on all cores; what spells a special token stays text."""
         self._backend.encode_special_tokens = True
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [[*encoding.ids, self.end_id] for encoding in encodings]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_documents(self, texts: list[str]) -> list[list[int]]:
+        """As ``encode_texts``, each ended by ``end_id``."""
+        return [[*ids, self.end_id] for ids in self.encode_texts(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Ids (T) of a text, all of it taken as text, and the characters (T, 2) of each: first, and past the last.
@@ -154,6 +165,10 @@ class Tokenizer:
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
+
+    def decode_all(self, ids: list[int]) -> str:
+        """As ``decode``, special tokens spelt out."""
+        return self._backend.decode(ids, skip_special_tokens=False)
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:

@@ -18,7 +18,7 @@ class Task(Protocol):
     def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         """This rank's micro-batches of an optimizer step, a pure function of its arguments."""
 
-    def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
+    def training_rows(self, step: int, rank: int, world_size: int) -> list[list[Any]]:
         """The rows of the training data that each of these micro-batches is made of, to name it by."""
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterable[Batch]:
