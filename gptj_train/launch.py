@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gptj_train.config import text_keys, unknown_key_message, validated
+from gptj_train.schema import text_keys, unknown_key_message, validated
 
 T = TypeVar("T")
 

@@ -57,13 +57,13 @@ def export(
     shapes = {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)}
     failures = [""]
     if engine.rank == 0:
-        facts = dict(facts) | _progress(target.parent, base)
+        facts = dict(facts) | progress(target.parent, base)
         card = model_card(model_files.architecture, facts)
         try:
             report = write_verified(target, weights, shapes, DTYPES[dtype], model_files, card, expected)
             if trained:
                 _write_adapter_folder(target.with_name("adapter"), trained, lora, base, model_files.architecture)
-            _write_report(target, report | {"architecture": model_files.architecture, "run": facts})
+            write_report(target, report | {"architecture": model_files.architecture, "run": facts})
         except (ExportError, OSError) as error:
             failures = [f"the export failed, {target} is not written: {error}"]
     deque(weights, maxlen=0)  # the other ranks take part in the gathering, whatever became of rank 0
@@ -112,9 +112,9 @@ def prompt_ids(config: GPTJConfig) -> Tensor:
     return (1 + 7919 * torch.arange(min(_PROMPT_TOKENS, config.n_positions)))[None] % config.vocab_size
 
 
-def _progress(run: Path, base: str | None) -> dict[str, str]:
-    """What a run has done so far and what came of it, from its metrics."""
-    lines = read_metrics(run)
+def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
+    """What a run did up to a step, or so far, and what came of it, from its metrics."""
+    lines = [line for line in read_metrics(run) if until is None or line["step"] <= until]
     step = next((line for line in reversed(lines) if "loss" in line), None)
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
     facts = {"start": "random weights" if base is None else Path(base).name}
@@ -143,7 +143,8 @@ def _write_adapter_folder(
     replace_folder(scratch, target)
 
 
-def _write_report(target: Path, report: dict[str, Any]) -> None:
+def write_report(target: Path, report: dict[str, Any]) -> None:
+    """export_report.json beside an export."""
     scratch = target.with_name(f".{REPORT}.tmp")
     scratch.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(scratch, target.with_name(REPORT))
