@@ -194,7 +194,7 @@ class ExportConfig:
     """recipes/export.py"""
 
     run: str
-    output_dir: str
+    output_dir: str | None
     dtype: Literal["bf16", "fp16", "fp32"]
 
 

@@ -1,17 +1,15 @@
-"""Training checkpoint -> HF folder: python recipes/export.py run=DIR"""
+"""Training checkpoint -> HF folder, on any host: python recipes/export.py run=DIR"""
 
 from gptj_train.config import ExportConfig
 from gptj_train.launch import rank, recipe
-from gptj_train.training.export import export_checkpoint
-from gptj_train.training.retention import newest_whole
+from gptj_train.training.export_checkpoint import export_checkpoint
 
 
 @recipe(ExportConfig)
 def main(cfg: ExportConfig) -> None:
     if rank() == 0:
-        checkpoint = newest_whole(cfg.run)
-        export_checkpoint(checkpoint, cfg.output_dir, cfg.dtype)
-        print(f"{checkpoint} as a model in {cfg.output_dir}")
+        folder = export_checkpoint(cfg.run, cfg.output_dir, cfg.dtype)
+        print(f"exported to {folder}; what was checked: {folder.parent}/export_report.json")
 
 
 if __name__ == "__main__":

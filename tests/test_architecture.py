@@ -211,11 +211,20 @@ def explained(files: list[Path]) -> set[str]:
     return {match[1] for line in lines if (match := re.match(r"(\w+):.*?\s# *\S", line))}
 
 
+def primaries(name: str) -> Iterator[Path]:
+    """A recipe's YAML, and those of other recipes that it begins with."""
+    path = ROOT / "configs" / f"{name}.yaml"
+    yield path
+    for default in yaml.safe_load(path.read_text())["defaults"]:
+        if isinstance(default, str) and default not in ("_self_", "hydra_settings"):
+            yield from primaries(default)
+
+
 def test_every_key_is_explained_where_its_value_stands() -> None:
     unexplained = []
     for primary, _, key in KEYS:
         group, _, leaf = key.rpartition(".")
-        files = sorted((ROOT / "configs" / group).glob("*.yaml")) if group else [ROOT / "configs" / f"{primary}.yaml"]
+        files = sorted((ROOT / "configs" / group).glob("*.yaml")) if group else list(primaries(primary))
         if not (ROOT / "configs" / key).is_dir() and leaf not in explained(files):
             unexplained.append(f"{primary}: {key}")
     assert unexplained == []

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.lora import is_adapter
 from gptj_train.tracking import read_metrics, results_of
@@ -21,9 +20,7 @@ from gptj_train.training.adapters import LoraConfig, trained_beside, whole_weigh
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_card import model_card
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.weights.checkpoint import CheckpointWeights
 from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
-from gptj_train.weights.pretrained import class_of
 from gptj_train.weights.verify import ExportError, check_logits, verify_folder
 
 REPORT = "export_report.json"
@@ -60,13 +57,13 @@ def export(
     shapes = {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)}
     failures = [""]
     if engine.rank == 0:
-        facts = dict(facts) | _progress(target.parent, base)
+        facts = dict(facts) | progress(target.parent, base)
         card = model_card(model_files.architecture, facts)
         try:
             report = write_verified(target, weights, shapes, DTYPES[dtype], model_files, card, expected)
             if trained:
                 _write_adapter_folder(target.with_name("adapter"), trained, lora, base, model_files.architecture)
-            _write_report(target, report | {"architecture": model_files.architecture, "run": facts})
+            write_report(target, report | {"architecture": model_files.architecture, "run": facts})
         except (ExportError, OSError) as error:
             failures = [f"the export failed, {target} is not written: {error}"]
     deque(weights, maxlen=0)  # the other ranks take part in the gathering, whatever became of rank 0
@@ -115,9 +112,9 @@ def prompt_ids(config: GPTJConfig) -> Tensor:
     return (1 + 7919 * torch.arange(min(_PROMPT_TOKENS, config.n_positions)))[None] % config.vocab_size
 
 
-def _progress(run: Path, base: str | None) -> dict[str, str]:
-    """What a run has done so far and what came of it, from its metrics."""
-    lines = read_metrics(run)
+def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
+    """What a run did up to a step, or so far, and what came of it, from its metrics."""
+    lines = [line for line in read_metrics(run) if until is None or line["step"] <= until]
     step = next((line for line in reversed(lines) if "loss" in line), None)
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
     facts = {"start": "random weights" if base is None else Path(base).name}
@@ -146,29 +143,8 @@ def _write_adapter_folder(
     replace_folder(scratch, target)
 
 
-def _write_report(target: Path, report: dict[str, Any]) -> None:
+def write_report(target: Path, report: dict[str, Any]) -> None:
+    """export_report.json beside an export."""
     scratch = target.with_name(f".{REPORT}.tmp")
     scratch.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(scratch, target.with_name(REPORT))
-
-
-def export_checkpoint(checkpoint: Path, folder: str | Path, dtype: str) -> None:
-    """The same from a training checkpoint, whatever number of ranks wrote it, by one process without DeepSpeed.
-
-    Raises:
-        ValueError: a damaged checkpoint.
-    """
-    target = Path(folder)
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        with CheckpointWeights(checkpoint) as weights:
-            architecture = class_of(checkpoint).__name__
-            model_files = ModelFiles(GPTJConfig.from_pretrained(checkpoint), architecture, Tokenizer.load(checkpoint))
-            shapes = {name: torch.Size(weights.form(name)[0]) for name in weights.names()}
-            write_weights(scratch, ((name, weights.tensor(name)) for name in shapes), shapes, DTYPES[dtype])
-        model_files.save(scratch, DTYPES[dtype])
-        replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

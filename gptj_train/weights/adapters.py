@@ -1,4 +1,4 @@
-"""LoRA adapters in the layout of PEFT: adapter_config.json and adapter_model.safetensors."""
+"""LoRA adapters in and out: the layout of PEFT, and weights with the adapters' products added."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptj_train.model.lora import is_adapter
+from gptj_train.weights.hf import StoredWeights
 from gptj_train.weights.hf_writer import write_file
 
 _TASK_TYPES = {"GPTJForCausalLM": "CAUSAL_LM", "GPTJForSequenceClassification": "SEQ_CLS"}
@@ -53,3 +55,43 @@ def save_adapter(
         "inference_mode": True,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+class MergedWeights(StoredWeights):
+    """The weights that were frozen, with those that were trained beside them: adapters added, heads in place.
+
+    Args:
+        base: as they were read from.
+        trained: of a checkpoint.
+        scale: of an adapter's product.
+        precision: that the base was rounded to while it was trained with.
+    """
+
+    def __init__(self, base: StoredWeights, trained: StoredWeights, scale: float, precision: torch.dtype) -> None:
+        self.folder = trained.folder
+        self._base, self._trained, self._scale, self._precision = base, trained, scale, precision
+        self._heads = {name for name in trained.names() if not is_adapter(name)}
+
+    def names(self) -> list[str]:
+        of_base = [name for name in self._base.names() if name.startswith("transformer.") or not self._heads]
+        return [*of_base, *(name for name in self._trained.names() if name in self._heads - set(of_base))]
+
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        return (self._trained if name in self._heads else self._base).form(name)
+
+    def tensor(self, name: str) -> Tensor:
+        if name in self._heads:
+            return self._trained.tensor(name)
+        tensor = self._base.tensor(name).to(self._precision).float()
+        module = name.removesuffix(".weight")
+        down, up = (f"{module}.lora_{side}.weight" for side in "AB")
+        if down in self._trained.names():
+            tensor.addmm_(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
+        return tensor
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        into.copy_(self.tensor(name).view(-1)[start : start + into.numel()])
+
+    def close(self) -> None:
+        self._base.close()
+        self._trained.close()

@@ -15,7 +15,6 @@ from gptj_train.model.attention import attention_pattern
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.gptj import GPTJBlock
 from gptj_train.model.rotary import rotary_angles
-from gptj_train.weights.checkpoint import open_weights
 from gptj_train.weights.hf import HFWeights, StoredWeights
 
 _EXACT, _ROUNDED = 1e-3, 0.1  # of the logits' size, in fp32 and where half precision takes part
@@ -95,17 +94,19 @@ def check_logits(folder: Path, input_ids: Tensor, expected: Tensor) -> dict[str,
     Raises:
         ExportError: another answer.
     """
-    found, scale = streamed_logits(folder, input_ids)
+    config = GPTJConfig.from_pretrained(folder)
+    with HFWeights(folder) as weights:
+        found, scale = streamed_logits(weights, config, input_ids)
     found = found[-len(expected) :]
     apart = (found - expected.float()).pow(2).mean().sqrt() / torch.maximum(found.pow(2).mean().sqrt(), scale)
-    stored = GPTJConfig.from_pretrained(folder).dtype
-    limit = _EXACT if expected.dtype == torch.float32 and stored == "float32" else _ROUNDED
+    limit = _EXACT if expected.dtype == torch.float32 and config.dtype == "float32" else _ROUNDED
     if not apart <= limit:
         raise ExportError(f"{folder}: its logits differ by {apart:.3g} of their size from the trained model's")
     return {"prompt_ids": input_ids[0].tolist(), "relative_difference": round(apart.item(), 8), "limit": limit}
 
 
-def streamed_logits(folder: Path, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def streamed_logits(weights: StoredWeights, config: GPTJConfig, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """What the head says of every token, computed in fp32 with one block of the model in memory at a time.
 
     Args:
@@ -115,20 +116,18 @@ def streamed_logits(folder: Path, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         (T, rows of the head): of the vocabulary, the labels, or start and end. And, scalar, the size that logits
         of this model would have by chance: where they are few, they may cancel to far less.
     """
-    config = GPTJConfig.from_pretrained(folder)
     width = config.n_embd
-    with open_weights(folder) as weights, torch.no_grad():
-        hidden = torch.empty(1, input_ids.shape[1], width)
-        for position, row in enumerate(input_ids[0].tolist()):
-            weights.read("transformer.wte.weight", row * width, hidden[0, position])
-        angles = rotary_angles(torch.arange(input_ids.shape[1])[None], config.n_positions, config.rotary_size)
-        pattern = attention_pattern(hidden, 0, None, None, explicit=False)
-        for layer in range(config.n_layer):
-            with torch.device("meta"):
-                block = GPTJBlock(config, layer).eval()
-            hidden, _ = _filled(block, weights, f"transformer.h.{layer}.")(hidden, angles, pattern)
-        norm = _filled(nn.LayerNorm(width, config.layer_norm_epsilon, device="meta"), weights, "transformer.ln_f.")
-        return _head(norm(hidden)[0], weights)
+    hidden = torch.empty(1, input_ids.shape[1], width)
+    for position, row in enumerate(input_ids[0].tolist()):
+        weights.read("transformer.wte.weight", row * width, hidden[0, position])
+    angles = rotary_angles(torch.arange(input_ids.shape[1])[None], config.n_positions, config.rotary_size)
+    pattern = attention_pattern(hidden, 0, None, None, explicit=False)
+    for layer in range(config.n_layer):
+        with torch.device("meta"):
+            block = GPTJBlock(config, layer).eval()
+        hidden, _ = _filled(block, weights, f"transformer.h.{layer}.")(hidden, angles, pattern)
+    norm = _filled(nn.LayerNorm(width, config.layer_norm_epsilon, device="meta"), weights, "transformer.ln_f.")
+    return _head(norm(hidden)[0], weights)
 
 
 def _filled(module: nn.Module, weights: StoredWeights, prefix: str) -> Any:

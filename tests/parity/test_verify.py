@@ -13,6 +13,7 @@ from pair import assert_close, build_pair, random_ids
 from safetensors.torch import load_file, save_file
 
 import gptj_train
+from gptj_train import GPTJConfig
 from gptj_train.weights.hf import HFWeights
 from gptj_train.weights.verify import ExportError, streamed_logits, verify_folder
 
@@ -92,7 +93,8 @@ def test_what_does_not_fit_in_fp16_is_told(tmp_path: Path) -> None:
 def test_streamed_logits_are_the_model_s(tmp_path: Path, kind: str, limit: int) -> None:
     written(tmp_path, limit, kind)
     ids = random_ids(1)
-    found, _ = streamed_logits(tmp_path, ids)
+    with HFWeights(tmp_path) as weights:
+        found, _ = streamed_logits(weights, GPTJConfig.from_pretrained(tmp_path), ids)
     output = getattr(gptj_train, kind).from_pretrained(tmp_path)(ids)
     if kind == "GPTJForQuestionAnswering":
         expected = torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1)

@@ -173,3 +173,31 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     assert all(".attn." in name or ".mlp." in name for name in changed - set(TABLES))
     assert len(changed) > 6
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
+@pytest.mark.parametrize("run", ["run", "adapted"])
+def test_a_checkpoint_exports_as_the_run_did(corpus: Path, run: str) -> None:
+    """Without launcher, by one process; after the tests above."""
+    command = [sys.executable, "recipes/export.py", f"run={corpus / run}", f"output_dir={corpus / run / 'again'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    again, first = (corpus / run / name for name in ("again", "export"))
+    assert {file.name for file in again.iterdir()} == {file.name for file in first.iterdir()}
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (again / name).read_text() == (first / name).read_text()
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (again, first))
+    for name, tensor in theirs.items():
+        if run == "run":
+            assert torch.equal(ours[name], tensor), name
+        else:  # the products are added up in another order
+            assert (ours[name].float() - tensor.float()).abs().max() <= 1e-2 * tensor.float().abs().max(), name
+    report = json.loads((corpus / run / "export_report.json").read_text())
+    assert report["checkpoint"] == max(path.name for path in (corpus / run / "checkpoints").iterdir())
+    assert report["logits"]["relative_difference"] < 0.02
+
+
+def test_what_cannot_be_exported(corpus: Path) -> None:
+    command = [sys.executable, "recipes/export.py", f"run={corpus / 'source'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2
+    assert "no checkpoints/step_... here; give run=FOLDER of a training run" in done.stderr

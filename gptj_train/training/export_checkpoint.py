@@ -1,0 +1,83 @@
+"""A training checkpoint as an HF folder, by one process without GPU or process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.vocabulary import NewWord
+from gptj_train.model.config import GPTJConfig
+from gptj_train.model.lora import is_adapter
+from gptj_train.training.export import progress, prompt_ids, write_report, write_verified
+from gptj_train.training.model_card import model_card
+from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.retention import newest_whole
+from gptj_train.weights.adapters import MergedWeights
+from gptj_train.weights.checkpoint import CheckpointWeights, open_weights
+from gptj_train.weights.hf import StoredWeights
+from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.new_rows import WithNewRows
+from gptj_train.weights.pretrained import class_of
+from gptj_train.weights.verify import streamed_logits
+
+
+def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) -> Path:
+    """Write what a run would export had it ended at a checkpoint; a parameter or a block is in memory at a time.
+
+    Args:
+        run: a run folder, whose newest whole checkpoint is taken, or a ``step_...`` folder.
+        folder: to write; None: ``export`` in the run folder.
+        dtype: bf16, fp16 or fp32.
+
+    Raises:
+        ValueError: no whole checkpoint there, or of LoRA no weights that it began from.
+        ExportError: a check of what was written failed; no folder is left.
+    """
+    step = newest_whole(run).resolve()
+    run_folder = step.parent.parent
+    target = run_folder / "export" if folder is None else Path(folder)
+    config = GPTJConfig.from_pretrained(step)
+    kind = class_of(step)
+    model_files = ModelFiles(config, kind.__name__, Tokenizer.load(step))
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in kind(config).named_parameters()}
+    settings = _settings(run_folder)
+    facts = progress(run_folder, settings.get("init_from"), int(step.name.removeprefix("step_")))
+    with _weights(step, settings) as weights:
+        weights.match(shapes)
+        expected, _ = streamed_logits(weights, config, prompt_ids(config))
+        rows = shapes.get("lm_head.weight", shapes.get("qa_outputs.weight"))
+        tensors = ((name, weights.tensor(name)) for name in shapes)
+        card = model_card(kind.__name__, facts)
+        # Where the head speaks of the whole text, its last token's answer is the model's.
+        report = write_verified(
+            target, tensors, shapes, DTYPES[dtype], model_files, card, expected if rows else expected[-1:]
+        )
+    write_report(target, report | {"architecture": kind.__name__, "run": facts, "checkpoint": step.name})
+    return target
+
+
+def _settings(run_folder: Path) -> dict[str, Any]:
+    """The run's config.yaml, of which only values are used."""
+    path = run_folder / "config.yaml"
+    values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
+    assert isinstance(values, dict)
+    return values  # type: ignore[return-value]
+
+
+def _weights(step: Path, settings: dict[str, Any]) -> StoredWeights:
+    trained = CheckpointWeights(step)
+    if not any(map(is_adapter, trained.names())):
+        return trained
+    base = settings.get("init_from")
+    if base is None:
+        raise ValueError(f"{step} holds LoRA adapters alone, and {step.parent.parent}/config.yaml names no init_from")
+    lora, tokenizer = settings["lora"], Tokenizer.choose(settings["tokenizer"], base)
+    words = map(NewWord.parse, settings["add_tokens"])
+    _, rows = tokenizer.with_words(words, GPTJConfig.from_pretrained(base).vocab_size)
+    frozen = WithNewRows(open_weights(base), rows)
+    return MergedWeights(frozen, trained, lora["alpha"] / lora["rank"], DTYPES[settings["engine"]["precision"]])
