@@ -132,5 +132,5 @@ def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
                 if frame.eof:
                     rest, frame = frame.unused_data, None
                     taken -= len(rest)
-    if frame is not None:
+    if frame is not None or not taken:
         raise ValueError(f"{file}: cut off in the middle of a zstd frame; fetch it again")

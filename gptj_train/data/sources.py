@@ -14,7 +14,9 @@ from gptj_train.data.files import chunks, numbered_lines
 from gptj_train.schema import schema
 
 _PIECE = 2**20  # characters of a .txt that are tokenized at once
+_WORD_END = re.compile(r"(?<=\S)\s")
 _ROWS = 1000
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @schema
@@ -101,22 +103,23 @@ def read_segments(
 
 def _text_file(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:
     """One document in pieces that end before white space, where every byte-level BPE begins a new word."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    held, read = "", 0
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    held, read, pieces = "", 0, 0
     try:
         for chunk in chunks(file, progress):
             held += decoder.decode(chunk)
             read += len(chunk)
             while len(held) > _PIECE:
-                cut = re.compile(r"(?<=\S)\s").search(held, _PIECE)
-                if cut is None:
+                found = _WORD_END.search(held, _PIECE)
+                if found is None and len(held) < 2 * _PIECE:
                     break
-                yield Segment(_checked(held[: cut.start()], str(file)), file.parent.name, last=False)
-                held = held[cut.start() :]
+                cut = found.start() if found else _PIECE  # text without white space
+                yield Segment(_checked(held[:cut], str(file)), file.parent.name, last=False)
+                held, pieces = held[cut:], pieces + 1
         held += decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: not UTF-8 text ({error.reason} after byte {read}); convert it") from None
-    if not read or not held:
+    if not pieces and not held.strip():
         raise ValueError(f"{file}: no text in it; remove it from the data")
     yield Segment(_checked(held, str(file)), file.parent.name)
 
@@ -133,27 +136,32 @@ def _rows(file: Path, progress: Callable[[int], None]) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    size, told = file.stat().st_size, 0
     try:
         with pa.memory_map(str(file)) as source:
-            if file.suffix == ".parquet":
-                batches = pq.ParquetFile(source).iter_batches(batch_size=_ROWS)
-            else:
-                batches = iter(pa.ipc.open_stream(source))
-            for batch in batches:
+            for batch in pq.ParquetFile(source).iter_batches(_ROWS) if file.suffix == ".parquet" else _arrow(source):
                 yield from batch.to_pylist()
-                if file.suffix == ".arrow":
-                    progress(source.tell() - told)
-                    told = source.tell()
+        progress(file.stat().st_size)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
-    progress(size - told)
+
+
+def _arrow(source: Any) -> Iterator[Any]:
+    """The batches of an arrow file or of a stream, which ``datasets`` writes."""
+    import pyarrow as pa
+
+    if source.read_at(6, 0) == b"ARROW1":
+        file = pa.ipc.open_file(source)
+        yield from (file.get_batch(number) for number in range(file.num_record_batches))
+    elif source.read_at(len(_ARROW_END), source.size() - len(_ARROW_END)) != _ARROW_END:
+        raise pa.ArrowInvalid("it has no end, it is cut off")
+    else:
+        yield from pa.ipc.open_stream(source)
 
 
 def _parsed(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode())
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise BadRecordError(where, "not UTF-8 text", f"convert it (byte {error.start} of the line)") from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits

