@@ -24,7 +24,7 @@ from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GP
 from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, names_of
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.question_answering import QuestionAnswering
-from gptj_train.training.trainer import Task
+from gptj_train.training.task import Task
 from gptj_train.weights.hf_writer import DTYPES
 from gptj_train.weights.placement import place
 from gptj_train.weights.pretrained import class_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -22,10 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gptj_train.schema import text_keys, unknown_key_message, validated
+from gptj_train.training.preemption import SIGNALS, Preempted
 
 T = TypeVar("T")
 
 EXIT_MISTAKE = 2
+EXIT_PREEMPTED = 85  # of a job that the same command goes on with
 _PACKAGE = Path(__file__).parent
 _LAUNCHER_KILLS_WITHIN = 5  # seconds
 
@@ -35,13 +38,16 @@ def recipe(cls: type[T], primary: str | None = None) -> Callable[[Callable[[T], 
 
     The config is ``configs/<primary, or the name of the recipe's file>.yaml`` with the command line's
     overrides, as a ``cls``.
-    A ValueError of this package is a user's mistake: one line, exit code 2. Anything else keeps its traceback.
+    A ValueError of this package is a user's mistake: one line, exit code 2. Told to end, a job leaves with exit
+    code 85: at once, or when the trainer has saved. Anything else keeps its traceback.
     """
 
     def wrap(job: Callable[[T], None]) -> Callable[[], None]:
         script = Path(job.__code__.co_filename)
 
         def main() -> None:
+            for number in SIGNALS:
+                signal.signal(number, lambda *_: sys.exit(_preempted()))
             sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
             _set_rank_variables()
             sys.exit(_run(job, cls, script, primary or script.stem))
@@ -70,15 +76,30 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str) -> 
             with hydra.initialize_config_dir(configs, version_base="1.3"):
                 composed = hydra.compose(primary, overrides=[_as_typed(arg, text_keys(cls)) for arg in sys.argv[1:]])
             job(validated(composed, cls))
-            if dist.is_initialized():
-                dist.destroy_process_group()
+            _leave_process_group()
         return 0
+    except Preempted as told:
+        _leave_process_group()
+        if rank() == 0:
+            print(f"stopped: {told}", file=sys.stderr, flush=True)
+        return _preempted()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return _mistake(_hydra_message(error, cls))
     except ValueError as error:
         if not _raised_here(error):
             raise
         return _mistake(str(error))
+
+
+def _preempted() -> int:
+    for number in SIGNALS:  # a launcher ends the others when the first rank has left; every code is to be this one
+        signal.signal(number, signal.SIG_IGN)
+    return EXIT_PREEMPTED
+
+
+def _leave_process_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _as_typed(override: str, texts: set[str]) -> str:

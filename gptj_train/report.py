@@ -65,14 +65,16 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
 def summary(output_dir: str, architecture: str, sample: str | None = None) -> str:
     """What the run achieved, where everything is, and what to try next."""
     lines = read_metrics(output_dir)
-    losses = [line["loss"] for line in lines if "loss" in line]
+    steps = [line for line in lines if "loss" in line]
     evaluations = [line for line in lines if "eval_loss" in line]
     said = ["\nDone."]
-    if losses:
-        said[0] += f" Training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps."
+    if steps:
+        said[0] += f" Training loss {_text(steps[0]['loss'])} -> {_text(steps[-1]['loss'])} in {len(steps)} steps."
+        if skipped := steps[-1]["skipped_steps"]:
+            said[0] += f" {skipped} of them changed nothing: their numbers were not finite."
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
-        changes = [f"{name} {first[name]:.3f} -> {value:.3f}" for name, value in results_of(last).items()]
+        changes = [f"{name} {_text(first[name])} -> {_text(value)}" for name, value in results_of(last).items()]
         said.append("Held-out: " + ", ".join(changes) + ".")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")
@@ -89,8 +91,12 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
     return "\n".join(said)
 
 
+def _text(value: float | None) -> str:
+    return "nan" if value is None else f"{value:.3f}"
+
+
 def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
-    return [(line["step"], line[name]) for line in lines if abs(line[name]) < float("inf")]
+    return [(line["step"], line[name]) for line in lines if line.get(name) is not None]
 
 
 def _chart(title: str, curves: Mapping[str, Curve], from_zero: bool = False) -> str:

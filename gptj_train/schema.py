@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -14,6 +15,8 @@ from pydantic.dataclasses import dataclass
 
 T = TypeVar("T")
 
+_SECRET = re.compile(r"(api|access|auth|private|secret)_?key|token$|secret|passw(or)?d|credential", re.IGNORECASE)
+
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def schema(cls: type[T]) -> type[T]:
@@ -25,8 +28,10 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
     """The composed YAML as the recipe's frozen dataclass.
 
     Raises:
-        ValueError: all unknown keys, all missing values, or all wrong values, in one line.
+        ValueError: all unknown keys, all missing values, or all wrong values, in one line; or a secret, which
+            config.yaml and Weights & Biases would show.
     """
+    _refuse_secrets(OmegaConf.to_container(composed, resolve=False))
     try:
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
@@ -43,6 +48,24 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise ValueError("; ".join(_complaint(detail) for detail in error.errors())) from None
+
+
+def _refuse_secrets(value: Any, key: str = "") -> None:
+    """Raises ValueError for what is named like one, in a key or an environment variable that a value asks for."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _refuse_secrets(inner, f"{key}.{name}".lstrip("."))
+        return
+    if isinstance(value, list):
+        for inner in value:
+            _refuse_secrets(inner, key)
+        return
+    asked_for = re.findall(r"\$\{\s*oc\.env\s*:\s*(\w+)", value) if isinstance(value, str) else []
+    if any(_SECRET.search(name) for name in (key.rpartition(".")[2], *asked_for)):
+        raise ValueError(
+            f"{key} looks like a secret, and the config is written to config.yaml and Weights & Biases; leave it in "
+            "the environment, where the libraries that need it look for it"
+        )
 
 
 def unknown_key_message(key: str, cls: type) -> str:

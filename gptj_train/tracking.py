@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -26,6 +27,8 @@ _WANDB_NAMES = {
     "tokens_per_second": "perf/tokens_per_s",
     "step_seconds": "perf/step_seconds",
     "memory": "mem/peak_gib",
+    "skipped_steps": "train/skipped_steps",
+    "loss_scale": "train/loss_scale",
 }
 
 
@@ -61,7 +64,7 @@ class Tracker:
         OmegaConf.save(OmegaConf.create(self._run_config), self._folder / "config.yaml")
         path = self._folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self._folder) if 0 < line["step"] <= step or step > 0 == line["step"]]
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        path.write_text("".join(_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         self._wandb = _start_wandb(self._config, self._folder, self._run_config, wandb_id)
         if sys.stderr.isatty():
@@ -77,7 +80,7 @@ class Tracker:
         """A finished optimizer step."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.write(_line(metrics))
         if self._wandb is not None:
             self._wandb.log({_WANDB_NAMES[name]: metrics[name] for name in _WANDB_NAMES}, step=int(metrics["step"]))
         shown = (
@@ -98,7 +101,7 @@ class Tracker:
         """The held-out metrics after a step; what is no number is recorded and not shown."""
         if self._metrics is None:
             return
-        self._metrics.write(json.dumps(metrics) + "\n")
+        self._metrics.write(_line(metrics))
         results = results_of(metrics)
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
@@ -123,6 +126,19 @@ class Tracker:
             self._wandb.finish()
             if offline_folder is not None:
                 self.note(f"upload this run with: wandb sync {offline_folder}")
+
+
+def _line(metrics: Mapping[str, Any]) -> str:
+    return json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON knows no NaN or infinity: they become null."""
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resumable
+from gptj_train.training.run_folder import check_run_folder
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -26,6 +27,7 @@ ARCHITECTURE = "GPTJForSequenceClassification"
 def main(cfg: ClassificationConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
+    check_run_folder(cfg.output_dir)
     resume_from = resumable(cfg.output_dir, cfg.resume)
     tokenizer, shape, new_rows = vocabulary(cfg)
     problem = cfg.task.problem_type

@@ -15,6 +15,7 @@ from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resumable
+from gptj_train.training.run_folder import check_run_folder
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -25,6 +26,7 @@ ARCHITECTURE = "GPTJForQuestionAnswering"
 def main(cfg: QAConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
+    check_run_folder(cfg.output_dir)
     resume_from = resumable(cfg.output_dir, cfg.resume)
     tokenizer, model, new_rows = vocabulary(cfg)
     model = replace(model, num_labels=2, id2label=None)  # start and end, whatever init_from was labelled with

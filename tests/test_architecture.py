@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "training": {"data", "model", "weights", "tracking", "schema"},
     "config": {"data", "model", "tasks", "tracking", "training", "schema"},
     "evaluation": {"config", "data", "model", "tasks", "training", "weights"},
-    "launch": {"schema"},
+    "launch": {"config", "schema", "training"},
     "__init__": {"model", "weights"},
 }
 """Rooms of gptj_train and the rooms whose modules they may import besides their own."""

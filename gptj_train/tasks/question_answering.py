@@ -73,12 +73,15 @@ class QuestionAnswering:
         self.predictions: dict[str, str] = {}
         self.candidates: dict[str, list[dict[str, Any]]] = {}
 
-    def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
         assert self._train is not None
-        micro_batches = micro_batches_at(
+        return micro_batches_at(
             step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
         )
-        return [_Batch(self._train, rows) for rows in micro_batches]
+
+    def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+        assert self._train is not None
+        return [_Batch(self._train, rows) for rows in self.training_rows(step, rank, world_size)]
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
         for rows in evaluation_batches(len(self._validation), self._micro_batch_size, rank, world_size):

@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,14 +34,18 @@ class SaveFailedError(ValueError):
 class TrainState:
     """What a run is besides its tensors.
 
-    Optimizer steps done and target tokens seen; as of the last save, hashes of the batch that comes next and of
-    the settings; and the id of the W&B run. Random numbers are a function of seed, step and rank.
+    Optimizer steps done and target tokens seen; ``skipped`` steps had numbers that are not finite and changed no
+    weight; ``evaluated`` is the step whose evaluation came last. As of the last save: a hash of the batch that comes
+    next, the settings, and the id of the W&B run. Random numbers are a function of seed, step and rank.
     """
 
     step: int = 0
     tokens: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    evaluated: int = -1
     next_batch: str = ""
-    settings: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
+import math
 import os
 import resource
 import sys
@@ -26,7 +26,7 @@ from deepspeed.utils import logger, safe_get_full_fp32_param
 from gptj_train.model.lora import is_adapter
 from gptj_train.training.initial_weights import fill_frozen, fill_masters
 from gptj_train.training.optimizer_state import OptimizerState
-from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.schedule import OptimConfig, decay_groups
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.checkpoint import open_weights
 from gptj_train.weights.hf import StoredWeights
@@ -49,21 +49,11 @@ def join_process_group() -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         host.share_cores()
         host.clear_stale_locks()
-        with _quiet():
+        # Its inference alone reduces over shared memory, of which each rank leaves 66 MiB behind in /dev/shm.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        with host.quiet():
             deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep DeepSpeed's print calls from the screen of every rank; shown if it fails."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            yield
-    except BaseException:
-        print(said.getvalue(), end="")
-        raise
 
 
 class Engine:
@@ -117,16 +107,18 @@ class Engine:
             if init_from is not None:  # known to be this model's before memory is taken for it
                 weights = stack.enter_context(WithNewRows(open_weights(init_from), new_rows or {}))
                 stored = self._match(weights, bool(plan.new_head_allowed))
-            stack.enter_context(_quiet())
+            stack.enter_context(host.quiet())
             torch.manual_seed(seed)
             with deepspeed.zero.Init(config_dict_or_path=config, enabled=engine.stage == 3):
                 model = build()
+            if engine.stage == 3:
+                _clear_padding(model)
             if weights is not None:
                 fill_frozen(model, weights, stored, self.rank)
             if engine.activation_checkpointing:
                 model.gradient_checkpointing_enable()  # type: ignore[operator]
             self._engine, *_ = deepspeed.initialize(
-                model=model, model_parameters=_decay_groups(model, optim.weight_decay), config=config
+                model=model, model_parameters=decay_groups(model, optim.weight_decay), config=config
             )
             if weights is not None:
                 fill_masters(self.optimizer_state(), weights, stored)
@@ -151,24 +143,46 @@ class Engine:
         return self._engine(**moved, use_cache=False, num_items_in_batch=targets)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches.
+
+        A loss that is not finite makes all of them NaN.
+        """
+        self._engine.backward(loss * (1 + 0 * loss.detach()), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``."""
+        """End a micro-batch; on the last one of the accumulation clip and update with ``lr``.
+
+        Gradients that are not finite, in part or on one rank, are dropped on all: weights and moments stay as
+        they are.
+        """
         optimizer = self._engine.optimizer
+        last = self._engine.is_gradient_accumulation_boundary()
         for group in optimizer.param_groups:
             group["lr"] = lr
-        if not hasattr(optimizer, "_global_grad_norm") and self._engine.is_gradient_accumulation_boundary():
+        unchecked = last and not hasattr(optimizer, "_global_grad_norm")  # fp32 on stage 0
+        if unchecked:
             gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._plain_norm = float(nn.utils.get_total_norm(gradients))
+            if not math.isfinite(self._plain_norm):
+                self._engine.module.zero_grad()
+                self._engine.set_gradient_accumulation_boundary(False)
         self._engine.step()
+        if unchecked:
+            self._engine.set_gradient_accumulation_boundary(None)  # DeepSpeed counts on
+        if last and getattr(optimizer, "overflow", False) and hasattr(optimizer, "averaged_gradients"):
+            # DeepSpeed 0.19.8 offloading under stage 1 or 2 would add them to all later ones, and drop these too.
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
 
     @property
     def grad_norm(self) -> float:
-        """Global L2 norm of the last update's gradients before clipping."""
+        """Global L2 norm of the last gradients before clipping; not finite if they were dropped."""
         norm = self._engine.get_global_grad_norm()
         return self._plain_norm if norm is None else float(norm)
+
+    @property
+    def loss_scale(self) -> float:
+        """What fp16 losses are multiplied by before backward; 1 in other precisions."""
+        return float(getattr(self._engine.optimizer, "loss_scale", None) or 1)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -201,6 +215,15 @@ class Engine:
     def wait(self) -> None:
         """Until every rank is here."""
         dist.barrier()
+
+    def holds_only_finite(self) -> bool:
+        """Whether each number of all ranks' master weights and moments is finite. Collective."""
+        broken = 0
+        for section in self.optimizer_state().sections:
+            with section.buffers() as buffers:
+                ends = [end.item() for flat in buffers.values() if flat.numel() for end in flat.aminmax()]
+            broken += sum(not math.isfinite(end) for end in ends)
+        return self.summed([broken]) == [0]
 
     # --- state in and out ---
 
@@ -237,11 +260,8 @@ class Engine:
         return bits.view(torch.float32).view(shape)
 
 
-def _decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay for matrices only: norms and biases are one-dimensional."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+def _clear_padding(model: nn.Module) -> None:
+    """ZeRO-3 fills up a parameter's last part with memory as it finds it, which need not even be finite."""
+    for parameter in model.parameters():
+        part = parameter.ds_tensor  # type: ignore[attr-defined]
+        part.data[max(0, parameter.ds_numel - dist.get_rank() * part.ds_numel) :] = 0  # type: ignore[attr-defined]

@@ -15,9 +15,9 @@ from gptj_train.model.lora import is_adapter
 from gptj_train.training.export import progress, prompt_ids, write_report, write_verified
 from gptj_train.training.model_card import model_card
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import complaint, resumable
+from gptj_train.training.retention import newest_whole
 from gptj_train.weights.adapters import MergedWeights
-from gptj_train.weights.checkpoint import MANIFEST, CheckpointWeights, open_weights
+from gptj_train.weights.checkpoint import CheckpointWeights, open_weights
 from gptj_train.weights.hf import StoredWeights
 from gptj_train.weights.hf_writer import DTYPES
 from gptj_train.weights.new_rows import WithNewRows
@@ -37,7 +37,7 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
         ValueError: no whole checkpoint there, or of LoRA no weights that it began from.
         ExportError: a check of what was written failed; no folder is left.
     """
-    step = _step_of(Path(run))
+    step = newest_whole(run).resolve()
     run_folder = step.parent.parent
     target = run_folder / "export" if folder is None else Path(folder)
     config = GPTJConfig.from_pretrained(step)
@@ -59,16 +59,6 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
         )
     write_report(target, report | {"architecture": kind.__name__, "run": facts, "checkpoint": step.name})
     return target
-
-
-def _step_of(run: Path) -> Path:
-    if not (run / MANIFEST).exists():
-        if not (folders := resumable(run, "auto")):
-            raise ValueError(f"{run}: no checkpoints/step_... here; give run=FOLDER of a training run")
-        return folders[0].resolve()
-    if wrong := complaint(run):
-        raise ValueError(wrong)
-    return run.resolve()
 
 
 def _settings(run_folder: Path) -> dict[str, Any]:

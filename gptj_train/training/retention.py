@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from gptj_train.weights.checkpoint import KINDS, Manifest
+from gptj_train.weights.checkpoint import KINDS, MANIFEST, Manifest
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
@@ -39,6 +39,20 @@ def resumable(output_dir: str | Path, resume: str) -> list[Path]:
     if folders and len(wrongs) == len(folders):
         raise ValueError(f"none of the checkpoints can be used: {wrongs[0]}; resume=never starts over")
     return folders
+
+
+def newest_whole(run: str | Path) -> Path:
+    """The newest complete checkpoint of a run, or ``run`` itself if it is one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if (Path(run) / MANIFEST).exists():
+        return Path(run)
+    for folder in resumable(run, "auto"):
+        if not complaint(folder):
+            return folder
+    raise ValueError(f"{run}: no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints")
 
 
 def complaint(folder: Path) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
+
+from torch import nn
 
 from gptj_train.schema import schema
 
@@ -51,3 +53,13 @@ def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
     progress = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if optim.schedule == "cosine" else 1 - progress
     return optim.lr * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * remaining)
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, with weight decay for matrices only: norms and biases are one-dimensional."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

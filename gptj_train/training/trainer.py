@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor
@@ -18,11 +18,14 @@ from gptj_train.schema import schema
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
 from gptj_train.training.engine import Engine
+from gptj_train.training.health import Health
+from gptj_train.training.preemption import Preempted, StopRequest
 from gptj_train.training.retention import check_space
 from gptj_train.training.schedule import OptimConfig, lr_at
+from gptj_train.training.task import Task
+from gptj_train.training.watchdog import Watchdog
 
-Batch = dict[str, Tensor]
-"""Keyword arguments of the model's forward, on the CPU; (B, T) each."""
+_UNKNOWN_SAVE = 300.0  # seconds to reserve for a save before one has been timed
 
 
 @schema
@@ -40,10 +43,13 @@ class TrainerConfig:
     keep_every: int
     failed_save: Literal["continue", "stop"]
     resume: str
+    max_hours: float | None
+    max_skipped_steps: int
+    hang_timeout: float
     optim: OptimConfig
 
     def __post_init__(self) -> None:
-        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints"):
+        for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "seed"):
@@ -54,28 +60,10 @@ class TrainerConfig:
                 raise ValueError(f"{name} must be 0 (only at the end) or more, got {getattr(self, name)}")
         if self.keep_every < 0:
             raise ValueError(f"keep_every must be 0 (none) or more, got {self.keep_every}")
-
-
-class Task(Protocol):
-    """What differs between recipes."""
-
-    def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
-        """This rank's micro-batches of an optimizer step, a pure function of its arguments."""
-
-    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[Batch]:
-        """This rank's share of the held-out data, as many batches on every rank; none without such data."""
-
-    def targets(self, batch: Batch) -> int:
-        """Terms of the batch's loss sum."""
-
-    def records(self, output: Any, batch: Batch) -> list[Any]:
-        """What the metrics need of an evaluation batch, where ``output.loss`` is a sum: picklable rows."""
-
-    def metrics(self, records: list[Any]) -> dict[str, Any]:
-        """What to report for the rows of all batches and ranks, as JSON values; ``eval_loss`` among it."""
-
-    def write_predictions(self, folder: str | Path) -> None:
-        """What the last metrics were computed from, as files; nothing where nothing is predicted."""
+        if self.max_hours is not None and self.max_hours <= 0:
+            raise ValueError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
+        if self.hang_timeout < 0:
+            raise ValueError(f"hang_timeout must be 0 (never) or more, got {self.hang_timeout}")
 
 
 class Trainer:
@@ -87,40 +75,46 @@ class Trainer:
         self.config, self.engine, self.task = config, engine, task
         self.checkpoints, self.tracker = checkpoints, tracker
         self.state = TrainState()
+        self._health = Health(config.max_skipped_steps)
+        self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank)
+        self._request = StopRequest(config.output_dir, config.max_hours, engine.rank)
+        self._stopping = False  # agreed on by all ranks
+        self._step_seconds = 0.0
+        self._saved = 0  # step of the last checkpoint
+        self._save_seconds: float | None = None
 
     def train(self, resume_from: Sequence[Path] = ()) -> None:
-        """Run to ``max_steps`` from the beginning, or from the first of some checkpoints that is whole. Collective."""
+        """Run to ``max_steps`` from the beginning, or from the first of some checkpoints that is whole. Collective.
+
+        Raises:
+            Preempted: asked to end before that.
+            ValueError: too many steps in a row whose numbers are not finite, or weights that are not.
+        """
         config = self.config
-        if resume_from:
-            self.resume(resume_from)
-        steps = range(self.state.step, config.max_steps)
+        with self._request, self._watchdog:
+            if resume_from:
+                with self._watchdog.paused():
+                    self.resume(resume_from)
+            self._saved = self.state.step
+            self._check_space()
+            self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
+            if self._evaluation_due():
+                self.evaluate()
+            while self.state.step < config.max_steps and not self._stopping:
+                self.tracker.step(self.train_step())
+                if self._evaluation_due():
+                    self.evaluate()
+                last = self.state.step == config.max_steps
+                if not self._stopping and (last or _due(self.state.step, config.save_every)):
+                    self.save()
+            if self._stopping:
+                self._end_early()
+
+    def _check_space(self) -> None:
+        config, steps = self.config, range(self.state.step, self.config.max_steps)
         check_space(
             config.output_dir, self.engine.trained, steps, config.save_every, config.keep_checkpoints, config.keep_every
         )
-        self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
-        if self.state.step == 0:
-            self.evaluate()
-        while self.state.step < config.max_steps:
-            self.tracker.step(self.train_step())
-            last = self.state.step == config.max_steps
-            if last or _due(self.state.step, config.eval_every):
-                self.evaluate()
-            if last or _due(self.state.step, config.save_every):
-                self.save()
-
-    def save(self) -> None:
-        """Write a checkpoint; one that fails is told, and is the end only if the config says so. Collective."""
-        self.state.next_batch = self._next_batch()
-        self.state.settings = _settings(self.config)
-        self.state.wandb_id = self.tracker.wandb_id or self.state.wandb_id
-        try:
-            self.tracker.note(f"saved {self.checkpoints.save(self.engine, self.state)}")
-        except SaveFailedError as error:
-            if self.config.failed_save == "stop":
-                raise
-            self.tracker.note(
-                f"step {self.state.step} was not saved: {error}; going on, earlier checkpoints are intact"
-            )
 
     def resume(self, folders: Sequence[Path]) -> None:
         """Go on from the first of some checkpoints that is whole. Collective.
@@ -135,8 +129,9 @@ class Trainer:
                 "sequence_length and global_batch_size, or begin a new run with init_from=<that checkpoint> and "
                 "another output_dir"
             )
-        if self.state.settings != _settings(self.config):
-            self.tracker.note("some settings are not those that the checkpoint was written with")
+        then, now = self.state.settings, _settings(self.config)
+        if changed := [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]:
+            self.tracker.note(f"changed since the checkpoint: {', '.join(changed)}")
 
     def _next_batch(self) -> str:
         """Hash of the next global batch, the same on any number of ranks."""
@@ -158,21 +153,31 @@ class Trainer:
         # Dropout as a function of the step: a resumed run needs no random state.
         torch.manual_seed(hash((self.config.seed, step, engine.rank)))
         loss_sum = torch.zeros((), device=engine.device)
+        losses = []
         for batch in batches:
             # DeepSpeed averages gradients over ranks; the division by ranks here makes that a sum.
             output = engine.forward(batch, targets / engine.world_size)
             engine.backward(output.loss)
             engine.step(lr)
-            loss_sum += output.loss.detach()
-        (loss,) = engine.summed([loss_sum.item() / engine.world_size])
-        seconds = time.perf_counter() - began
+            losses.append(output.loss.detach())
+            loss_sum += losses[-1]
+            self._watchdog.beat()
+        loss, asked = engine.summed([loss_sum.item() / engine.world_size, self._asked()])
+        self._stopping = asked > 0
+        self._step_seconds = seconds = time.perf_counter() - began
         self.state.step += 1
         self.state.tokens += int(targets)
+        if not math.isfinite(engine.grad_norm):
+            self._name_bad(step, losses)
+        if said := self._health.judge(self.state, loss, engine.grad_norm, engine.loss_scale):
+            self.tracker.note(said)
         return {
             "step": self.state.step,
             "loss": loss,
             "lr": lr,
             "grad_norm": engine.grad_norm,
+            "skipped_steps": self.state.skipped,
+            "loss_scale": engine.loss_scale,
             "tokens": self.state.tokens,
             "tokens_per_second": targets / seconds,
             "step_seconds": seconds,
@@ -180,12 +185,18 @@ class Trainer:
         }
 
     def evaluate(self) -> dict[str, Any]:
-        """Metrics over all held-out data, recorded; empty without such data. Collective."""
+        """Metrics over all held-out data, recorded; empty without such data, or if cut short. Collective."""
         records: list[Any] = []
         with self.engine.evaluating():
             for batch in self.task.evaluation_batches(self.engine.rank, self.engine.world_size):
                 records += self.task.records(self.engine.forward(batch, 1.0), batch)
+                self._watchdog.beat()
+                (asked,) = self.engine.summed([self._asked()])
+                if asked > 0:
+                    self._stopping = True
+                    return {}
         records = self.engine.gathered(records)
+        self.state.evaluated = self.state.step
         if not records:
             return {}
         metrics = self.task.metrics(records)
@@ -194,12 +205,75 @@ class Trainer:
         self.tracker.evaluation({"step": self.state.step, "tokens": self.state.tokens, **metrics})
         return metrics
 
+    def _evaluation_due(self) -> bool:
+        """Also after a resume, where the evaluation of this step was cut short."""
+        step, config = self.state.step, self.config
+        due = step in (0, config.max_steps) or _due(step, config.eval_every)
+        return due and self.state.evaluated != step and not self._stopping
+
+    def save(self) -> None:
+        """Write a checkpoint; one that fails is told, and is the end only if the config says so. Collective.
+
+        Raises:
+            ValueError: weights or moments that are not finite: no checkpoint holds such.
+        """
+        state = self.state
+        if not self.engine.holds_only_finite():
+            raise ValueError(
+                f"step {state.step}: weights or moments are no longer finite, so that they are not saved; lower "
+                "optim.lr or set optim.clip_norm, and the same command goes on from the last checkpoint"
+            )
+        state.next_batch, state.settings = self._next_batch(), _settings(self.config)
+        state.wandb_id = self.tracker.wandb_id or state.wandb_id
+        began = time.monotonic()
+        try:
+            with self._watchdog.paused():
+                folder = self.checkpoints.save(self.engine, state)
+        except SaveFailedError as error:
+            if self.config.failed_save == "stop":
+                raise
+            self.tracker.note(f"step {state.step} was not saved: {error}; going on, earlier checkpoints are intact")
+            return
+        self._saved = state.step
+        self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - began)
+        self.tracker.note(f"saved {folder}")
+
+    # --- asked to end early ---
+
+    def _asked(self) -> bool:
+        return self._reason() is not None
+
+    def _reason(self) -> str | None:
+        save_seconds = _UNKNOWN_SAVE if self._save_seconds is None else self._save_seconds
+        return self._request.reason(self._step_seconds, save_seconds)
+
+    def _end_early(self) -> NoReturn:
+        """Save what is not, if there is time for it, and leave. Collective."""
+        answers = self.engine.gathered([(self._reason(), self._request.leaves_time_for(self._save_seconds or 0.0))])
+        in_time = all(in_time for _, in_time in answers)
+        if self._saved < self.state.step and in_time:
+            self.save()
+        self.tracker.finish()
+        self.engine.wait()
+        reason = next((reason for reason, _ in answers if reason), "asked to end")
+        unsaved = f"{'not saved' if in_time else 'no time to save'}; the last checkpoint is of step {self._saved}"
+        left = "saved" if self._saved == self.state.step else unsaved
+        raise Preempted(f"{reason}: ended after step {self.state.step} of {self.config.max_steps}, {left}")
+
+    def _name_bad(self, step: int, losses: list[Tensor]) -> None:
+        """Say which micro-batches of the step have a loss that is not finite. Collective."""
+        rank, world_size = self.engine.rank, self.engine.world_size
+        rows = self.task.training_rows(step, rank, world_size)
+        bad = [(rank, of, loss.item()) for of, loss in zip(rows, losses, strict=True) if not loss.isfinite()]
+        for where, of, loss in self.engine.gathered(bad):
+            self.tracker.note(f"step {step + 1}: loss {loss:g} on rank {where} in rows {of} of the training data")
+
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _settings(config: TrainerConfig) -> str:
-    values = asdict(config)
-    del values["output_dir"], values["resume"]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+def _settings(config: TrainerConfig) -> dict[str, Any]:
+    """What decides the numbers of a run, as JSON gives it back."""
+    values = {name: getattr(config, name) for name in ("seed", "max_steps", "global_batch_size", "micro_batch_size")}
+    return json.loads(json.dumps(values | {f"optim.{name}": value for name, value in asdict(config.optim).items()}))

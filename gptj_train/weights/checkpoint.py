@@ -130,8 +130,8 @@ class CheckpointWeights(StoredWeights):
             raise ValueError("; ".join(damage))
         self._reader = SliceReader(self.folder / file for file in self._manifest.of_kind("master"))
 
-    def names(self) -> set[str]:
-        return set(self._manifest.parameters)
+    def names(self) -> list[str]:
+        return list(self._manifest.parameters)
 
     def form(self, name: str) -> tuple[tuple[int, ...], str]:
         return tuple(self._manifest.parameters[name]), "F32"

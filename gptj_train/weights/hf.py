@@ -32,8 +32,8 @@ class StoredWeights(ABC):
     folder: Path
 
     @abstractmethod
-    def names(self) -> set[str]:
-        """Of all tensors in the folder."""
+    def names(self) -> list[str]:
+        """Of all tensors in the folder, in their order."""
 
     @abstractmethod
     def form(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -174,8 +174,8 @@ class HFWeights(StoredWeights):
         for file in list(self._open):
             self._release(file)
 
-    def names(self) -> set[str]:
-        return set(self._file_of)
+    def names(self) -> list[str]:
+        return list(self._file_of)
 
     def form(self, name: str) -> tuple[tuple[int, ...], str]:
         handle = self._handle(self._file_of[name])

@@ -22,7 +22,7 @@ class WithNewRows(StoredWeights):
     def __init__(self, weights: StoredWeights, rows: Mapping[int, Sequence[int]]) -> None:
         self.folder, self._weights, self._rows = weights.folder, weights, rows
 
-    def names(self) -> set[str]:
+    def names(self) -> list[str]:
         return self._weights.names()
 
     def form(self, name: str) -> tuple[tuple[int, ...], str]:

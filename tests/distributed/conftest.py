@@ -34,18 +34,19 @@ class Results:
         return load_file(self.folder / f"{job}.safetensors")
 
 
-def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
-    """Run the worker under the deepspeed launcher; its output is shown when it fails."""
+def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]], script: str = "worker.py") -> str:
+    """Run a worker under the deepspeed launcher and return what it printed; shown when it fails."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
-    command += ["--master_port", str(port), str(HERE / "worker.py"), str(folder), json.dumps(jobs)]
+    command += ["--master_port", str(port), str(HERE / script), str(folder), json.dumps(jobs)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
+    return done.stdout
 
 
 def job(name: str, micro: int = 2, steps: int = 12, max_steps: int = 12, **more: Any) -> dict[str, Any]:

@@ -19,11 +19,11 @@ GLOBAL_BATCH = 4
 SEED = 5
 
 
-def toy_config(dropout: float = 0.0) -> GPTJConfig:
+def toy_config(dropout: float = 0.0, width: int = 32) -> GPTJConfig:
     return GPTJConfig(
         vocab_size=VOCAB,
         n_positions=LENGTH,
-        n_embd=32,
+        n_embd=width,
         n_layer=2,
         n_head=4,
         rotary_dim=4,
@@ -63,6 +63,9 @@ def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_
         keep_every=0,
         failed_save="stop",
         resume="auto",
+        max_hours=None,
+        max_skipped_steps=5,
+        hang_timeout=60,
         optim=optim_config(),
     )
 
@@ -96,8 +99,11 @@ class ToyTask:
         self.micro_batch_size = micro_batch_size
         self.handed_out: list[list[list[int]]] = []
 
+    def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
+        return micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, self.micro_batch_size, rank, world_size)
+
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
-        rows = micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, self.micro_batch_size, rank, world_size)
+        rows = self.training_rows(step, rank, world_size)
         self.handed_out.append(rows)
         return [batch_of(micro) for micro in rows]
 

@@ -5,6 +5,7 @@ deepspeed --num_gpus N worker.py OUT_DIR JOBS_JSON
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def do(job: dict[str, Any], out: Path) -> None:
     steps, micro = job["steps"], job["micro"]
     folder = out / job.get("run", job["name"])
     config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
-    model = toy_config(job.get("dropout", 0.0))
+    model = toy_config(job.get("dropout", 0.0), job.get("width", 32))
     lora = LoraConfig(
         **{"rank": 0, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "fc_out"], **job.get("lora", {})}
     )
@@ -62,9 +63,10 @@ def do(job: dict[str, Any], out: Path) -> None:
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
-    if found := resumable(folder, "auto"):
+    if found := resumable(folder, job.get("resume", "auto")):
         trainer.resume(found)
     began = trainer.state.step
+    task.handed_out.clear()
     lines = [trainer.train_step() for _ in range(began, min(steps, job["max_steps"]))]
     if job.get("save"):
         trainer.save()
@@ -82,6 +84,7 @@ def main() -> None:
     for job in json.loads(sys.argv[-1]):
         torch.manual_seed(0)
         do(job, out)
+        gc.collect()  # of an engine's threads for NVMe, which must not outlive the interpreter
     dist.destroy_process_group()
 
 

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
+KEYS |= {"skipped_steps", "loss_scale"}
 TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
 
@@ -199,4 +200,4 @@ def test_what_cannot_be_exported(corpus: Path) -> None:
     command = [sys.executable, "recipes/export.py", f"run={corpus / 'source'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert "no checkpoints/step_... here; give run=FOLDER of a training run" in done.stderr
+    assert "no checkpoints/step_... in it; give the output_dir of a run" in done.stderr

@@ -43,6 +43,9 @@ class FakeRank:
         names = {parameter: name for name, parameter in self.model.named_parameters()}
         return OptimizerState(self.adam, names, self.rank)
 
+    def holds_only_finite(self) -> bool:
+        return True
+
     def gathered(self, rows: list[Any]) -> list[Any]:
         self._rows[self.rank] = rows
         self._meeting.wait()

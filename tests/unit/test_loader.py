@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from itertools import chain
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_train.data.loader import evaluation_batches, micro_batches_at, sample_at
+from gptj_train.data.loader import evaluation_batches, fingerprint, micro_batches_at, sample_at
 
 small = st.integers(1, 4)
 windows_strategy = st.integers(1, 60)
@@ -88,3 +89,23 @@ def test_evaluation_by_hand() -> None:
     assert evaluation_batches(7, 2, 0, 2) == [[0, 1], [4, 5]]
     assert evaluation_batches(7, 2, 1, 2) == [[2, 3], [6, None]]
     assert evaluation_batches(1, 2, 1, 2) == [[None, None]]
+
+
+def padded_to_each_other(rows: list[list[int]], micro: int) -> list[dict[str, torch.Tensor]]:
+    batches = []
+    for first in range(0, len(rows), micro):
+        part = rows[first : first + micro]
+        longest = max(map(len, part))
+        ids = [row + [0] * (longest - len(row)) for row in part]
+        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in part]
+        batches.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
+    return batches
+
+
+def test_a_fingerprint_is_of_the_samples_not_of_their_grouping() -> None:
+    rows = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
+    known = {fingerprint(padded_to_each_other(rows, micro)) for micro in (1, 2, 4)}
+    assert len(known) == 1
+    others = [rows[::-1], rows[:3], [[5, 6, 7], [8], [9, 10], [11, 12, 13, 15]], [[5, 6], [7, 8], [9, 10], rows[3]]]
+    prints = [fingerprint(padded_to_each_other(other, 2)) for other in others]
+    assert len({*known, *prints}) == 5

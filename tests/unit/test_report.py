@@ -67,6 +67,7 @@ def step(number: int, **changes: float) -> dict[str, float]:
         "tokens_per_second": 1000.0 + number,
         "step_seconds": 0.25,
         "memory": 1.5,
+        "skipped_steps": 0,
     } | changes
 
 
@@ -75,7 +76,8 @@ def evaluated(number: int, loss: float) -> dict[str, float]:
 
 
 def run(folder: Path, *lines: dict[str, float]) -> Path:
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = [{name: value if math.isfinite(value) else None for name, value in line.items()} for line in lines]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in known))
     return folder
 
 

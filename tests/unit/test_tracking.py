@@ -26,6 +26,8 @@ def step(number: int, **changes: float) -> dict[str, float]:
         "tokens": 100 * number,
         "tokens_per_second": 1234.5,
         "step_seconds": 0.25,
+        "skipped_steps": 0,
+        "loss_scale": 1.0,
         "memory": 1.5,
     } | changes
 
@@ -110,8 +112,7 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
 def test_losses_that_are_no_numbers_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 0, step(4, loss=math.nan, grad_norm=math.inf))
     (line,) = read_metrics(tmp_path)
-    assert math.isnan(line["loss"])
-    assert line["grad_norm"] == math.inf
+    assert line["loss"] is line["grad_norm"] is None  # JSON knows no NaN
     assert "loss nan" in capsys.readouterr().out
 
 
@@ -166,7 +167,13 @@ def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     rows = [{k: v for k, v in row["item"].items() if not k.startswith("_")} for row in records["history"]]
     evaluation = {"eval/loss": 4.0, "eval/perplexity": 54.6, "eval/bits_per_byte": 1.25}
     performance = {"perf/tokens_per_s": 1234.5, "perf/step_seconds": 0.25, "mem/peak_gib": 1.5}
-    training = {"train/grad_norm": 0.5, "train/lr": 1e-3, **performance}
+    training = {
+        "train/grad_norm": 0.5,
+        "train/lr": 1e-3,
+        "train/skipped_steps": 0,
+        "train/loss_scale": 1,
+        **performance,
+    }
     # Every row says where on the axis of tokens it stands, the evaluation before the first step too.
     assert rows == [
         {"train/tokens": 0, **evaluation},
@@ -181,6 +188,15 @@ def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     (resumed,) = set(tmp_path.glob("wandb/offline-run-*")) - {run}
     assert wandb_records(resumed)["run"][0]["run_id"] == identity
     assert [row["item"]["_step"] for row in wandb_records(resumed)["history"]] == [3]
+
+
+def test_wandb_goes_on_in_the_run_that_a_checkpoint_names(tmp_path: Path) -> None:
+    """Resumed into a folder of its own."""
+    going_on = tracker(tmp_path, wandb="offline")
+    assert going_on.wandb_id is None
+    going_on.start(2, 4, "abcd1234")
+    assert going_on.wandb_id == (tmp_path / "wandb_id.txt").read_text() == "abcd1234"
+    going_on.finish()
 
 
 def test_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
