@@ -70,11 +70,12 @@ class MergedWeights(StoredWeights):
     def __init__(self, base: StoredWeights, trained: StoredWeights, scale: float, precision: torch.dtype) -> None:
         self.folder = trained.folder
         self._base, self._trained, self._scale, self._precision = base, trained, scale, precision
-        self._heads = {name for name in trained.names() if not is_adapter(name)}
+        self._adapters = set(filter(is_adapter, trained.names()))
+        self._heads = set(trained.names()) - self._adapters
 
     def names(self) -> list[str]:
-        of_base = [name for name in self._base.names() if name.startswith("transformer.") or not self._heads]
-        return [*of_base, *(name for name in self._trained.names() if name in self._heads - set(of_base))]
+        frozen = [name for name in self._base.names() if name.startswith("transformer.") or not self._heads]
+        return [*frozen, *sorted(self._heads)]
 
     def form(self, name: str) -> tuple[tuple[int, ...], str]:
         return (self._trained if name in self._heads else self._base).form(name)
@@ -85,8 +86,8 @@ class MergedWeights(StoredWeights):
         tensor = self._base.tensor(name).to(self._precision).float()
         module = name.removesuffix(".weight")
         down, up = (f"{module}.lora_{side}.weight" for side in "AB")
-        if down in self._trained.names():
-            tensor.addmm_(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
+        if down in self._adapters:
+            tensor = tensor.addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
         return tensor
 
     def read(self, name: str, start: int, into: Tensor) -> None:

@@ -200,4 +200,4 @@ def test_what_cannot_be_exported(corpus: Path) -> None:
     command = [sys.executable, "recipes/export.py", f"run={corpus / 'source'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
-    assert "no checkpoints/step_... here; give run=FOLDER of a training run" in done.stderr
+    assert "no checkpoints/step_... in it; give the output_dir of a run" in done.stderr
