@@ -121,6 +121,24 @@ def test_goes_on_with_another_number_of_ranks(corpus: Path) -> None:
     assert all(torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters())
 
 
+def test_a_checkpoint_is_exported_without_its_ranks(corpus: Path) -> None:
+    """The newest of the run, as the run itself has exported it."""
+    done = subprocess.run(
+        [sys.executable, "recipes/export.py", f"run={corpus}/run", f"output_dir={corpus}/again"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{corpus}/run/checkpoints/step_00000018 as a model in {corpus}/again\n"
+    names = {path.name for path in (corpus / "again").iterdir()}
+    assert names == {path.name for path in (corpus / "run" / "export").iterdir()}
+    for name in names:
+        assert (corpus / "again" / name).read_bytes() == (corpus / "run" / "export" / name).read_bytes(), name
+
+
 def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     done = recipe(corpus, 1, "max_steps=20", "seed=7")
     assert done.returncode == 2
