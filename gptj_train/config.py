@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
-from typing import Any, Literal, TypeVar, get_origin, get_type_hints
-
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from dataclasses import fields, replace
+from typing import Any, Literal, TypeVar
 
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.vocabulary import NewWord
 from gptj_train.model.config import GPTJConfig
 from gptj_train.schema import schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
+from gptj_train.training.adapters import LoraConfig
 from gptj_train.training.trainer import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
@@ -53,8 +49,10 @@ class FinetuneConfig(TrainerConfig):
     sequence_length: int
     init_from: str | None
     tokenizer: str | None
+    add_tokens: list[str]
     export_dtype: Literal["bf16", "fp16", "fp32"]
     model: ModelConfig
+    lora: LoraConfig
     engine: EngineConfig
     tracking: TrackingConfig
 
@@ -199,90 +197,17 @@ def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer
     tokenizer.check_fits(shape.vocab_size)
     if sequence_length > shape.n_positions:
         raise ValueError(f"sequence_length {sequence_length} exceeds the model's n_positions ({shape.n_positions})")
-    return replace(shape, bos_token_id=tokenizer.end_id, eos_token_id=tokenizer.end_id)
+    end, pad = tokenizer.end_id, tokenizer.pad_id(shape.vocab_size)
+    return replace(shape, bos_token_id=end, eos_token_id=end, pad_token_id=pad)
 
 
-def validated(composed: DictConfig, cls: type[T]) -> T:
-    """The composed YAML as the recipe's frozen dataclass.
+def vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
+    """The tokenizer with the words that are added, the model to train, and the rows that start as means of others.
 
     Raises:
-        ValueError: all unknown keys, all missing values, or all wrong values, in one line.
+        ValueError: no tokenizer, a model that does not suit it, or words that do not fit.
     """
-    try:
-        values = OmegaConf.to_container(composed, resolve=True)
-    except OmegaConfBaseException as error:
-        raise ValueError(f"config: {str(error).splitlines()[0]}") from None
-    assert isinstance(values, dict)
-    known = set(keys_of(cls))
-    unknown = [key for key in _keys_in(values, cls) if key not in known]
-    if unknown:
-        raise ValueError("; ".join(unknown_key_message(key, cls) for key in unknown))
-    missing = [key for key in _keys_in(values, cls) if OmegaConf.is_missing(*_parent(composed, key))]
-    if missing:
-        raise ValueError("missing: " + ", ".join(missing) + "; give " + " ".join(f"{key}=..." for key in missing))
-    try:
-        return TypeAdapter(cls).validate_python(values)
-    except ValidationError as error:
-        raise ValueError("; ".join(_complaint(detail) for detail in error.errors())) from None
-
-
-def unknown_key_message(key: str, cls: type) -> str:
-    """Names the nearest key that exists."""
-    if any(f"{key}.".startswith(f"{name}.") for name in _open_keys(cls)):
-        return f"{key!r} is not there yet; add it with +{key}=..."
-    known = list(keys_of(cls))
-    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = get_close_matches(key, known, n=1) or [
-        leaves[leaf] for leaf in get_close_matches(key.rsplit(".", 1)[-1], leaves, n=1)
-    ]
-    hint = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
-    return f"unknown config key {key!r}; {hint}"
-
-
-def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a schema's keys, groups included."""
-    hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
-        yield prefix + field.name
-        if is_dataclass(hints[field.name]):
-            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
-
-
-def text_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted names of the keys whose value is a text."""
-    hints = get_type_hints(cls)
-    nested = {prefix + name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    texts = {prefix + name for name, hint in hints.items() if hint in (str, str | None)}
-    return texts.union(*(text_keys(hint, f"{name}.") for name, hint in nested.items()))  # type: ignore[arg-type]
-
-
-def _open_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the keys whose value is a dict of whatever the user likes."""
-    for name, hint in get_type_hints(cls).items():
-        if get_origin(hint) is dict:
-            yield prefix + name
-        elif is_dataclass(hint):
-            yield from _open_keys(hint, f"{prefix}{name}.")
-
-
-def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:
-    hints = get_type_hints(cls)
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict) and is_dataclass(hints.get(key)):
-            yield from _keys_in(value, hints[key], f"{prefix}{key}.")
-
-
-def _parent(composed: DictConfig, key: str) -> tuple[Any, str]:
-    head, _, leaf = key.rpartition(".")
-    return (OmegaConf.select(composed, head) if head else composed), leaf
-
-
-def _complaint(detail: Any) -> str:
-    key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":
-        message = str(detail["ctx"]["error"])
-        return message if not key or key in message else f"{key}: {message}"
-    if detail["type"] == "missing":
-        return f"{key} is missing"
-    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
+    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
+    model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
+    tokenizer, new_rows = tokenizer.with_words(map(NewWord.parse, cfg.add_tokens), model.vocab_size)
+    return tokenizer, model, new_rows

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from gptj_train.config import text_keys, unknown_key_message, validated
+from gptj_train.schema import text_keys, unknown_key_message, validated
 from gptj_train.training.preemption import SIGNALS, Preempted
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ def recipe(cls: type[T], primary: str | None = None) -> Callable[[Callable[[T], 
 
         def main() -> None:
             for number in SIGNALS:
-                signal.signal(number, lambda *_: sys.exit(EXIT_PREEMPTED))
+                signal.signal(number, lambda *_: sys.exit(_preempted()))
             sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
             _set_rank_variables()
             sys.exit(_run(job, cls, script, primary or script.stem))
@@ -82,13 +82,19 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str) -> 
         _leave_process_group()
         if rank() == 0:
             print(f"stopped: {told}", file=sys.stderr, flush=True)
-        return EXIT_PREEMPTED
+        return _preempted()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return _mistake(_hydra_message(error, cls))
     except ValueError as error:
         if not _raised_here(error):
             raise
         return _mistake(str(error))
+
+
+def _preempted() -> int:
+    for number in SIGNALS:  # a launcher ends the others when the first rank has left; every code is to be this one
+        signal.signal(number, signal.SIG_IGN)
+    return EXIT_PREEMPTED
 
 
 def _leave_process_group() -> None:

@@ -3,20 +3,20 @@
 from dataclasses import asdict
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.config import ClmConfig, model_config
+from gptj_train.config import ClmConfig, vocabulary
 from gptj_train.data.cache import prepare
-from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.launch import rank, recipe, world_size
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.generation import sample_from
 from gptj_train.tracking import Tracker
+from gptj_train.training.adapters import adapted
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.preemption import check_stop_file
 from gptj_train.training.retention import resumable
+from gptj_train.training.run_folder import check_run_folder
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -27,10 +27,9 @@ ARCHITECTURE = "GPTJForCausalLM"
 def main(cfg: ClmConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-    check_stop_file(cfg.output_dir)
+    check_run_folder(cfg.output_dir)
     resume_from = resumable(cfg.output_dir, cfg.resume)
-    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
-    model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
+    tokenizer, model, new_rows = vocabulary(cfg)
     train, validation = prepare(cfg.data, tokenizer, cfg.sequence_length)
 
     tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
@@ -43,18 +42,19 @@ def main(cfg: ClmConfig) -> None:
 
     task = CausalLM(train, validation, tokenizer, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size)
     engine = Engine(
-        lambda: GPTJForCausalLM(model),
+        lambda: adapted(GPTJForCausalLM(model), cfg.lora),
         cfg.init_from,
         cfg.engine,
         cfg.optim,
         cfg.global_batch_size,
         cfg.micro_batch_size,
         cfg.seed,
+        new_rows,
     )
     model_files = ModelFiles(model, ARCHITECTURE, tokenizer)
     checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    folder = export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype)
+    folder = export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)

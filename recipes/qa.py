@@ -3,19 +3,19 @@
 from dataclasses import asdict, replace
 
 from gptj_train import GPTJForQuestionAnswering
-from gptj_train.config import QAConfig, model_config
+from gptj_train.config import QAConfig, vocabulary
 from gptj_train.data.squad import Features, read_questions
-from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.launch import rank, recipe, world_size
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.question_answering import QuestionAnswering
 from gptj_train.tracking import Tracker
+from gptj_train.training.adapters import adapted
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.preemption import check_stop_file
 from gptj_train.training.retention import resumable
+from gptj_train.training.run_folder import check_run_folder
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import accumulation_steps
 
@@ -26,10 +26,9 @@ ARCHITECTURE = "GPTJForQuestionAnswering"
 def main(cfg: QAConfig) -> None:
     # What can be wrong with the request is found before the ranks meet and before anything is written.
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-    check_stop_file(cfg.output_dir)
+    check_run_folder(cfg.output_dir)
     resume_from = resumable(cfg.output_dir, cfg.resume)
-    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
-    model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
+    tokenizer, model, new_rows = vocabulary(cfg)
     model = replace(model, num_labels=2, id2label=None)  # start and end, whatever init_from was labelled with
     train, validation = (
         Features(
@@ -53,18 +52,19 @@ def main(cfg: QAConfig) -> None:
 
     task = QuestionAnswering(train, validation, cfg.task, cfg.seed, cfg.global_batch_size, cfg.micro_batch_size)
     engine = Engine(
-        lambda: GPTJForQuestionAnswering(model),
+        lambda: adapted(GPTJForQuestionAnswering(model), cfg.lora),
         cfg.init_from,
         cfg.engine,
         cfg.optim,
         cfg.global_batch_size,
         cfg.micro_batch_size,
         cfg.seed,
+        new_rows,
     )
     model_files = ModelFiles(model, ARCHITECTURE, tokenizer)
     checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
-    export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype)
+    export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)

@@ -14,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import gptj_train.config
-from gptj_train.config import keys_of, text_keys, validated
+from gptj_train.schema import keys_of, text_keys, validated
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = sorted((ROOT / "gptj_train").rglob("*.py"))
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "training": {"data", "model", "weights", "tracking", "schema"},
     "config": {"data", "model", "tasks", "tracking", "training", "schema"},
     "evaluation": {"config", "data", "model", "tasks", "training", "weights"},
-    "launch": {"config", "training"},
+    "launch": {"config", "schema", "training"},
     "__init__": {"model", "weights"},
 }
 """Rooms of gptj_train and the rooms whose modules they may import besides their own."""

@@ -85,7 +85,10 @@ def packed_windows(
         raise ValueError(f"sequence_length must be from 2 to {2**16 - 1} tokens, got {length}")
     folder = Path(cache_dir) / _key(files, tokenizer, length, text_field)
     if not (folder / "counts.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"data.cache_dir={cache_dir}: not a folder to write to ({error.strerror})") from None
         with FileLock(folder.with_suffix(".lock")):
             if not (folder / "counts.json").exists():
                 _write(folder, files, tokenizer, length, text_field)

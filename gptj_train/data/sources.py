@@ -54,6 +54,8 @@ def find_files(paths: str | list[str], key: str) -> list[Path]:
 def _text_files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.rglob("*") if file.suffix in (".jsonl", ".json", ".txt"))
+    if not path.is_file():  # a pipe would be waited for without end
+        raise ValueError(f"{path}: not a regular file")
     return [path]
 
 

@@ -17,6 +17,8 @@ from gptj_train.data.vocabulary import NewWord
 
 END_OF_TEXT = "<|endoftext|>"
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+
 
 class Tokenizer:
     """A ``tokenizers`` tokenizer with the end-of-text id that separates documents."""
@@ -40,11 +42,16 @@ class Tokenizer:
         """
         path = Path(path)
         try:
+            for file in (path, *(path / name for name in _FILES)):
+                if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited for without end
+                    raise ValueError(f"{file.name} is not a regular file")
             if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
                 return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
             file = path / "tokenizer.json" if path.is_dir() else path
             return cls(Backend.from_str(file.read_text(encoding="utf-8")), _end_of_text(file.parent))
-        except Exception as error:  # the backend raises bare Exceptions
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the backend raises bare Exceptions, and panics are not even that
             raise ValueError(
                 f"tokenizer {path}: {error}; give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
             ) from None

@@ -20,6 +20,20 @@ _ALIASES = {
 }
 
 
+# What no GPT-J comes near; above it building the model would fill the memory before the weights are looked at.
+_LARGEST = {
+    "vocab_size": 2**24,
+    "n_positions": 2**20,
+    "n_embd": 2**20,
+    "n_layer": 2**12,
+    "n_head": 2**16,
+    "n_inner": 2**22,
+    "rotary_dim": 2**20,
+    "num_labels": 2**20,
+}
+_SHARES = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range")
+
+
 @dataclass
 class GPTJConfig:
     """Shape and behaviour of a GPT-J; the defaults are the 6B model.
@@ -59,6 +73,7 @@ class GPTJConfig:
     extra: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.id2label is None and self.num_labels != 2:
             self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
         if self.id2label is not None:
@@ -66,9 +81,6 @@ class GPTJConfig:
             self.num_labels = len(self.id2label)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise ValueError(f"problem_type {self.problem_type!r} is unknown; choose one of {', '.join(PROBLEM_TYPES)}")
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
         if self.n_embd % self.n_head:
             raise ValueError(f"model.n_embd ({self.n_embd}) must be a multiple of n_head ({self.n_head})")
         rotary = self.rotary_size
@@ -79,6 +91,22 @@ class GPTJConfig:
                 f"model.activation_function {self.activation_function!r} is unknown; "
                 f"choose one of {', '.join(ACTIVATIONS)}"
             )
+
+    def _check_numbers(self) -> None:
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if value is None and name in ("n_inner", "rotary_dim"):
+                continue
+            if type(value) is not int or value > largest:
+                raise ValueError(f"model.{name} must be a whole number of at most {largest}, got {value!r}")
+            if value < 1 and name != "rotary_dim":
+                raise ValueError(f"model.{name} must be at least 1, got {value}")
+        for name in _SHARES:
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < 1:
+                raise ValueError(f"model.{name} must be a number from 0 to below 1, got {value!r}")
+        if not isinstance(self.id2label, dict | None):
+            raise ValueError(f"id2label must name the labels by number, got {self.id2label!r}")
 
     @property
     def head_size(self) -> int:
@@ -128,8 +156,10 @@ class GPTJConfig:
         """
         path = Path(folder) / "config.json"
         try:
+            if path.exists() and not path.is_file():
+                raise ValueError("not a regular file")
             values = json.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: no readable GPT-J config.json here ({error})") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise ValueError(f"{path}: model_type must be 'gptj'")

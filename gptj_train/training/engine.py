@@ -9,7 +9,7 @@ import os
 import resource
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -30,6 +30,7 @@ from gptj_train.training.schedule import OptimConfig, decay_groups
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.checkpoint import open_weights
 from gptj_train.weights.hf import StoredWeights
+from gptj_train.weights.new_rows import WithNewRows
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
 
@@ -70,6 +71,7 @@ class Engine:
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
+        new_rows: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Build the model where it will live and wrap it.
 
@@ -77,6 +79,7 @@ class Engine:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
             init_from: HF folder to take the weights from, or None to keep the fresh ones.
             seed: decides the fresh weights, whatever the number of ranks.
+            new_rows: rows of the folder's vocabulary that start as the mean of others.
 
         Raises:
             ValueError: batch sizes that do not divide, or weights that are not this model's.
@@ -99,9 +102,10 @@ class Engine:
         if self.rank == 0 and engine.offload_optimizer != "none" and not host.is_compiled("cpu_adam"):
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         with contextlib.ExitStack() as stack:
-            weights, stored = None, {}
+            weights: StoredWeights | None = None
+            stored: dict[str, str] = {}
             if init_from is not None:  # known to be this model's before memory is taken for it
-                weights = stack.enter_context(open_weights(init_from))
+                weights = stack.enter_context(WithNewRows(open_weights(init_from), new_rows or {}))
                 stored = self._match(weights, bool(plan.new_head_allowed))
             stack.enter_context(host.quiet())
             torch.manual_seed(seed)
@@ -228,11 +232,13 @@ class Engine:
         names = dict(zip(self._engine.module.parameters(), self.shapes, strict=True))
         return OptimizerState(self._engine.optimizer, names, self.rank)
 
-    def full_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Each parameter by name, whole and in fp32, gathered one at a time from the master weights."""
+    def full_parameters(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Each parameter, or each of some, whole and in fp32, gathered one at a time from the master weights."""
         state = self.optimizer_state()
         whole, parts = dict(state.whole_masters()), state.partial_masters()
         for name, parameter in zip(self.shapes, self._engine.module.parameters(), strict=True):
+            if names is not None and name not in names:
+                continue
             if parameter in whole:
                 yield name, whole[parameter]
             elif not parameter.requires_grad:

@@ -1,69 +1,173 @@
-"""The trained model as an HF folder, from the fp32 master weights, one parameter at a time."""
+"""The trained model as an HF folder, from the fp32 master weights: written, read again, checked, then renamed."""
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
+from gptj_train.model.lora import is_adapter
+from gptj_train.tracking import read_metrics, results_of
+from gptj_train.training.adapters import LoraConfig, trained_beside, whole_weights, write_adapter
 from gptj_train.training.engine import Engine
+from gptj_train.training.model_card import model_card
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.weights.checkpoint import CheckpointWeights
 from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
 from gptj_train.weights.pretrained import class_of
+from gptj_train.weights.verify import ExportError, check_logits, verify_folder
+
+REPORT = "export_report.json"
+_PROMPT_TOKENS = 32
 
 
-def export(engine: Engine, model_files: ModelFiles, folder: str | Path, dtype: str) -> Path:
-    """Write weights, config and tokenizer files that Transformers loads unchanged. Collective.
+def export(
+    engine: Engine,
+    model_files: ModelFiles,
+    folder: str | Path,
+    dtype: str,
+    facts: Mapping[str, str],
+    lora: LoraConfig,
+    base: str | None,
+) -> Path:
+    """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
-    Rank 0 holds one tensor besides its own part; the folder appears whole or not at all.
+    Rank 0 holds one tensor besides its own part. The folder gets its name once it has been read again and
+    agrees with the live model; what was found goes to export_report.json beside it. With LoRA the weights are
+    merged, and ``adapter`` beside the folder has the adapters alone.
 
     Args:
         dtype: bf16, fp16 or fp32.
+        facts: of the run, for model card and report.
+        base: the folder that a run with LoRA began from.
+
+    Raises:
+        ExportError: on all ranks, when a check fails; no folder is left.
     """
     target = Path(folder)
+    expected = _live_logits(engine, model_files.config)
+    trained = trained_beside(engine, lora)
+    weights = whole_weights(engine, lora, trained)
+    shapes = {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)}
+    failures = [""]
     if engine.rank == 0:
-        _write(target, engine.full_parameters(), engine.shapes, model_files, dtype)
-    else:
-        deque(engine.full_parameters(), maxlen=0)  # takes part in the gathering
-    engine.wait()
+        facts = dict(facts) | _progress(target.parent, base)
+        card = model_card(model_files.architecture, facts)
+        try:
+            report = write_verified(target, weights, shapes, DTYPES[dtype], model_files, card, expected)
+            if trained:
+                _write_adapter_folder(target.with_name("adapter"), trained, lora, base, model_files.architecture)
+            _write_report(target, report | {"architecture": model_files.architecture, "run": facts})
+        except (ExportError, OSError) as error:
+            failures = [f"the export failed, {target} is not written: {error}"]
+    deque(weights, maxlen=0)  # the other ranks take part in the gathering, whatever became of rank 0
+    if failure := "".join(engine.gathered(failures)):
+        raise ExportError(failure)
     return target
+
+
+def write_verified(
+    target: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, torch.Size],
+    dtype: torch.dtype,
+    model_files: ModelFiles,
+    card: str,
+    expected: Tensor,
+) -> dict[str, Any]:
+    """A folder of these weights, which takes the place of ``target`` if every check finds what it should.
+
+    Args:
+        expected: what the head of the model says to ``prompt_ids``.
+
+    Returns:
+        What the checks found.
+
+    Raises:
+        ExportError: a check failed.
+    """
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        written = write_weights(scratch, weights, shapes, dtype)
+        model_files.save(scratch, dtype)
+        (scratch / "README.md").write_text(card)
+        report = verify_folder(scratch, shapes, dtype, written)
+        report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
+        replace_folder(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+def prompt_ids(config: GPTJConfig) -> Tensor:
+    """(1, T) ids from all over the vocabulary, always the same."""
+    return (1 + 7919 * torch.arange(min(_PROMPT_TOKENS, config.n_positions)))[None] % config.vocab_size
+
+
+def _progress(run: Path, base: str | None) -> dict[str, str]:
+    """What a run has done so far and what came of it, from its metrics."""
+    lines = read_metrics(run)
+    step = next((line for line in reversed(lines) if "loss" in line), None)
+    evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    facts = {"start": "random weights" if base is None else Path(base).name}
+    if step is not None:
+        facts["training"] = f"{step['step']:,} steps, {step['tokens']:,} target tokens, loss {step['loss']:.4f}"
+    return facts | {name.replace("_", " "): f"{value:.4f}" for name, value in results_of(evaluation).items()}
+
+
+def _live_logits(engine: Engine, config: GPTJConfig) -> Tensor:
+    """(T or 1, rows of the head) of the model as it computes now."""
+    ids = prompt_ids(config)
+    with engine.evaluating():
+        output = engine.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1.0)
+        if hasattr(output, "start_logits"):
+            return torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1).cpu()
+        return output.logits.flatten(0, -2).cpu()
+
+
+def _write_adapter_folder(
+    target: Path, trained: Mapping[str, Tensor], lora: LoraConfig, base: str | None, architecture: str
+) -> None:
+    scratch = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    write_adapter(scratch, trained, lora, base, architecture)
+    replace_folder(scratch, target)
+
+
+def _write_report(target: Path, report: dict[str, Any]) -> None:
+    scratch = target.with_name(f".{REPORT}.tmp")
+    scratch.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(scratch, target.with_name(REPORT))
 
 
 def export_checkpoint(checkpoint: Path, folder: str | Path, dtype: str) -> None:
     """The same from a training checkpoint, whatever number of ranks wrote it, by one process without DeepSpeed.
 
-    Args:
-        dtype: bf16, fp16 or fp32.
-
     Raises:
         ValueError: a damaged checkpoint.
     """
-    with CheckpointWeights(checkpoint) as weights:
-        architecture = class_of(checkpoint).__name__
-        model_files = ModelFiles(GPTJConfig.from_pretrained(checkpoint), architecture, Tokenizer.load(checkpoint))
-        shapes = {name: torch.Size(weights.form(name)[0]) for name in weights.names()}
-        _write(Path(folder), ((name, weights.tensor(name)) for name in shapes), shapes, model_files, dtype)
-
-
-def _write(
-    target: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    shapes: Mapping[str, torch.Size],
-    model_files: ModelFiles,
-    dtype: str,
-) -> None:
+    target = Path(folder)
     scratch = target.with_name(f".{target.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        write_weights(scratch, tensors, shapes, DTYPES[dtype])
+        with CheckpointWeights(checkpoint) as weights:
+            architecture = class_of(checkpoint).__name__
+            model_files = ModelFiles(GPTJConfig.from_pretrained(checkpoint), architecture, Tokenizer.load(checkpoint))
+            shapes = {name: torch.Size(weights.form(name)[0]) for name in weights.names()}
+            write_weights(scratch, ((name, weights.tensor(name)) for name in shapes), shapes, DTYPES[dtype])
         model_files.save(scratch, DTYPES[dtype])
         replace_folder(scratch, target)
     finally:

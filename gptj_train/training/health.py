@@ -11,7 +11,7 @@ from gptj_train.training.checkpoint import TrainState
 _WINDOW = 50  # steps whose losses a new one is compared with
 _ENOUGH = 25  # of them to compare with at all
 _SPREADS = 10  # times the median deviation from the median; noise of a batch stays below 5
-_LEAST_SPREAD = 0.01  # of the median, where losses hardly differ
+_LEAST_RISE = 0.5  # nats, where losses hardly differ
 
 
 class Health:
@@ -52,6 +52,6 @@ class Health:
         if len(self._losses) >= _ENOUGH:
             median = statistics.median(self._losses)
             spread = statistics.median(abs(one - median) for one in self._losses)
-            self._high = loss > median + _SPREADS * max(spread, _LEAST_SPREAD * abs(median))
+            self._high = loss > median + max(_SPREADS * spread, _LEAST_RISE)
         self._losses.append(loss)
         return f"step {step}: the loss jumped to {loss:.4f} from about {median:.4f}" if self._high > was_high else None

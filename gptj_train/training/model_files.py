@@ -28,6 +28,7 @@ class ModelFiles:
         """
         config = replace(self.config, dtype=str(dtype).removeprefix("torch."))
         config.save_pretrained(folder, self.architecture)
-        ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ids = {name: getattr(config, name) for name in names}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        self.tokenizer.save(folder)
+        self.tokenizer.save(folder, config.vocab_size)

@@ -78,17 +78,6 @@ class StopRequest:
         return self._killed_at - time.time()
 
 
-def check_stop_file(output_dir: str | Path) -> None:
-    """Do not start, again and again under a scheduler, what someone has told to stop.
-
-    Raises:
-        ValueError: the stop file is in the run folder.
-    """
-    file = Path(output_dir) / STOP_FILE
-    if file.exists():
-        raise ValueError(f"{file} says that this run is to stop; remove it to go on")
-
-
 def _launchers() -> tuple[int, ...]:
     """Process ids of what started this rank. torchrun is its parent; deepspeed has one more process above that."""
     levels = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 2 if "CROSS_RANK" in os.environ else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -43,30 +44,36 @@ def write_weights(
     shapes: Mapping[str, torch.Size],
     dtype: torch.dtype,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
+) -> dict[str, str]:
     """Write named tensors as sharded safetensors, one tensor in memory at a time.
 
     Args:
         folder: an existing folder.
         tensors: (name, tensor) in the order of ``shapes``; each is cast to ``dtype`` as it comes.
         shapes: of every tensor that will come.
+
+    Returns:
+        The sha256 of each safetensors file, of the bytes that went out.
     """
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     stream = iter(tensors)
-    for file, names in shards.items():
-        write_file(folder / file, stream, {name: shapes[name] for name in names}, dtype)
+    written = {
+        file: write_file(folder / file, stream, {name: shapes[name] for name in names}, dtype)
+        for file, names in shards.items()
+    }
     if len(shards) > 1:
         total = {"total_size": sum(sizes.values()), "total_parameters": sum(sizes.values()) // dtype.itemsize}
         weight_map = {name: file for file, names in shards.items() for name in names}
         text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2)
         (folder / "model.safetensors.index.json").write_text(text + "\n")
+    return written
 
 
 def write_file(
     path: Path, tensors: Iterable[tuple[str, Tensor]], shapes: Mapping[str, torch.Size], dtype: torch.dtype
-) -> None:
-    """Write the next tensors, as many as there are shapes, into one safetensors file, and wait for the disk.
+) -> str:
+    """Write the next tensors, as many as there are shapes, into one safetensors file; returns its sha256.
 
     The format (https://github.com/huggingface/safetensors#format) puts the places of all tensors first. The
     library's own save_file wants all of them in memory.
@@ -79,14 +86,18 @@ def write_file(
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        digest = hashlib.sha256(start := len(encoded).to_bytes(8, "little") + encoded)
+        file.write(start)
         for expected, (name, tensor) in zip(shapes, tensors, strict=False):
             assert (name, tensor.shape) == (expected, shapes[expected]), f"{name} came where {expected} was announced"
             stored = tensor.detach().to("cpu", dtype).contiguous()
-            file.write(stored.flatten().view(torch.uint8).numpy().data)
+            data = stored.flatten().view(torch.uint8).numpy().data
+            digest.update(data)
+            file.write(data)
         assert file.tell() == 8 + len(encoded) + end, f"{path.name}: tensors are missing"
         file.flush()
         os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def install_files(finished: Path, target: Path) -> None:

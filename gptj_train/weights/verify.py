@@ -15,8 +15,10 @@ from gptj_train.model.attention import attention_pattern
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.gptj import GPTJBlock
 from gptj_train.model.rotary import rotary_angles
-from gptj_train.weights.hf import HFWeights
+from gptj_train.weights.checkpoint import open_weights
+from gptj_train.weights.hf import HFWeights, StoredWeights
 
+_EXACT, _ROUNDED = 1e-3, 0.1  # of the logits' size, in fp32 and where half precision takes part
 _ROWS = 4096  # of a head that are held at once
 
 
@@ -24,8 +26,13 @@ class ExportError(RuntimeError):
     """A folder that was just written does not hold what was to be written."""
 
 
-def verify_folder(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, Any]:
+def verify_folder(
+    folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, written: Mapping[str, str]
+) -> dict[str, Any]:
     """Names, shapes, dtype and values of a folder's weights, and the hashes of all its files.
+
+    Args:
+        written: the sha256 of the bytes that went into each weight file.
 
     Returns:
         What export_report.json says of the folder.
@@ -45,15 +52,15 @@ def verify_folder(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.d
     count = sum(shape.numel() for shape in shapes.values())
     if size != count * dtype.itemsize:
         raise ExportError(f"{folder}: {size:,} bytes of weights, {count:,} parameters in {dtype} have another size")
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
+    if changed := [name for name, digest in written.items() if files[name]["sha256"] != digest]:
+        raise ExportError(f"{folder / changed[0]}: what is on the disk is not what was written; check the disk")
     return {
         "parameters": count,
         "dtype": str(dtype).removeprefix("torch."),
         "total_size": size,
         "tensors": len(shapes),
-        "files": {
-            str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files
-        },
+        "files": files,
     }
 
 
@@ -76,18 +83,41 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def streamed_logits(folder: Path, input_ids: Tensor) -> Tensor:
+def check_logits(folder: Path, input_ids: Tensor, expected: Tensor) -> dict[str, Any]:
+    """Compare what the folder's model says of a prompt with what it should say.
+
+    Half precision rounds every activation, so that only what is grossly wrong can be told from it: names that
+    were mixed up, a transposed or forgotten tensor.
+
+    Args:
+        expected: (R, rows of the head), for the last R tokens.
+
+    Raises:
+        ExportError: another answer.
+    """
+    found, scale = streamed_logits(folder, input_ids)
+    found = found[-len(expected) :]
+    apart = (found - expected.float()).pow(2).mean().sqrt() / torch.maximum(found.pow(2).mean().sqrt(), scale)
+    stored = GPTJConfig.from_pretrained(folder).dtype
+    limit = _EXACT if expected.dtype == torch.float32 and stored == "float32" else _ROUNDED
+    if not apart <= limit:
+        raise ExportError(f"{folder}: its logits differ by {apart:.3g} of their size from the trained model's")
+    return {"prompt_ids": input_ids[0].tolist(), "relative_difference": round(apart.item(), 8), "limit": limit}
+
+
+def streamed_logits(folder: Path, input_ids: Tensor) -> tuple[Tensor, Tensor]:
     """What the head says of every token, computed in fp32 with one block of the model in memory at a time.
 
     Args:
         input_ids: (1, T).
 
     Returns:
-        (T, rows of the head): of the vocabulary, the labels, or start and end.
+        (T, rows of the head): of the vocabulary, the labels, or start and end. And, scalar, the size that logits
+        of this model would have by chance: where they are few, they may cancel to far less.
     """
     config = GPTJConfig.from_pretrained(folder)
     width = config.n_embd
-    with HFWeights(folder) as weights, torch.no_grad():
+    with open_weights(folder) as weights, torch.no_grad():
         hidden = torch.empty(1, input_ids.shape[1], width)
         for position, row in enumerate(input_ids[0].tolist()):
             weights.read("transformer.wte.weight", row * width, hidden[0, position])
@@ -101,21 +131,22 @@ def streamed_logits(folder: Path, input_ids: Tensor) -> Tensor:
         return _head(norm(hidden)[0], weights)
 
 
-def _filled(module: nn.Module, weights: HFWeights, prefix: str) -> Any:
+def _filled(module: nn.Module, weights: StoredWeights, prefix: str) -> Any:
     state = {name: weights.tensor(prefix + name).float() for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module
 
 
-def _head(hidden: Tensor, weights: HFWeights) -> Tensor:
+def _head(hidden: Tensor, weights: StoredWeights) -> tuple[Tensor, Tensor]:
     names = [name for name in weights.names() if not name.startswith("transformer.")]
-    (weight,) = (name for name in names if name.endswith("weight"))
+    weight = next((name for name in names if name.endswith("weight")), "transformer.wte.weight")  # tied
     rows, width = weights.form(weight)[0]
-    logits = torch.empty(len(hidden), rows)
+    logits, squares = torch.empty(len(hidden), rows), 0.0
     for start in range(0, rows, _ROWS):
         part = torch.empty(min(_ROWS, rows - start), width)
         weights.read(weight, start * width, part.view(-1))
+        squares += part.pow(2).sum().item()
         logits[:, start : start + len(part)] = F.linear(hidden, part)
     for bias in (name for name in names if name.endswith("bias")):
         logits += weights.tensor(bias).float()
-    return logits
+    return logits, hidden.pow(2).mean().sqrt() * (squares / rows) ** 0.5

@@ -22,9 +22,11 @@ from toy import ToyTask, optim_config, toy_config, trainer_config
 from worker import SILENT
 
 from gptj_train import GPTJForCausalLM
+from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
+from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import EngineConfig
 
@@ -37,7 +39,9 @@ def trainer_of(job: dict[str, Any], out: Path) -> Trainer:
     engine = Engine(
         lambda: GPTJForCausalLM(toy_config()), None, EngineConfig(**job["engine"]), optim_config(), 4, 1, config.seed
     )
-    return Trainer(config, engine, ToyTask(1), Checkpoints(out, 1), Tracker(SILENT, out, {}, engine.rank))
+    model_files = ModelFiles(toy_config(), "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
+    checkpoints = Checkpoints(out, keep=1, keep_every=0, model_files=model_files)
+    return Trainer(config, engine, ToyTask(1), checkpoints, Tracker(SILENT, out, {}, engine.rank))
 
 
 def state_of(engine: Engine) -> list[Any]:

@@ -28,7 +28,7 @@ def hard_to_keep() -> GPTJForCausalLM:
     """fp32 weights that no half precision holds, with the numbers that careless sums and casts change."""
     torch.manual_seed(1)
     model = GPTJForCausalLM(toy_config())
-    odd = torch.tensor([-0.0, 1e-42, -1e-38, 1 + 2**-23, 3e38, 1e-8])
+    odd = torch.tensor([-0.0, 1e-42, -1e-38, 1 + 2**-23, 3 + 2**-21, 1e-8])
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1e-3 * torch.randn_like(parameter)

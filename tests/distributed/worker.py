@@ -19,6 +19,7 @@ from toy import ToyTask, optim_config, toy_config, trainer_config
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tracking import Tracker, TrackingConfig
+from gptj_train.training.adapters import LoraConfig, adapted
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.export import export
@@ -45,14 +46,18 @@ def do(job: dict[str, Any], out: Path) -> None:
     folder = out / job.get("run", job["name"])
     config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
     model = toy_config(job.get("dropout", 0.0), job.get("width", 32))
+    lora = LoraConfig(
+        **{"rank": 0, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "fc_out"], **job.get("lora", {})}
+    )
     engine = Engine(
-        lambda: GPTJForCausalLM(model),
+        lambda: adapted(GPTJForCausalLM(model), lora),
         job.get("init_from"),
         EngineConfig(**(DEFAULTS | job["engine"])),
         optim_config(),
         config.global_batch_size,
         micro,
         seed=config.seed,
+        new_rows={int(row): others for row, others in job.get("new_rows", {}).items()},
     )
     task = ToyTask(micro)
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
@@ -71,7 +76,7 @@ def do(job: dict[str, Any], out: Path) -> None:
     if engine.rank == 0:
         save_file(weights, out / f"{job['name']}.safetensors")
     for dtype in job.get("export", []):
-        export(engine, model_files, folder / f"export_{dtype}", dtype)
+        export(engine, model_files, folder / f"export_{dtype}", dtype, {}, lora, job.get("init_from"))
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
 @pytest.mark.parametrize("limit", [SHARDED, WHOLE])
 def test_the_report_of_a_good_folder(tmp_path: Path, limit: int, dtype: torch.dtype) -> None:
     model = written(tmp_path / "export", limit, dtype=dtype)
-    report = verify_folder(tmp_path / "export", shapes_of(model), dtype)
+    report = verify_folder(tmp_path / "export", shapes_of(model), dtype, {})
     count = sum(parameter.numel() for parameter in model.parameters())
     assert (report["parameters"], report["total_size"]) == (count, count * dtype.itemsize)
     assert report["dtype"] == str(dtype).removeprefix("torch.")
@@ -75,7 +75,7 @@ def test_every_fault_is_found(tmp_path: Path, limit: int, damage: str) -> None:
             "extra file": "bytes of weights",
         }.get(damage, "not finite")
     with pytest.raises(ExportError, match=message):
-        verify_folder(tmp_path, shapes_of(model), torch.float32)
+        verify_folder(tmp_path, shapes_of(model), torch.float32, {})
 
 
 def test_what_does_not_fit_in_fp16_is_told(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_what_does_not_fit_in_fp16_is_told(tmp_path: Path) -> None:
         model.lm_head.bias[3] = 70000.0
     model.save_pretrained(tmp_path, dtype=torch.float16)
     with pytest.raises(ExportError, match=r"lm_head\.bias holds values that are not finite; a weight is beyond fp16"):
-        verify_folder(tmp_path, shapes_of(model), torch.float16)
+        verify_folder(tmp_path, shapes_of(model), torch.float16, {})
 
 
 @pytest.mark.parametrize("limit", [SHARDED, WHOLE])
@@ -92,7 +92,7 @@ def test_what_does_not_fit_in_fp16_is_told(tmp_path: Path) -> None:
 def test_streamed_logits_are_the_model_s(tmp_path: Path, kind: str, limit: int) -> None:
     written(tmp_path, limit, kind)
     ids = random_ids(1)
-    found = streamed_logits(tmp_path, ids)
+    found, _ = streamed_logits(tmp_path, ids)
     output = getattr(gptj_train, kind).from_pretrained(tmp_path)(ids)
     if kind == "GPTJForQuestionAnswering":
         expected = torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1)

@@ -17,9 +17,10 @@ import transformers
 from torch.nn import functional as F
 
 from gptj_train import GPTJForSequenceClassification
-from gptj_train.config import EvaluateConfig, validated
+from gptj_train.config import EvaluateConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.evaluation import build_task, evaluate
+from gptj_train.schema import validated
 
 REPOSITORY = Path(__file__).parents[2]
 WORDS = {"animal": ["cat", "dog", "horse", "cow"], "food": ["bread", "rice", "apple", "soup"], "tool": ["saw", "axe"]}

@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from gptj_train import GPTJForCausalLM
+from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.distributed
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.distributed
 ROOT = Path(__file__).parents[2]
 KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
 KEYS |= {"skipped_steps", "loss_scale"}
+TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
 
 
@@ -71,7 +72,7 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "report.html"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = recipe(corpus, 2, "max_steps=16", "save_every=6")
@@ -133,10 +134,10 @@ def test_a_checkpoint_is_exported_without_its_ranks(corpus: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{corpus}/run/checkpoints/step_00000018 as a model in {corpus}/again\n"
-    names = {path.name for path in (corpus / "again").iterdir()}
-    assert names == {path.name for path in (corpus / "run" / "export").iterdir()}
-    for name in names:
-        assert (corpus / "again" / name).read_bytes() == (corpus / "run" / "export" / name).read_bytes(), name
+    again, exported = corpus / "again", corpus / "run" / "export"
+    assert {path.name for path in again.iterdir()} == {path.name for path in exported.iterdir()} - {"README.md"}
+    for path in again.iterdir():
+        assert path.read_bytes() == (exported / path.name).read_bytes(), path.name
 
 
 def test_other_data_are_refused_on_resume(corpus: Path) -> None:
@@ -146,3 +147,47 @@ def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     assert len(message) == 1
     assert "step 18 would see other data than the checkpoint says; restore data, tokenizer, seed" in message[0]
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def source(corpus: Path) -> Path:
+    """An fp32 folder with more rows than its tokenizer has words."""
+    config = GPTJConfig(vocab_size=310, n_positions=32, n_embd=32, n_layer=2, n_head=4, rotary_dim=4)
+    torch.manual_seed(5)
+    GPTJForCausalLM(config).save_pretrained(corpus / "source")
+    Tokenizer.load(corpus / "tokenizer").save(corpus / "source", 310)
+    return corpus / "source"
+
+
+def test_no_bit_of_fp32_weights_is_lost(corpus: Path, source: Path) -> None:
+    """bf16, ZeRO-3, all offloaded, and not a single step."""
+    done = recipe(corpus, 2, f"init_from={source}", "max_steps=0", "export_dtype=fp32", f"output_dir={corpus / 'zero'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    exported = corpus / "zero" / "export" / "model.safetensors"
+    assert exported.read_bytes() == (source / "model.safetensors").read_bytes()
+    lines = [json.loads(line) for line in (corpus / "zero" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0]
+
+
+def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
+    run = corpus / "adapted"
+    words = """add_tokens=["<|bird|> = One for"]"""
+    settings = ["lora=adapters", "lora.rank=2", "engine.offload_optimizer=none", "max_steps=4", f"init_from={source}"]
+    done = recipe(corpus, 2, f"output_dir={run}", words, *settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name for path in run.iterdir()}
+    assert {"export", "adapter", "export_report.json"} < names
+    tokenizer = transformers.AutoTokenizer.from_pretrained(run / "export")
+    row = len(Tokenizer.load(corpus / "tokenizer"))
+    assert tokenizer.encode("<|bird|>") == [row]
+    assert (len(tokenizer), tokenizer.pad_token_id) == (310, 309)
+    stored, start = (load_file(folder / "model.safetensors") for folder in (run / "export", source))
+    likes = [*tokenizer.encode("One"), *tokenizer.encode("for")]
+    for name in TABLES:
+        mean = start[name][likes].mean(dim=0)
+        assert torch.equal(stored[name][row], mean.bfloat16()), name
+        assert torch.equal(stored[name][row + 1 :], start[name][row + 1 :].bfloat16()), name
+    changed = {name for name in stored if not torch.equal(stored[name], start[name].bfloat16())}
+    assert all(".attn." in name or ".mlp." in name for name in changed - set(TABLES))
+    assert len(changed) > 6
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2

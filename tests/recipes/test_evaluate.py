@@ -18,9 +18,10 @@ import transformers
 from torch.nn import functional as F
 
 from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification, GPTJModel
-from gptj_train.config import EvaluateConfig, validated
+from gptj_train.config import EvaluateConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.evaluation import build_task, evaluate, write_results
+from gptj_train.schema import validated
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["a rose is a rose", "this is not a pipe, it is a picture", "the sea, the sea", "is it?", "it is a sea"]

@@ -77,9 +77,9 @@ class Run:
 
         return next(process for process in [*self.all, psutil.Process(self.process.pid)] if is_rank(process))
 
-    def end(self, seconds: float = 60) -> tuple[int, str]:
+    def end(self, seconds: float = 90) -> tuple[int, str]:
         """Exit code and stderr, once no process of the run is left."""
-        _, said = self.process.communicate(timeout=seconds)
+        self.stdout, said = self.process.communicate(timeout=seconds)
         _, alive = psutil.wait_procs(self.all, timeout=seconds)
         assert alive == []
         return self.process.returncode, said
@@ -174,3 +174,32 @@ def test_torchrun_passes_a_signal_on_and_gives_a_code_of_its_own(start: Callable
     code, _ = run.end()
     assert code == 1
     assert run.checkpoint() == run.steps() > run.began_after
+
+
+@pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 45)])
+def test_a_rank_that_dies_or_hangs_ends_the_job(start: Callable[..., Run], number: signal.Signals, limit: int) -> None:
+    """The launcher gives the rank that hangs 30 seconds more than hang_timeout."""
+    run = start("deepspeed", "hang_timeout=5").after_some_steps()
+    began = time.monotonic()
+    run.rank(1).send_signal(number)
+    code, said = run.end()
+    assert time.monotonic() - began < limit
+    assert code not in (0, PREEMPTED)
+    assert "train_step" in (run.folder / "stacks" / "rank_0.txt").read_text()
+    if number == signal.SIGSTOP:
+        assert f"error: rank 0 made no progress for 5 s (hang_timeout); where it was: {run.folder}/stacks/" in said
+
+
+def test_a_run_of_one_rank_hears_slurm_s_end_and_keeps_secrets_to_itself(start: Callable[..., Run]) -> None:
+    """The run folder, Weights & Biases' part of it and the screen hold none of the environment's secrets."""
+    canary = "c4n4ry" * 6 + "0000"  # as long as a W&B key
+    secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"), canary)
+    soon = str(int(time.time()) + 300)
+    run = start("python", "tracking.wandb=offline", "resume=never", SLURM_JOB_END_TIME=soon, **secrets)
+    code, said = run.end()
+    assert code == PREEMPTED
+    assert re.fullmatch(r"stopped: the Slurm job ends in \d+ s: ended after step 1 of 1000000, saved\n", said)
+    files = [file for file in run.folder.rglob("*") if file.is_file()]
+    assert any(file.suffix == ".wandb" for file in files)
+    assert [file for file in files if canary.encode() in file.read_bytes()] == []
+    assert canary not in said + run.stdout

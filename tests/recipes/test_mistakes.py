@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,11 @@ def place(tmp_path: Path) -> Path:
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content)
+    (tmp_path / "told_to_stop").mkdir()
+    (tmp_path / "told_to_stop" / "STOP").touch()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
+    (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
@@ -71,7 +77,7 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs recipes/clm.py in this process up to its engine; gives exit code and stderr."""
 
     def started(*_: object) -> None:
@@ -81,6 +87,8 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*changes: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(place, *changes)])
@@ -88,7 +96,9 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             runpy.run_path(str(RECIPE), run_name="__main__")
         return int(caught.value.code or 0), capsys.readouterr().err
 
-    return run
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def test_without_a_mistake_it_starts(clm: Command, place: Path) -> None:
@@ -169,6 +179,37 @@ MISTAKES = {
         "sequence_length 65 exceeds the model's n_positions (64)",
     ),
     "sequence without a next token": (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
+    "stop file": (["output_dir={}/told_to_stop"], "{}/told_to_stop/STOP says that this run is to stop; remove it"),
+    "a file as output_dir": (["output_dir={}/train.jsonl"], "output_dir={}/train.jsonl: not a folder that can be"),
+    "output_dir in a file": (["output_dir={}/train.jsonl/x/y"], "output_dir={}/train.jsonl/x/y: not a folder that"),
+    "output_dir in a pseudo file system": (["output_dir=/proc/self/mem/x"], "output_dir=/proc/self/mem/x: not a"),
+    "no output_dir": (["output_dir=''"], "output_dir=: not a folder that can be written to; give another one"),
+    "overlong output_dir": (["output_dir=" + 5000 * "x"], "x: File name too long"),
+    "a file as cache_dir": (["data.cache_dir={}/train.jsonl"], "data.cache_dir={}/train.jsonl: not a folder to"),
+    "cache_dir nowhere": (["data.cache_dir=/proc/x"], "data.cache_dir=/proc/x: not a folder to write to ("),
+    "data from a pipe": (["data.train={}/pipe.jsonl"], "{}/pipe.jsonl: not a regular file"),
+    "data from a device": (["data.train={}/device.jsonl"], "{}/device.jsonl: not a regular file"),
+    "data from a link to itself": (["data.train={}/loop.jsonl"], "{}/loop.jsonl: not a regular file"),
+    "tokenizer from a pipe": (["tokenizer={}/pipe.jsonl"], "tokenizer {}/pipe.jsonl: pipe.jsonl is not a regular"),
+    "checkpoint from a pipe": (["resume={}/pipe.jsonl"], "resume={}/pipe.jsonl: no complete checkpoint there"),
+    "a class to build": (["+_target_=os.mkdir"], "unknown config key '_target_'"),
+    "a class to build within": (["+model._target_=os.mkdir"], "unknown config key 'model._target_'"),
+    "a preset of elsewhere": (["+config=../../../../tmp/x"], "no config/../../../../tmp named 'x'; there are: class"),
+    "a group of elsewhere": (["engine=/etc/passwd"], "no engine//etc named 'passwd'; there are: zero3"),
+    "an expression": (["output_dir=${eval:1}"], "config: Unsupported interpolation type eval"),
+    "an unknown variable": (["output_dir=${oc.env:NOWHERE}"], "Environment variable 'NOWHERE' not found"),
+    "a config that ends in itself": (["output_dir=${output_dir}"], "config: Recursive interpolation detected"),
+    "a secret from the environment": (
+        ["tracking.run_name=${oc.env:WANDB_API_KEY}"],
+        "tracking.run_name looks like a secret, and the config is written to config.yaml and Weights & Biases; leave",
+    ),
+    "a secret among DeepSpeed's settings": (
+        ["+engine.deepspeed.comet={api_key: abc}"],
+        "engine.deepspeed.comet.api_key looks like a secret",
+    ),
+    "no hours": (["max_hours=0"], "max_hours must be above 0, or null for no limit, got 0"),
+    "a negative timeout": (["hang_timeout=-1"], "hang_timeout must be 0 (never) or more, got -1"),
+    "no step to be skipped": (["max_skipped_steps=0"], "max_skipped_steps must be at least 1, got 0"),
     "odd rotary_dim": (["model.rotary_dim=7"], "model.rotary_dim (7) must be even"),
     "no layers": (["model.n_layer=0"], "model.n_layer must be at least 1, got 0"),
 }
@@ -183,6 +224,24 @@ def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], ca
     assert said.count("\n") == 1
     assert said.endswith("\n")
     assert not (place / "run").exists()
+
+
+def test_told_to_end_before_it_trains_it_ends_at_once(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "Engine", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    assert clm() == (85, "")
+
+
+@pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir [{}]", "python/name:os.mkdir", "python/module:os"])
+def test_a_preset_is_data(place: Path, tag: str) -> None:
+    presets, canary = place / "presets" / "config", place / "canary"
+    presets.mkdir(parents=True)
+    (presets / "evil.yaml").write_text(f"# @package _global_\nmax_steps: !!{tag.replace('{}', str(canary))}\n")
+    command = [sys.executable, str(RECIPE), "--config-dir", str(presets.parent), "+config=evil", "--cfg", "job"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=place, timeout=120)
+    assert done.returncode == 2, done.stdout
+    assert done.stderr.startswith("error: the command line or config cannot be read: could not determine a constructor")
+    assert done.stderr.count("\n") == 1
+    assert not canary.exists()
 
 
 def run_outside(command: list[str], place: Path, *changes: str) -> subprocess.CompletedProcess[str]:

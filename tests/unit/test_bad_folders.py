@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,7 @@ def test_missing_config(folder: Path) -> None:
     assert "config.json" in refusal(folder / "nowhere")
 
 
-@pytest.mark.parametrize("text", ["", "{", "\xff\xfe"])
+@pytest.mark.parametrize("text", ["", "{", "\xff\xfe", "[" * 100_000, '{"n_layer": ' + "9" * 10_000 + "}"])
 def test_unreadable_config(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="latin-1")
     assert "no readable GPT-J config.json here" in refusal(folder)
@@ -215,7 +216,20 @@ def test_unreadable_config(folder: Path, text: str) -> None:
         ({"rotary_dim": 10}, "rotary_dim (10) must be even and at most n_embd / n_head (8)"),
         ({"rotary_dim": 0}, "rotary_dim (0)"),
         ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
-        ({"n_embd": "wide"}, "config.json"),
+        ({"n_embd": "wide"}, "model.n_embd must be a whole number of at most 1048576, got 'wide'"),
+        ({"n_embd": 16.0}, "model.n_embd must be a whole number"),
+        ({"n_layer": True}, "model.n_layer must be a whole number"),
+        ({"n_head": [2]}, "model.n_head must be a whole number"),
+        ({"vocab_size": None}, "model.vocab_size must be a whole number"),
+        ({"rotary_dim": "4"}, "model.rotary_dim must be a whole number"),
+        ({"n_inner": -5}, "model.n_inner must be at least 1, got -5"),
+        ({"n_layer": 10**9}, "model.n_layer must be a whole number of at most 4096, got 1000000000"),
+        ({"n_positions": 10**10}, "model.n_positions must be a whole number of at most"),
+        ({"num_labels": 10**10}, "model.num_labels must be a whole number of at most"),
+        ({"id2label": ["a"]}, "id2label must name the labels by number, got ['a']"),
+        ({"resid_pdrop": 7}, "model.resid_pdrop must be a number from 0 to below 1, got 7"),
+        ({"layer_norm_epsilon": float("nan")}, "model.layer_norm_epsilon must be a number from 0"),
+        ({"layer_norm_epsilon": "x"}, "model.layer_norm_epsilon must be a number from 0"),
         ({"n_embd": 32}, "config.json says (31, 32)"),
     ],
 )
@@ -360,3 +374,19 @@ def test_compressed_bin(folder: Path) -> None:
         for name, content in entries.items():
             archive.writestr(name, content)
     assert "pytorch_model.bin" in refusal(folder)
+
+
+def test_code_named_in_a_config_is_not_looked_at(folder: Path) -> None:
+    canary = folder.parent / "canary"
+    (folder / "evil.py").write_text(f"import os; os.mkdir({str(canary)!r})")
+    path = folder / "config.json"
+    named = {
+        "_target_": "evil.Model",
+        "auto_map": {"AutoModelForCausalLM": "evil.Model", "AutoConfig": "evil.Config"},
+        "_attn_implementation_internal": "evil/kernel",
+        "trust_remote_code": True,
+    }
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    GPTJForCausalLM.from_pretrained(folder)
+    assert "evil" not in sys.modules
+    assert not canary.exists()

@@ -15,8 +15,9 @@ from typing import Any
 import hydra
 import pytest
 
-from gptj_train.config import ClmConfig, keys_of, model_config, text_keys, validated
+from gptj_train.config import ClmConfig, model_config
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.schema import keys_of, text_keys, validated
 
 ROOT = Path(__file__).parents[2]
 FILLED = ["output_dir=out", "init_from=null", "max_steps=7", "data.train=a.jsonl"]
@@ -97,7 +98,7 @@ def test_wrong_values_are_told_all_at_once() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("max_steps=0", "max_steps must be at least 1, got 0"),
+        ("max_steps=-1", "max_steps must be 0 or more, got -1"),
         ("max_steps=2.5", "max_steps: input should be a valid integer, got a number with a fractional part, got 2.5"),
         ("max_steps=null", "max_steps: input should be a valid integer, got None"),
         ("micro_batch_size=-1", "micro_batch_size must be at least 1, got -1"),

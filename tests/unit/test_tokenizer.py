@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,10 @@ def test_ids_beyond_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
         ({"tokenizer.json": "\xff"}, "can't decode"),
         ({"vocab.json": "{}"}, "give a tokenizer.json"),
         ({"vocab.json": "[]", "merges.txt": ""}, "give a tokenizer.json"),
+        ({"vocab.json": '{"a": 0}', "merges.txt": "a b c d\n"}, "Merges text file invalid at line 1"),
+        ({"tokenizer.json": "[" * 100_000}, "invalid type: sequence"),
+        ({"tokenizer.json": "cos\nsystem\n(S'x'\ntR."}, "expected value at line 1 column 1"),
+        ({"tokenizer.json": "{}", "tokenizer_config.json": "[" * 100_000}, "give a tokenizer.json"),
     ],
 )
 def test_a_folder_without_a_readable_tokenizer(tmp_path: Path, files: dict[str, str], reason: str) -> None:
@@ -181,6 +187,33 @@ def test_a_folder_without_a_readable_tokenizer(tmp_path: Path, files: dict[str, 
         Tokenizer.load(tmp_path)
     assert str(caught.value).startswith(f"tokenizer {tmp_path}: ")
     assert "give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"])
+def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    (tmp_path / "copy" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "copy" / name)
+    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+        Tokenizer.load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab": {"a": -1}},
+        {"merges": [["no", "such"]]},
+        {"type": "Evil"},
+        {"continuing_subword_prefix": "#" * 9, "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},  # a panic in Rust
+    ],
+)
+def test_a_tokenizer_that_lies(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    values["model"] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"give a tokenizer\.json, a folder that holds one") as caught:
+        Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
 

@@ -219,11 +219,10 @@ def test_an_evaluation_is_cut_short_and_made_up_for(tmp_path: Path, number: int,
 def test_a_run_that_is_done_does_nothing_again(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.trainer.train()
-    again = Run(tmp_path)
-    again.checkpoints.saved = run.checkpoints.saved[-1:]
+    again = Run(tmp_path, resumed_from=run)
     again.trainer.train()
     assert again.task.evaluations == 0
-    assert again.saved == [6]
+    assert again.saved == [3, 6]
 
 
 def test_a_second_signal_during_the_save_does_no_harm(tmp_path: Path) -> None:
