@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -15,6 +17,15 @@ import torch
 torch.set_num_threads(
     1
 )  # the models are tiny: more threads only wait for each other, 20 times slower on a busy machine
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """A recipe run in this process would leave its handlers behind."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

@@ -168,12 +168,21 @@ def test_a_launcher_that_dies_leaves_a_run_that_saves_and_ends(
     stopped_as_told(run, said, why)
 
 
-def test_torchrun_passes_a_signal_on_and_gives_a_code_of_its_own(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("to_launcher", [True, False])
+def test_torchrun_passes_a_signal_on_and_gives_a_code_of_its_own(start: Callable[..., Run], to_launcher: bool) -> None:
     run = start("torchrun").after_some_steps()
-    run.process.send_signal(signal.SIGTERM)
+    (run.process if to_launcher else run.rank(1)).send_signal(signal.SIGTERM)
     code, _ = run.end()
     assert code == 1
     assert run.checkpoint() == run.steps() > run.began_after
+
+
+def test_plain_python_is_a_rank(start: Callable[..., Run]) -> None:
+    run = start("python", "resume=never").after_some_steps()
+    run.process.terminate()
+    code, said = run.end()
+    assert code == PREEMPTED
+    stopped_as_told(run, said, "SIGTERM reached rank 0")
 
 
 @pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 45)])

@@ -8,7 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,7 +77,7 @@ Command = Callable[..., tuple[int, str]]
 
 
 @pytest.fixture
-def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Command]:
+def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs recipes/clm.py in this process up to its engine; gives exit code and stderr."""
 
     def started(*_: object) -> None:
@@ -88,7 +88,6 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
 
     def run(*changes: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(place, *changes)])
@@ -96,9 +95,7 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
             runpy.run_path(str(RECIPE), run_name="__main__")
         return int(caught.value.code or 0), capsys.readouterr().err
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
 
 
 def test_without_a_mistake_it_starts(clm: Command, place: Path) -> None:
