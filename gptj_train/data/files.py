@@ -14,6 +14,8 @@ import zstandard
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
+_KINDS = ".jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow"
+
 LONGEST_LINE = 256 * 2**20
 """Bytes; what is longer is no record of text, and would not fit in memory on the way."""
 
@@ -24,7 +26,7 @@ _LARGEST_WINDOW = 2**27  # bytes of history that a frame may ask for: zstd --lon
 _LARGEST_RATIO, _FREE = 1000, 64 * 2**20  # text compresses 3 to 20 times; the first bytes are not judged
 
 
-def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
+def find_files(paths: str | list[str], key: str) -> list[Path]:
     """The files that paths, folders and globs name, in a fixed order.
 
     Args:
@@ -37,25 +39,25 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     for path in [paths] if isinstance(paths, str) else paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         # A ** matches folders and the files inside them: each file counts once.
-        files = dict.fromkeys(file for match in matches for file in _files_at(Path(match), suffixes))
+        files = dict.fromkeys(file for match in matches for file in _files_at(Path(match)))
         if not files:
             raise ValueError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (looked from {Path.cwd()}); "
+                f"{key}: no {_KINDS} file at {path!r} (looked from {Path.cwd()}); "
                 "correct the path; a quickstart's corpus is written by its script, see the preset in configs/config"
             )
         found += files
     if not found:
         raise ValueError(f"{key} is empty; give files, folders or globs")
     for file in found:
-        if not file.name.endswith(suffixes):
-            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}")
+        if not file.name.endswith(SUFFIXES):
+            raise ValueError(f"{key}: {file} is no {_KINDS} file")
         if not file.is_file():
-            raise ValueError(f"{key}: {file} is not a regular file")
+            raise ValueError(f"{key}: {file}: not a regular file")
     return found
 
 
-def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.name.endswith(suffixes)) if path.is_dir() else [path]
+def _files_at(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES)) if path.is_dir() else [path]
 
 
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:

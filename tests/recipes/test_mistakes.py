@@ -124,24 +124,27 @@ MISTAKES = {
         "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
         "the nearest that does is global_batch_size=32",
     ),
-    "missing data": (["data.train={}/nowhere/*.jsonl"], "data.train: no .jsonl, .json or .txt file at '{}/nowhere/"),
+    "missing data": (
+        ["data.train={}/nowhere/*.jsonl"],
+        "data.train: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at '{}/nowhere/",
+    ),
     "missing held-out data": (
         ["data.validation={}/gone"],
-        "data.validation: no .jsonl, .json or .txt file at '{}/gone",
+        "data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at '{}/gone",
     ),
     "no data": (["data.train=[]"], "data.train is empty; give files, folders or globs"),
-    "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: no text to train on, the data is empty"),
-    "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: no text to train on, the data is empty"),
+    "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: no text in the data, it is empty"),
+    "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: no text in the data, it is empty"),
     "broken record": (
         ["data.train={}/broken.jsonl"],
-        "{}/broken.jsonl:21: not a line of JSON (Expecting ',' delimiter",
+        "{}/broken.jsonl:21: not a line of JSON; each line must be one record (Expecting ',' delimiter",
     ),
     "record without text": (
         ["data.train={}/textless.jsonl"],
         "{}/textless.jsonl:21: no text in field 'text'; set data.text_field or correct the record",
     ),
-    "lone surrogate": (["data.train={}/surrogate.jsonl"], "{}/surrogate.jsonl:1: the text holds a lone surrogate"),
-    "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text ("),
+    "lone surrogate": (["data.train={}/surrogate.jsonl"], "{}/surrogate.jsonl:1: a lone surrogate in the text"),
+    "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text; convert it (byte 13"),
     "bad held-out record": (["data.validation={}/textless.jsonl"], "{}/textless.jsonl:21: no text in field 'text'"),
     "ids beyond the vocabulary": (
         ["model.vocab_size=270"],

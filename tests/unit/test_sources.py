@@ -247,7 +247,7 @@ def test_a_path_that_matches_nothing_is_named(tmp_path: Path, name: str, monkeyp
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="at ") as caught:
         find_files(name, "data.validation")
-    assert str(caught.value).startswith("data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, .json, ")
+    assert str(caught.value).startswith("data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at")
     assert "\n" not in str(caught.value)
 
 
@@ -263,7 +263,7 @@ def test_an_empty_list_is_refused() -> None:
 
 def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(ValueError, match=r"pipe\.jsonl is not a regular file"):
+    with pytest.raises(ValueError, match=r"pipe\.jsonl: not a regular file"):
         find_files(str(tmp_path), "data.train")
 
 
