@@ -247,7 +247,7 @@ def test_a_path_that_matches_nothing_is_named(tmp_path: Path, name: str, monkeyp
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="at ") as caught:
         find_files(name, "data.validation")
-    assert str(caught.value).startswith("data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at")
+    assert str(caught.value).startswith("data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow")
     assert "\n" not in str(caught.value)
 
 
