@@ -57,21 +57,17 @@ class Cell:
 CELLS = [Cell(4, 256, 1, 512, 4), Cell(4, 512, 2, 2048, 1)]
 
 
-def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
-    """One rank of one run: build, step, and leave what it measured in ``folder``."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dict[str, Any]]:
+    """A side's DeepSpeed engine with the weights in ``folder``, the learning rates, and DeepSpeed's config."""
     import torch
     from transformers.models.gptj import configuration_gptj, modeling_gptj
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
-    from gptj_train.training.engine import deepspeed, join_process_group
-    from gptj_train.training.schedule import OptimConfig, lr_at
+    from gptj_train.training.engine import deepspeed
+    from gptj_train.training.schedule import OptimConfig
     from gptj_train.training.zero_config import EngineConfig, deepspeed_config
     from gptj_train.weights.hf import HFWeights
 
-    torch.set_num_threads(threads)
-    rank, _ = join_process_group()
-    imported = resident()
     optim = OptimConfig(
         **{"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0},
         **{"schedule": "cosine", "warmup_steps": 2, "decay_steps": 0, "final_lr_ratio": 0.1},
@@ -90,6 +86,22 @@ def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
                 if rank == 0:
                     parameter.copy_(stored.tensor(name))
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return engine, optim, config
+
+
+def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
+    """One rank of one run: build, step, and leave what it measured in ``folder``."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    import torch
+    import transformers.models.gptj.modeling_gptj  # noqa: F401 - counts as imported on both sides
+
+    from gptj_train.training.engine import join_process_group
+    from gptj_train.training.schedule import lr_at
+
+    torch.set_num_threads(threads)
+    rank, _ = join_process_group()
+    imported = resident()
+    engine, optim, config = build(side, cell, folder, rank)
 
     gc.collect()
     built, built_peak = resident(), peak_resident()
@@ -129,15 +141,18 @@ def peak_resident() -> float:
     return int(line.split()[1]) / 2**20
 
 
-def run(side: str, cell: Cell, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Launch one side; what each rank measured."""
+def free_port() -> str:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+        return str(probe.getsockname()[1])
+
+
+def run(side: str, cell: Cell, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Launch one side; what each rank measured."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(args.ranks)]
     job = json.dumps([side, asdict(cell), str(folder), args.steps, args.threads])
     done = subprocess.run(
-        [*launcher, "--master_port", port, __file__, "--work", job],
+        [*launcher, "--master_port", free_port(), __file__, "--work", job],
         env=os.environ | {"OMP_NUM_THREADS": str(args.threads), "DS_ACCELERATOR": "cpu"},
         capture_output=True,
         text=True,

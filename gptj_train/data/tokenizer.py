@@ -13,6 +13,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptj_train.data import vocabulary
+from gptj_train.data.fast_bpe import FastBPE
 from gptj_train.data.vocabulary import NewWord
 
 END_OF_TEXT = "<|endoftext|>"
@@ -134,6 +135,8 @@ class Tokenizer:
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, on all cores; what spells a special token stays text."""
+        if self._fast_bpe is not None:
+            return self._fast_bpe.encode_texts(texts)
         self._backend.encode_special_tokens = True
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -169,6 +172,10 @@ class Tokenizer:
     def decode_all(self, ids: list[int]) -> str:
         """As ``decode``, special tokens spelt out."""
         return self._backend.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def _fast_bpe(self) -> FastBPE | None:
+        return FastBPE.of(self._backend)
 
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
