@@ -91,7 +91,7 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
 
 
 def _curve(lines: list[dict[str, Any]], name: str) -> Curve:
-    return [(line["step"], line[name]) for line in lines if abs(line[name]) < float("inf")]
+    return [(line["step"], line[name]) for line in lines if abs(line.get(name, float("inf"))) < float("inf")]
 
 
 def _chart(title: str, curves: Mapping[str, Curve], from_zero: bool = False) -> str:

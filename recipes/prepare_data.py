@@ -7,7 +7,7 @@ from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.launch import recipe
 
 
-@recipe(PrepareDataConfig, primary="clm")
+@recipe(PrepareDataConfig)
 def main(cfg: PrepareDataConfig) -> None:
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     data = prepare(cfg.data, tokenizer, cfg.sequence_length)

@@ -48,7 +48,7 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         raise ValueError(f"{key} is empty; give files, folders or globs")
     for file in found:
         if not file.name.endswith(suffixes):
-            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}")
+            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
         if not file.is_file():
             raise ValueError(f"{key}: {file} is not a regular file")
     return found
@@ -69,14 +69,15 @@ def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tupl
     """
     number, parts, size = 1, list[bytes](), 0
     for chunk in chunks(file, progress):
-        first, *others = chunk.split(b"\n")
-        parts.append(first)
-        size += len(first)
-        for other in others:
-            yield number, b"".join(parts)
-            number, parts, size = number + 1, [other], len(other)
-        if size > LONGEST_LINE:
-            raise ValueError(f"{file}:{number}: the line is longer than {LONGEST_LINE // 2**20} MiB; split the record")
+        for turn, part in enumerate(chunk.split(b"\n")):
+            if turn:
+                yield number, b"".join(parts)
+                number, parts, size = number + 1, [], 0
+            parts.append(part)
+            size += len(part)
+            if size > LONGEST_LINE:
+                limit = f"{LONGEST_LINE / 2**20:g} MiB"
+                raise ValueError(f"{file}:{number}: the line is longer than {limit}; split the record")
     if size:
         yield number, b"".join(parts)
 
@@ -96,7 +97,7 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
                 while chunk := watched.read(_CHUNK):
                     yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from None
+        raise ValueError(f"{file}: damaged, cut off or not unpacked here ({error}); fetch or pack it again") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -116,7 +117,7 @@ class _Watched:
 def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
     """All frames of a file. The package's own readers stop silently where a frame is cut off."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-    frame = None
+    frame, ready = None, bytearray()
     taken = given = 0
     while data := raw.read(_CHUNK):
         for start in range(0, len(data), _ZSTD_CHUNK):
@@ -127,10 +128,14 @@ def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
                 taken, given = taken + len(rest), given + len(chunk)
                 if given > _FREE and given > _LARGEST_RATIO * taken:
                     raise ValueError(f"{file}: refused, it unpacks to more than {_LARGEST_RATIO} times its size")
-                yield chunk
+                ready += chunk
                 rest = b""
                 if frame.eof:
                     rest, frame = frame.unused_data, None
                     taken -= len(rest)
+            if len(ready) >= _CHUNK:
+                yield bytes(ready)
+                ready.clear()
     if frame is not None:
         raise ValueError(f"{file}: cut off in the middle of a zstd frame; fetch it again")
+    yield bytes(ready)

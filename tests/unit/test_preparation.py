@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gptj_train.data.cache import PackedWindows, packed_windows, prepare
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from gptj_train.data.cache import PackedWindows, packed_windows, prepare
 from gptj_train.data.packing import PADDING, pack
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
