@@ -41,7 +41,7 @@ class Part:
             yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
         lengths = np.concatenate([w.documents.lengths for w in of_all])
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
-        counts = np.histogram(lengths, bins=(0, *_LENGTHS, np.inf))[0]
+        counts = np.bincount(np.searchsorted(_LENGTHS, lengths), minlength=len(_LENGTHS) + 1)
         names = [*(f"up to {length:,}" for length in _LENGTHS), f"above {_LENGTHS[-1]:,}"]
         shown = (f"{name}: {count / documents:.0%}" for name, count in zip(names, counts, strict=True) if count)
         yield "tokens a document", ", ".join(shown)

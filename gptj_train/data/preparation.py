@@ -198,20 +198,23 @@ def _in_another_process(
     threads = max(1, (os.cpu_count() or 1) // workers)
     env = os.environ | {"RAYON_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "gptj_train.data.preparation"]
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        options = {field.name: getattr(data, field.name) for field in fields(DataConfig)}
-        given = {"data": options, "tokenizer": tokenizer.to_json(), "end_of_text": tokenizer.end_of_text}
-        print(json.dumps(given), file=process.stdin, flush=True)
-        while not stop.is_set():
-            try:
-                folder, file = work.get_nowait()
-            except Empty:
-                return
-            with _appearing(folder) as scratch:
-                print(json.dumps([str(scratch), str(file)]), file=process.stdin, flush=True)
-                _follow(process, file, progress, stop)
+    try:
+        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            options = {field.name: getattr(data, field.name) for field in fields(DataConfig)}
+            given = {"data": options, "tokenizer": tokenizer.to_json(), "end_of_text": tokenizer.end_of_text}
+            print(json.dumps(given), file=process.stdin, flush=True)
+            while not stop.is_set():
+                try:
+                    folder, file = work.get_nowait()
+                except Empty:
+                    return
+                with _appearing(folder) as scratch:
+                    print(json.dumps([str(scratch), str(file)]), file=process.stdin, flush=True)
+                    _follow(process, file, progress, stop)
+    except BrokenPipeError:
+        raise RuntimeError(f"a process that prepares data ended with exit code {process.returncode}") from None
 
 
 def _follow(process: subprocess.Popen[str], file: Path, progress: Callable[[int], None], stop: Event) -> None:
@@ -228,7 +231,7 @@ def _follow(process: subprocess.Popen[str], file: Path, progress: Callable[[int]
         if answer is None:
             return
         progress(answer)
-    raise RuntimeError(f"the process that prepared {file} ended with exit code {process.wait()}")
+    raise RuntimeError(f"{file}: a process that prepares data ended with exit code {process.wait()}")
 
 
 def _serve() -> None:

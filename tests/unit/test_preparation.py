@@ -1,32 +1,34 @@
-"""Packed windows on disk: what packing gives, written once, whole or not at all."""
+"""Token stores on disk: what tokenizing gives, a file each, written once, whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from gptj_train.data.cache import PackedWindows, packed_windows, prepare
+from text_data import VALUES, jsonl, text_data
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from gptj_train.data.packing import PADDING, pack
-from gptj_train.data.sources import DataConfig
+from gptj_train.config import EvaluationDataConfig
+from gptj_train.data import preparation, store
+from gptj_train.data.corpus import prepare
+from gptj_train.data.preparation import open_stores
+from gptj_train.data.store import TokenStore
 from gptj_train.data.tokenizer import Tokenizer
 
 DOCUMENTS = [f"Document {number}: " + "naïve words, 東京 🙂 " * (number % 7) for number in range(300)]
-LENGTH = 48
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    path = tmp_path / "train.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
-    return path
+    return jsonl(tmp_path / "train.jsonl", *DOCUMENTS)
 
 
 @pytest.fixture
@@ -34,180 +36,357 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "cache"
 
 
+@pytest.fixture
+def opened(cache: Path, tokenizer: Tokenizer) -> Any:
+    def open_them(*files: Path, tokenizer: Tokenizer = tokenizer, **changes: Any) -> list[TokenStore]:
+        return open_stores(list(files), text_data(cache_dir=str(cache), **changes), tokenizer)
+
+    return open_them
+
+
 def folders(cache: Path) -> list[Path]:
+    """Also those that are no stores yet."""
     return sorted(path for path in cache.iterdir() if path.is_dir())
 
 
-def same(one: PackedWindows, other: PackedWindows) -> bool:
-    tokens, owners = one.tokens, one.document_ids
-    return (
-        np.array_equal(tokens, other.tokens)
-        and np.array_equal(owners, other.document_ids)
-        and one.counts == other.counts
-    )
+def contents(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.glob("*/*"))}
 
 
-def test_windows_are_those_of_packing(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    windows = packed_windows([file], tokenizer, LENGTH, "text", cache)
-    expected = list(pack(tokenizer.encode_documents(DOCUMENTS), LENGTH, tokenizer.end_id))
-    assert len(windows) == len(expected)
-    assert np.array_equal(windows.tokens, [tokens for tokens, _ in expected])
-    assert np.array_equal(windows.document_ids, [owners for _, owners in expected])
-    assert windows.document_ids.dtype == np.uint16
-    assert not windows.tokens.flags.writeable
+def times(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.glob("*/*")}
 
 
-def test_counts_are_exact(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    windows = packed_windows([file], tokenizer, LENGTH, "text", cache)
-    counts, tokens = windows.counts, sum(map(len, tokenizer.encode_documents(DOCUMENTS)))
-    assert counts.documents == 300
-    assert counts.bytes == sum(len(text.encode()) for text in DOCUMENTS)
-    assert counts.tokens == tokens == int((windows.document_ids != PADDING).sum())
-    assert counts.windows == len(windows) == -(-tokens // LENGTH)
-    assert counts.padding == int((windows.document_ids == PADDING).sum()) == counts.windows * LENGTH - tokens
-    assert int((windows.tokens[windows.document_ids != PADDING] == tokenizer.end_id).sum()) == 300
-    assert tokenizer.bytes_per_token[windows.tokens].sum() == counts.bytes
+# --- what a store holds ---
 
 
-def test_counts_in_words(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    said = str(packed_windows([file], tokenizer, LENGTH, "text", cache).counts)
-    assert said.startswith("300 documents, 0.0 MB, ")
-    assert said.endswith("% full")
+def test_tokens_are_those_of_the_documents(file: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    (made,) = opened(file)
+    documents = tokenizer.encode_documents(DOCUMENTS)
+    assert made.tokens.tolist() == [token for ids in documents for token in ids]
+    assert made.ends.tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
+    assert made.bytes.tolist() == [len(text.encode()) for text in DOCUMENTS]
+    assert set(made.components) == {0}
+    assert made.names == ["train"]
+    assert made.skipped == {}
+    assert made.targets is None
+    assert made.tokens.dtype == np.uint16
+    assert not made.tokens.flags.writeable
 
 
-def test_a_second_call_reads_what_the_first_wrote(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    first = packed_windows([file], tokenizer, LENGTH, "text", cache)
+def test_nothing_depends_on_how_much_is_tokenized_at_once(
+    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(file)
+    monkeypatch.setattr(store, "_CHARACTERS_AT_ONCE", 100)
+    open_stores([file], text_data(cache_dir=str(tmp_path / "other")), tokenizer)
+    assert contents(tmp_path / "other") == contents(cache)
+
+
+def test_examples_keep_which_tokens_are_to_be_predicted(tmp_path: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    pairs = [("Question: one?", " The answer is é."), ("<|endoftext|>", "<|endoftext|>")]
+    records = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    (made,) = opened(jsonl(tmp_path / "qa.jsonl", *records), kind="completion")
+    expected: list[tuple[int, bool]] = []
+    for prompt, response in pairs:
+        expected += [(token, False) for token in tokenizer.encode_texts([prompt])[0]]
+        expected += [(token, True) for token in [*tokenizer.encode_texts([response])[0], tokenizer.end_id]]
+    assert list(zip(made.tokens.tolist(), made.targets.tolist(), strict=True)) == expected
+    # What the data spell is text: the id that ends documents stands only at their ends.
+    assert np.flatnonzero(made.tokens == tokenizer.end_id).tolist() == (made.ends - 1).tolist()
+    assert made.bytes.tolist() == [len((prompt + response).encode()) for prompt, response in pairs]
+
+
+def test_a_template_may_spell_special_tokens_and_what_is_said_may_not(tmp_path: Path, opened: Any) -> None:
+    messages = [{"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "b"}]
+    file = jsonl(tmp_path / "chat.jsonl", {"messages": messages})
+    (made,) = opened(file, kind="chat", chat_template="{content}<|endoftext|>")
+    ended = made.tokens == 0
+    assert ended.sum() == 3
+    assert made.targets[ended].tolist() == [False, True, True]
+    assert made.targets.sum() == 3  # "b", how it ends, and the end of the document
+
+
+def test_components_are_numbered_as_they_come(tmp_path: Path, opened: Any) -> None:
+    names = ["b", "a", "b", None, "c"]
+    records = [{"text": "x", "meta": {"pile_set_name": name}} for name in names]
+    (made,) = opened(jsonl(tmp_path / "mixed.jsonl", *records))
+    assert made.names == ["b", "a", "mixed", "c"]
+    assert made.components.tolist() == [0, 1, 0, 2, 3]
+
+
+@pytest.mark.parametrize("most", [2, 1])
+def test_components_beyond_counting(tmp_path: Path, opened: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MOST_COMPONENTS", most)
+    file = jsonl(tmp_path / "a.jsonl", *({"text": "x", "id": name} for name in ("p", "q")))
+    if most == 2:
+        assert opened(file, component_field="id")[0].names == ["p", "q"]
+    else:
+        with pytest.raises(ValueError, match=r"data\.component_field: more than 1 components; name another field"):
+            opened(file, component_field="id")
+
+
+@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
+def test_ids_are_as_wide_as_the_vocabulary_needs(file: Path, opened: Any, largest: int, dtype: type) -> None:
+    words = {f"w{number}": number for number in range(1, largest + 1)}
+    backend = Backend(models.WordLevel({"<|endoftext|>": 0, **words}, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    jsonl(file, f"w{largest} w1")
+    (made,) = opened(file, tokenizer=Tokenizer(backend))
+    assert made.tokens.dtype == dtype
+    assert made.tokens.tolist() == [largest, 1, 0]
+
+
+# --- what is made again, and what is not ---
+
+
+def test_a_store_is_made_once(file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    opened(file)
     (folder,) = folders(cache)
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {path.name for path in times} == {"tokens.bin", "document_ids.bin", "counts.json"}
-    second = packed_windows([file], Tokenizer(tokenizer._backend), LENGTH, "text", cache)
-    assert same(first, second)
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-    assert folders(cache) == [folder]
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "documents.bin", "store.json"}
+    first = times(cache)
+    other = jsonl(tmp_path / "other.jsonl", "another text")
+    opened(file)
+    opened(file, other, tokenizer=Tokenizer(tokenizer._backend))
+    opened(file, packing="best_fit", isolate=False, weights={"train": 1.0}, bad_records="skip", max_bad_share=0.5)
+    data = text_data(train=[str(other), str(file)], validation=str(file), cache_dir=str(cache))
+    for length in (8, 64):
+        prepare(data, tokenizer, length)
+    assert len(folders(cache)) == 2
+    assert {path: time for path, time in times(cache).items() if path.parent == folder} == first
 
 
-def test_whatever_changes_the_windows_makes_others(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    other = Tokenizer.train(DOCUMENTS, 300)
-    both = '{"text": "one", "body": "quite another text"}\n'
-    file.write_text(both)
-    before = packed_windows([file], tokenizer, LENGTH, "text", cache)
-    packed_windows([file], tokenizer, LENGTH + 1, "text", cache)
-    packed_windows([file], other, LENGTH, "text", cache)
-    packed_windows([file], tokenizer, LENGTH, "body", cache)
-    packed_windows([file, file], tokenizer, LENGTH, "text", cache)
-    file.write_text(both + '{"text": "one more"}\n')
-    after = packed_windows([file], tokenizer, LENGTH, "text", cache)
-    assert len(folders(cache)) == 6
-    assert (before.counts.documents, after.counts.documents) == (1, 2)
+def test_a_file_listed_twice_counts_twice_and_is_made_once(file: Path, cache: Path, opened: Any) -> None:
+    stores = opened(file, file, file.parent / "." / file.name)
+    assert [len(made.ends) for made in stores] == [300] * 3
+    assert len(folders(cache)) == 1
 
 
-def test_an_edit_that_keeps_the_size_is_seen(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    file.write_text('{"text": "aaaa"}\n')
+def test_whatever_changes_the_tokens_makes_another_store(file: Path, cache: Path, opened: Any) -> None:
+    record = {
+        "text": "one",
+        "body": "quite another text",
+        "prompt": "p",
+        "response": "r",
+        "messages": [{"role": "assistant", "content": "c"}],
+    }
+    jsonl(file, record)
+    opened(file)
+    opened(file, tokenizer=Tokenizer.train(DOCUMENTS, 300))
+    opened(file, text_field="body")
+    opened(file, component_field="source")
+    opened(file, kind="completion")
+    opened(file, kind="completion", prompt_field="text")
+    opened(file, kind="completion", response_field="text")
+    opened(file, kind="chat")
+    opened(file, kind="chat", chat_template="{role} {content}")
+    jsonl(file, record, record)
+    (after,) = opened(file)
+    assert len(folders(cache)) == 10
+    assert len(after.ends) == 2
+
+
+def test_an_edit_that_keeps_the_size_is_seen(file: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    jsonl(file, "aaaa")
     os.utime(file, ns=(0, 0))
-    packed_windows([file], tokenizer, LENGTH, "text", cache)
-    file.write_text('{"text": "bbbb"}\n')
-    edited = packed_windows([file], tokenizer, LENGTH, "text", cache)
-    assert tokenizer.decode(edited.tokens[0].tolist()) == "bbbb"
+    opened(file)
+    jsonl(file, "bbbb")
+    (edited,) = opened(file)
+    assert tokenizer.decode(edited.tokens.tolist()) == "bbbb"
+
+
+# --- bad records ---
 
 
 @pytest.mark.parametrize("spoilt", ['{"text": ""}\n', "broken\n"])
-def test_an_error_leaves_no_folder(file: Path, cache: Path, tokenizer: Tokenizer, spoilt: str) -> None:
+def test_an_error_leaves_no_folder(file: Path, cache: Path, opened: Any, spoilt: str) -> None:
     good = file.read_text()
     file.write_text(good + spoilt)
     for _ in range(2):
         with pytest.raises(ValueError, match=r"train\.jsonl:301: "):
-            packed_windows([file], tokenizer, LENGTH, "text", cache)
+            opened(file)
         assert folders(cache) == []
     file.write_text(good)
-    assert packed_windows([file], tokenizer, LENGTH, "text", cache).counts.documents == 300
+    assert len(opened(file)[0].ends) == 300
 
 
 @pytest.mark.parametrize("content", ["", "\n", "\n  \n\n"])
-def test_no_text_at_all(file: Path, cache: Path, tokenizer: Tokenizer, content: str) -> None:
+def test_no_text_at_all(file: Path, opened: Any, content: str) -> None:
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl: no text to train on, the data is empty"):
-        packed_windows([file], tokenizer, LENGTH, "text", cache)
-    assert folders(cache) == []
+    with pytest.raises(ValueError, match=r"train\.jsonl: no text in the data, it is empty"):
+        opened(file)
 
 
-TWIN = """
-import sys
+def test_an_empty_file_beside_others_is_none(file: Path, opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    empty, made = opened(tmp_path / "empty.jsonl", file)
+    assert len(empty.ends) == len(empty.tokens) == 0
+    assert len(made.ends) == 300
+
+
+def test_bad_records_are_skipped_up_to_a_share(file: Path, opened: Any, tmp_path: Path) -> None:
+    with file.open("a") as lines:
+        lines.write('broken\n{"text": 5}\nbroken too\n')
+    other = jsonl(tmp_path / "other.jsonl", "x", "y")
+    made, _ = opened(file, other, bad_records="skip", max_bad_share=3 / 305)
+    assert made.skipped == {"not a line of JSON": 2, "no text in field 'text'": 1}
+    assert len(made.ends) == 300
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        opened(file, other, bad_records="skip", max_bad_share=0.0098)
+    assert str(caught.value) == (
+        f"{file}, {other}: 0.98% of the records are bad (2 of not a line of JSON, 1 of no text in field 'text'), "
+        "more than data.max_bad_share (0.98%); data.bad_records=error tells where the first is"
+    )
+
+
+def test_a_file_of_nothing_but_bad_records_is_not_called_empty(file: Path, opened: Any) -> None:
+    file.write_text("broken\n")
+    with pytest.raises(ValueError, match=r"100\.00% of the records are bad \(1 of not a line of JSON\)"):
+        opened(file, bad_records="skip")
+
+
+def test_a_store_with_gaps_is_no_answer_to_error(file: Path, cache: Path, opened: Any) -> None:
+    good = file.read_text()
+    file.write_text(good + "broken\n")
+    opened(file, bad_records="skip")
+    with pytest.raises(ValueError, match=r"train\.jsonl:301: not a line of JSON"):
+        opened(file)
+    assert len(opened(file, bad_records="skip")[0].ends) == 300  # which is still there
+    assert len(folders(cache)) == 1
+
+
+def test_a_place_that_cannot_be_written_to(file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    data = text_data(cache_dir=str(tmp_path / "taken" / "cache"))
+    with pytest.raises(
+        ValueError, match=r"data\.cache_dir: cannot write into .*/taken/cache \(Not a directory\); free"
+    ):
+        open_stores([file], data, tokenizer)
+
+
+# --- several processes ---
+
+RUN = """
+import os, signal, sys
 from pathlib import Path
-from gptj_train.data.cache import packed_windows
+sys.path.insert(0, sys.argv[1])
+from text_data import text_data
+from gptj_train.data import preparation, store
 from gptj_train.data.tokenizer import Tokenizer
-file, tokenizer, cache = sys.argv[1:]
+_, _, file, tokenizer, cache, die_at = sys.argv
+tokenizer = Tokenizer.load(tokenizer)
+calls, encoded, rename = [], store._encoded, Path.rename
+def counted(*given):
+    calls.append(given)
+    if str(len(calls)) == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encoded(*given)
+def renamed(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+if die_at == "rename":
+    Path.rename = renamed
+store._encoded, store._CHARACTERS_AT_ONCE = counted, 2000
 print("ready", flush=True)
 sys.stdin.readline()
-windows = packed_windows([Path(file)], Tokenizer.load(tokenizer), 48, "text", cache)
-print(windows.counts, int(windows.tokens.astype(int).sum()))
+preparation.open_stores([Path(file)], text_data(cache_dir=cache), tokenizer)
+print(len(calls))
 """
 
 
-def test_two_processes_at_once(file: Path, cache: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path)
-    file.write_text(file.read_text() * 10)
-    command = [sys.executable, "-c", TWIN, str(file), str(tmp_path / "tokenizer.json"), str(cache)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    twins = [subprocess.Popen(command, **pipes) for _ in range(2)]
+def started(file: Path, tokenizer: Tokenizer, cache: Path, die_at: str = "never") -> subprocess.Popen[str]:
+    tokenizer.save(file.parent)
+    arguments = [str(Path(__file__).parent), str(file), str(file.parent / "tokenizer.json"), str(cache), die_at]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], text=True, **pipes)
+
+
+def test_two_processes_at_once(file: Path, cache: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    twins = [started(file, tokenizer, cache) for _ in range(2)]
     assert [twin.stdout.readline() for twin in twins] == ["ready\n"] * 2
     for twin in twins:
         twin.stdin.write("go\n")
         twin.stdin.flush()
-    said = [twin.communicate(timeout=120)[0] for twin in twins]
-    # Had both written, the second could not have renamed its folder.
+    said = [int(twin.communicate(timeout=120)[0]) for twin in twins]
     assert [twin.returncode for twin in twins] == [0, 0]
-    assert said[0] == said[1]
-    (folder,) = folders(cache)
-    here = packed_windows([file], tokenizer, 48, "text", cache)
-    assert said[0] == f"{here.counts} {int(here.tokens.astype(int).sum())}\n"
-    assert folders(cache) == [folder]
+    assert sorted(said)[0] == 0  # one waited, and had nothing left to do
+    assert sorted(said)[1] > 3
+    before = times(cache)
+    assert len(opened(file)[0].ends) == 300
+    assert times(cache) == before
 
 
-@pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
-def test_ids_are_as_wide_as_the_vocabulary_needs(file: Path, cache: Path, largest: int, dtype: type) -> None:
-    words = {f"w{number}": number for number in range(1, largest + 1)}
-    backend = Backend(models.WordLevel({"<|endoftext|>": 0, **words}, unk_token="<|endoftext|>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    file.write_text(json.dumps({"text": f"w{largest} w1"}))
-    windows = packed_windows([file], Tokenizer(backend), 4, "text", cache)
-    assert windows.tokens.dtype == dtype
-    assert windows.tokens.tolist() == [[largest, 1, 0, 0]]
-    assert windows.document_ids.tolist() == [[1, 1, 1, 0]]
-
-
-@pytest.mark.parametrize("length", [-1, 0, 1, 65536])
-def test_lengths_that_make_no_windows(file: Path, cache: Path, tokenizer: Tokenizer, length: int) -> None:
-    with pytest.raises(ValueError, match=f"sequence_length must be from 2 to 65535 tokens, got {length}"):
-        packed_windows([file], tokenizer, length, "text", cache)
-
-
-def test_prepare_training_and_held_out(file: Path, cache: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    held_out = tmp_path / "held_out.txt"
-    held_out.write_text("another text")
-    data = DataConfig(train=str(file), validation=[str(held_out)], text_field="text", cache_dir=str(cache))
-    train, validation = prepare(data, tokenizer, LENGTH)
-    assert train.counts.documents == 300
-    assert validation is not None
-    assert tokenizer.decode(validation.tokens[0].tolist()) == "another text"
-
-
-@pytest.mark.parametrize("nothing", [None, []])
-def test_prepare_without_held_out_text(file: Path, cache: Path, tokenizer: Tokenizer, nothing: list | None) -> None:
-    data = DataConfig(train=[str(file)], validation=nothing, text_field="text", cache_dir=str(cache))
-    assert prepare(data, tokenizer, LENGTH)[1] is None
-
-
-@pytest.mark.parametrize(("train", "validation"), [("here", "gone"), ("gone", "here"), ([], "here")])
-def test_prepare_looks_for_all_files_first(
-    file: Path, cache: Path, tokenizer: Tokenizer, train: str | list[str], validation: str
+def test_killed_at_any_time_and_run_again(
+    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    paths = {"here": str(file), "gone": f"{file}.gone"}
-    data = DataConfig(
-        train=paths[train] if isinstance(train, str) else train,
-        validation=paths[validation],
-        text_field="text",
-        cache_dir=str(cache),
-    )
-    with pytest.raises(ValueError, match="^data.validation: no" if validation == "gone" else "^data.train"):
-        prepare(data, tokenizer, LENGTH)
-    assert not cache.exists()
+    open_stores([file], text_data(cache_dir=str(tmp_path / "straight")), tokenizer)
+    for die_at in ("2", "5", "rename"):
+        process = started(file, tokenizer, cache, die_at)
+        process.communicate("go\n", timeout=120)
+        assert process.returncode == -signal.SIGKILL
+        (leftover,) = folders(cache)
+        assert leftover.name.startswith(".making-")
+        assert (leftover / "tokens.bin").exists()
+    opened(file)
+    assert contents(cache) == contents(tmp_path / "straight")
+    assert len(folders(cache)) == 1
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> list[Path]:
+    return [jsonl(tmp_path / f"{name}.jsonl", *DOCUMENTS[number::3]) for number, name in enumerate("abc")]
+
+
+def test_processes_side_by_side_make_the_same(
+    several: list[Path], cache: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", cache
+    open_stores(several, text_data(cache_dir=str(here)), tokenizer)
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    monkeypatch.setattr(preparation, "_write", None)  # in this process
+    # A recipe's own config, that knows more than where the text is.
+    known = VALUES | {"train": None, "validation": "x", "second_text_field": None, "label_field": "label"}
+    stores = open_stores(several, EvaluationDataConfig(**known | {"cache_dir": str(there)}), tokenizer)
+    assert [len(made.ends) for made in stores] == [100] * 3
+    assert contents(there) == contents(here)
+    assert len(folders(there)) == 3
+
+
+def test_a_bad_record_in_another_process_is_one_error(
+    several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    with several[1].open("a") as lines:
+        lines.write('{"text": "no end"\n' + '{"text": "x"}\n' * 10_000)
+    with pytest.raises(ValueError, match=r"b\.jsonl:101: not a line of JSON; each line must be one record") as caught:
+        opened(*several)
+    assert "\n" not in str(caught.value)
+    assert [folder.name for folder in folders(cache) if not TokenStore.exists(folder)] == []
+    assert len(folders(cache)) < 3
+
+
+def test_a_process_that_dies_is_told(
+    several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    monkeypatch.setattr(preparation.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="a process that prepares data ended with exit code 1"):
+        opened(*several)
+    assert folders(cache) == []
+
+
+def test_progress_is_a_line_now_and_then(
+    file: Path, opened: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(file)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(preparation, "_LINE_SECONDS", 0)
+    opened(file, text_field="text", component_field="other")
+    said, complained = capsys.readouterr()
+    assert said.startswith("preparing data: 100% of 0.00 GB, ")
+    assert complained == ""
+
+
+def test_a_store_says_what_it_is(file: Path, cache: Path, opened: Any) -> None:
+    opened(file)
+    told = json.loads((folders(cache)[0] / "store.json").read_text())
+    assert told == {"dtype": "uint16", "components": ["train"], "skipped": {}}
