@@ -17,7 +17,7 @@ from gptj_train.config import EvaluateConfig
 from gptj_train.data.corpus import prepare
 from gptj_train.data.files import find_files
 from gptj_train.data.labelled import labelled_rows
-from gptj_train.data.squad import Features, read_files
+from gptj_train.data.squad import SUFFIXES, Features, read_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
@@ -66,7 +66,7 @@ def _classification(cfg: EvaluateConfig, model: GPTJConfig, tokenizer: Tokenizer
 
 def _question_answering(cfg: EvaluateConfig, model: GPTJConfig, tokenizer: Tokenizer, length: int) -> Task:
     task = cfg.task
-    questions = read_files(find_files(cfg.data.validation, "data.validation"))
+    questions = read_files(find_files(cfg.data.validation, "data.validation", SUFFIXES))
     features = Features(questions, tokenizer, length, task.doc_stride, task.max_question_tokens, task.repeat_context)
     return QuestionAnswering(None, features, task, 0, cfg.batch_size, cfg.batch_size)
 

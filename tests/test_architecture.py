@@ -205,26 +205,25 @@ def test_every_key_is_read_somewhere() -> None:
     assert [key for _, _, key in KEYS if key.rpartition(".")[2] not in read] == []
 
 
+def with_included(file: Path) -> list[Path]:
+    """A primary config and those that its defaults take in whole."""
+    defaults = yaml.safe_load(file.read_text()).get("defaults", [])
+    included = [file.parent / f"{entry}.yaml" for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    return [file, *(one for path in included for one in with_included(path))]
+
+
 def explained(files: list[Path]) -> set[str]:
     """Keys that stand in one of the files with a comment on their line."""
     lines = [line for file in files for line in file.read_text().splitlines()]
     return {match[1] for line in lines if (match := re.match(r"(\w+):.*?\s# *\S", line))}
 
 
-def primaries(name: str) -> Iterator[Path]:
-    """A recipe's YAML, and those of other recipes that it begins with."""
-    path = ROOT / "configs" / f"{name}.yaml"
-    yield path
-    for default in yaml.safe_load(path.read_text())["defaults"]:
-        if isinstance(default, str) and default not in ("_self_", "hydra_settings"):
-            yield from primaries(default)
-
-
 def test_every_key_is_explained_where_its_value_stands() -> None:
     unexplained = []
     for primary, _, key in KEYS:
         group, _, leaf = key.rpartition(".")
-        files = sorted((ROOT / "configs" / group).glob("*.yaml")) if group else list(primaries(primary))
+        configs = ROOT / "configs"
+        files = sorted((configs / group).glob("*.yaml")) if group else with_included(configs / f"{primary}.yaml")
         if not (ROOT / "configs" / key).is_dir() and leaf not in explained(files):
             unexplained.append(f"{primary}: {key}")
     assert unexplained == []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,17 +33,15 @@ class Part:
         of_all = list(self.windows.values())
         documents, size = sum(len(w.documents) for w in of_all), sum(w.documents.bytes for w in of_all)
         tokens, windows = sum(w.tokens for w in of_all), sum(len(w) for w in of_all)
-        dropped = sum((w.dropped for w in of_all), Counter[str]())
         places = sum(len(w) * w.length for w in of_all)
-        lost = "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)
-        full = (tokens - dropped.total()) / max(places, 1)
-        packed = f"{tokens:,} tokens{lost} in {windows:,} windows, {full:.2%} full"
+        full = 1 - sum(w.padding for w in of_all) / max(places, 1)
+        packed = f"{tokens:,} tokens{_lost(of_all)} in {windows:,} windows, {full:.2%} full"
         yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}"
         if self.skipped:
             yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
         lengths = np.concatenate([w.documents.lengths for w in of_all])
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
-        counts = np.histogram(lengths, bins=(0, *_LENGTHS, np.inf))[0]
+        counts = np.bincount(np.searchsorted(_LENGTHS, lengths), minlength=len(_LENGTHS) + 1)
         names = [*(f"up to {length:,}" for length in _LENGTHS), f"above {_LENGTHS[-1]:,}"]
         shown = (f"{name}: {count / documents:.0%}" for name, count in zip(names, counts, strict=True) if count)
         yield "tokens a document", ", ".join(shown)
@@ -83,19 +81,29 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
     Raises:
         ValueError: see ``find_files`` and ``open_stores``; or weights of components that are not there.
     """
-    if not 2 <= length < 2**16:
-        raise ValueError(f"sequence_length must be from 2 to {2**16 - 1} tokens, got {length}")
-    paths = {"train": data.train, "validation": data.validation, FORGETTING: data.forgetting}
+    if length < 2:
+        raise ValueError(f"sequence_length must be at least 2, got {length}")
+    paths = {"train": data.train, "validation": data.validation or None, FORGETTING: data.forgetting or None}
     files = {name: find_files(given, f"data.{name}") for name, given in paths.items() if given is not None}
     parts = {}
     for name, found in files.items():
         stores = open_stores(found, data, tokenizer)
         components = {"train": list(data.weights or ()), "validation": component_names(stores)}.get(name)
-        parts[name] = _part(stores, data, tokenizer, length, components)
-        if empty := [component for component, windows in parts[name].windows.items() if not len(windows)]:
+        if name == "validation" and FORGETTING in component_names(stores):
+            raise ValueError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
+        parts[name] = part = _part(stores, data, tokenizer, length, components)
+        empty = [component for component, windows in part.windows.items() if not len(windows)]
+        # Held out, a component of few documents may have nothing; but what the weights name must be there.
+        if empty and (name == "train" or len(empty) == len(part.windows)):
             known = ", ".join(sorted(component_names(stores)))
-            raise ValueError(f"data.{name}: nothing to pack of {', '.join(empty) or 'all of it'}; there are {known}")
+            what = (", ".join(empty) or "all of it") + _lost(part.windows.values())
+            raise ValueError(f"data.{name}: nothing to pack of {what}; there are {known}")
     return TextData(parts, list(data.weights.values()) if data.weights else None)
+
+
+def _lost(of_all: Iterable[Windows]) -> str:
+    dropped = sum((windows.dropped for windows in of_all), Counter[str]())
+    return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)
 
 
 def component_names(stores: list[TokenStore]) -> list[str]:

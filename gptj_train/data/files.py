@@ -14,8 +14,6 @@ import zstandard
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
-_KINDS = ".jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow"
-
 LONGEST_LINE = 256 * 2**20
 """Bytes; what is longer is no record of text, and would not fit in memory on the way."""
 
@@ -26,7 +24,7 @@ _LARGEST_WINDOW = 2**27  # bytes of history that a frame may ask for: zstd --lon
 _LARGEST_RATIO, _FREE = 1000, 64 * 2**20  # text compresses 3 to 20 times; the first bytes are not judged
 
 
-def find_files(paths: str | list[str], key: str) -> list[Path]:
+def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """The files that paths, folders and globs name, in a fixed order.
 
     Args:
@@ -39,25 +37,25 @@ def find_files(paths: str | list[str], key: str) -> list[Path]:
     for path in [paths] if isinstance(paths, str) else paths:
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
         # A ** matches folders and the files inside them: each file counts once.
-        files = dict.fromkeys(file for match in matches for file in _files_at(Path(match)))
+        files = dict.fromkeys(file for match in matches for file in _files_at(Path(match), suffixes))
         if not files:
             raise ValueError(
-                f"{key}: no {_KINDS} file at {path!r} (looked from {Path.cwd()}); "
+                f"{key}: no {', '.join(suffixes)} file at {path!r} (looked from {Path.cwd()}); "
                 "correct the path; a quickstart's corpus is written by its script, see the preset in configs/config"
             )
         found += files
     if not found:
         raise ValueError(f"{key} is empty; give files, folders or globs")
     for file in found:
-        if not file.name.endswith(SUFFIXES):
-            raise ValueError(f"{key}: {file} is no {_KINDS} file")
+        if not file.name.endswith(suffixes):
+            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
         if not file.is_file():
-            raise ValueError(f"{key}: {file}: not a regular file")
+            raise ValueError(f"{key}: {file} is not a regular file")
     return found
 
 
-def _files_at(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.name.endswith(SUFFIXES)) if path.is_dir() else [path]
+def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.name.endswith(suffixes)) if path.is_dir() else [path]
 
 
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
@@ -71,14 +69,15 @@ def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tupl
     """
     number, parts, size = 1, list[bytes](), 0
     for chunk in chunks(file, progress):
-        first, *others = chunk.split(b"\n")
-        parts.append(first)
-        size += len(first)
-        for other in others:
-            yield number, b"".join(parts)
-            number, parts, size = number + 1, [other], len(other)
-        if size > LONGEST_LINE:
-            raise ValueError(f"{file}:{number}: the line is longer than {LONGEST_LINE // 2**20} MiB; split the record")
+        for turn, part in enumerate(chunk.split(b"\n")):
+            if turn:
+                yield number, b"".join(parts)
+                number, parts, size = number + 1, [], 0
+            parts.append(part)
+            size += len(part)
+            if size > LONGEST_LINE:
+                limit = f"{LONGEST_LINE / 2**20:g} MiB"
+                raise ValueError(f"{file}:{number}: the line is longer than {limit}; split the record")
     if size:
         yield number, b"".join(parts)
 
@@ -98,7 +97,7 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
                 while chunk := watched.read(_CHUNK):
                     yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(f"{file}: damaged or cut off ({error}); fetch it again") from None
+        raise ValueError(f"{file}: damaged, cut off or not unpacked here ({error}); fetch or pack it again") from None
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
 
@@ -118,7 +117,7 @@ class _Watched:
 def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
     """All frames of a file. The package's own readers stop silently where a frame is cut off."""
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-    frame = None
+    frame, ready = None, bytearray()
     taken = given = 0
     while data := raw.read(_CHUNK):
         for start in range(0, len(data), _ZSTD_CHUNK):
@@ -129,10 +128,14 @@ def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
                 taken, given = taken + len(rest), given + len(chunk)
                 if given > _FREE and given > _LARGEST_RATIO * taken:
                     raise ValueError(f"{file}: refused, it unpacks to more than {_LARGEST_RATIO} times its size")
-                yield chunk
+                ready += chunk
                 rest = b""
                 if frame.eof:
                     rest, frame = frame.unused_data, None
                     taken -= len(rest)
-    if frame is not None or not taken:
+            if len(ready) >= _CHUNK:
+                yield bytes(ready)
+                ready.clear()
+    if frame is not None:
         raise ValueError(f"{file}: cut off in the middle of a zstd frame; fetch it again")
+    yield bytes(ready)

@@ -14,6 +14,8 @@ from gptj_train.data.tokenizer import Tokenizer
 
 _DIM, _RESET = "\033[2m", "\033[0m"
 _COLOURS = ("\033[36m", "\033[33m")  # documents in turn
+# Spelt out: a terminal would obey them.
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
 def shown(part: Part, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[str]:
@@ -39,7 +41,7 @@ def _drawn(window: Window, tokenizer: Tokenizer, colour: bool) -> str:
         if owners[start] != owner:
             owner = owners[start]
             drawn.append(f"\n[{owner}] ")
-        text = tokenizer.decode_all(tokens[start:end].tolist())
+        text = tokenizer.decode_all(tokens[start:end].tolist()).translate(_CONTROL)
         paint = _COLOURS[owner % 2] if targets[start] else _DIM
         drawn.append(_painted(text if targets[start] else "{" + text + "}", paint, colour))
     return "".join(drawn).lstrip("\n")

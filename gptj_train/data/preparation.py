@@ -15,11 +15,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import Event, Lock
 
 from filelock import FileLock
 from tqdm import tqdm
@@ -39,7 +40,7 @@ _OPTIONS = (
     "chat_template",
     "component_field",
 )
-"""With these and ``bad_records`` a file gives the same store."""
+"""With these a file gives the same store. ``bad_records`` only says whether one with gaps will do."""
 
 
 def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> list[TokenStore]:
@@ -52,73 +53,102 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
         ValueError: a bad record or file, too large a share of bad records, or no document at all.
     """
     cache = Path(data.cache_dir)
-    folders = {file: cache / _key(file, data, tokenizer) for file in files}
-    if any(not TokenStore.exists(folder) for folder in folders.values()):
+    folders = _folders(files, data, tokenizer)
+    if any(not _usable(folder, data) for folder in folders):
         try:
             cache.mkdir(parents=True, exist_ok=True)
+            with FileLock(cache / "preparing.lock"):
+                for leftover in cache.glob(".making-*"):  # of a process that was killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+                # By folder: a file that is listed twice is made once.
+                found = dict(zip(folders, files, strict=True))
+                _make({folder: found[folder] for folder in found if not _usable(folder, data)}, data, tokenizer)
         except OSError as error:
-            raise ValueError(f"data.cache_dir={cache}: not a folder to write to ({error.strerror})") from None
-        with FileLock(cache / "preparing.lock"):
-            for leftover in cache.glob(".making-*"):  # of a process that was killed
-                shutil.rmtree(leftover)
-            missing = {file: folder for file, folder in folders.items() if not TokenStore.exists(folder)}
-            _make(missing, data, tokenizer)
-    stores = [TokenStore(folder) for folder in folders.values()]
+            raise ValueError(_unwritable(cache, error)) from None
+    stores = [TokenStore(folder) for folder in folders]
     _check(files, stores, data)
-    return [TokenStore(folders[file]) for file in files] if len(files) > len(folders) else stores
+    return stores
 
 
-def _key(file: Path, data: DataConfig, tokenizer: Tokenizer) -> str:
-    facts = file.stat()
-    identity = [str(file.resolve()), facts.st_size, facts.st_mtime_ns]
-    options = [getattr(data, name) for name in _OPTIONS]
-    return hashlib.sha256(json.dumps([FORMAT, tokenizer.digest, identity, options]).encode()).hexdigest()[:24]
+def _folders(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> list[Path]:
+    """Where the store of each file is or will be."""
+    options = [FORMAT, tokenizer.digest, *(getattr(data, name) for name in _OPTIONS)]
+    folders = []
+    for file in files:
+        facts = file.stat()
+        identity = [os.path.abspath(file), facts.st_size, facts.st_mtime_ns]
+        digest = hashlib.sha256(json.dumps([*options, *identity]).encode()).hexdigest()
+        folders.append(Path(data.cache_dir) / digest[:24])
+    return folders
+
+
+def _usable(folder: Path, data: DataConfig) -> bool:
+    return TokenStore.exists(folder) and (data.bad_records == "skip" or not TokenStore(folder).skipped)
 
 
 def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> None:
     skipped = sum((Counter(store.skipped) for store in stores), Counter[str]())
     documents = sum(len(store.ends) for store in stores)
-    if not documents:
-        raise ValueError(f"{', '.join(map(str, files[:3]))}: no text in the data, it is empty")
-    share = skipped.total() / (skipped.total() + documents)
+    share = skipped.total() / max(skipped.total() + documents, 1)
     if share > data.max_bad_share:
         reasons = ", ".join(f"{count:,} of {reason}" for reason, count in skipped.most_common())
         raise ValueError(
-            f"{share:.2%} of the records are bad ({reasons}), more than data.max_bad_share ({data.max_bad_share:.2%})"
+            f"{_named(files)}: {share:.2%} of the records are bad ({reasons}), more than data.max_bad_share "
+            f"({data.max_bad_share:.2%}); data.bad_records=error tells where the first is"
         )
+    if not documents:
+        raise ValueError(f"{_named(files)}: no text in the data, it is empty")
 
 
-def _make(folders: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
-    sizes = {file: file.stat().st_size for file in folders}
-    workers = min(len(folders), os.cpu_count() or 1) if sum(sizes.values()) > _SMALL else 1
+def _unwritable(cache: Path, error: OSError) -> str:
+    return f"data.cache_dir: cannot write into {cache} ({error.strerror or error}); free space or name another folder"
+
+
+def _named(files: list[Path]) -> str:
+    return ", ".join(map(str, files[:3])) + (f" and {len(files) - 3:,} more" if len(files) > 3 else "")
+
+
+def _make(files: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Make the stores: folder -> the file that goes there."""
+    sizes = {folder: file.stat().st_size for folder, file in files.items()}
+    workers = min(len(files), os.cpu_count() or 1) if sum(sizes.values()) > _SMALL else 1
     with _Progress(sum(sizes.values())) as progress:
         if workers == 1:
-            for file, folder in folders.items():
-                make_store(file, folder, data, tokenizer, progress)
+            for folder, file in files.items():
+                with _appearing(folder) as scratch:
+                    _write(scratch, file, data, tokenizer, progress)
             return
-        work: SimpleQueue[Path] = SimpleQueue()
-        for file in sorted(folders, key=lambda file: -sizes[file]):
-            work.put(file)
+        work: SimpleQueue[tuple[Path, Path]] = SimpleQueue()
+        for folder in sorted(files, key=lambda folder: -sizes[folder]):
+            work.put((folder, files[folder]))
+        stop = Event()
         with ThreadPoolExecutor(workers) as threads:
-            done = [
-                threads.submit(_in_processes, work, folders, data, tokenizer, workers, progress) for _ in range(workers)
+            jobs = [
+                threads.submit(_in_another_process, work, data, tokenizer, workers, progress, stop)
+                for _ in range(workers)
             ]
-            for future in done:
-                future.result()
+            try:
+                for job in as_completed(jobs):
+                    job.result()
+            finally:
+                stop.set()
 
 
-def make_store(
-    file: Path, folder: Path, data: DataConfig, tokenizer: Tokenizer, progress: Callable[[int], None]
-) -> None:
-    """Read and tokenize a file into a folder that appears when all of it is there."""
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A scratch folder that gets this name when all is written, and goes away when it is not."""
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
-        skipped: Counter[str] = Counter()
-        write_store(scratch, read_segments(file, data, skipped, progress), skipped, tokenizer, data.kind == "text")
+        yield scratch
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _write(scratch: Path, file: Path, data: DataConfig, tokenizer: Tokenizer, progress: Callable[[int], None]) -> None:
+    skipped: Counter[str] = Counter()
+    write_store(scratch, read_segments(file, data, skipped, progress), skipped, tokenizer, data.kind == "text")
 
 
 class _Progress:
@@ -154,44 +184,54 @@ class _Progress:
 # --- other processes ---
 
 
-def _in_processes(
-    work: SimpleQueue[Path],
-    folders: dict[Path, Path],
+def _in_another_process(
+    work: SimpleQueue[tuple[Path, Path]],
     data: DataConfig,
     tokenizer: Tokenizer,
     workers: int,
     progress: Callable[[int], None],
+    stop: Event,
 ) -> None:
-    """Let one process make stores until there is no more work."""
+    """Let one process write stores until there is no more work. It writes into scratch folders only: were this
+    process killed, what the other one still does would count for nothing.
+    """
     threads = max(1, (os.cpu_count() or 1) // workers)
     env = os.environ | {"RAYON_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "gptj_train.data.preparation"]
-    with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        given = {"data": asdict(data), "tokenizer": tokenizer.to_json(), "end_of_text": tokenizer.end_of_text}
-        print(json.dumps(given), file=process.stdin, flush=True)
-        for file in _until_empty(work):
-            print(json.dumps([str(file), str(folders[file])]), file=process.stdin, flush=True)
-            for answer in map(json.loads, process.stdout):
-                if isinstance(answer, int):
-                    progress(answer)
-                    continue
-                if answer is not None:
-                    for _ in _until_empty(work):
-                        pass  # the others need not begin what will not be used
-                    raise ValueError(answer)
-                break
-            else:
-                raise RuntimeError(f"the process that prepared {file} ended with exit code {process.wait()}")
+    try:
+        with subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            options = {field.name: getattr(data, field.name) for field in fields(DataConfig)}
+            given = {"data": options, "tokenizer": tokenizer.to_json(), "end_of_text": tokenizer.end_of_text}
+            print(json.dumps(given), file=process.stdin, flush=True)
+            while not stop.is_set():
+                try:
+                    folder, file = work.get_nowait()
+                except Empty:
+                    return
+                with _appearing(folder) as scratch:
+                    print(json.dumps([str(scratch), str(file)]), file=process.stdin, flush=True)
+                    _follow(process, file, progress, stop)
+    except BrokenPipeError:
+        raise RuntimeError(f"a process that prepares data ended with exit code {process.returncode}") from None
 
 
-def _until_empty(work: SimpleQueue[Path]) -> Iterator[Path]:
-    while True:
-        try:
-            yield work.get_nowait()
-        except Empty:
+def _follow(process: subprocess.Popen[str], file: Path, progress: Callable[[int], None], stop: Event) -> None:
+    """Take what a process tells of a file: bytes read, and at last what is wrong with it or null."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if stop.is_set():
+            process.kill()
+            process.wait()
+            raise RuntimeError("stopped: another file cannot be prepared")
+        answer = json.loads(line)
+        if isinstance(answer, str):
+            raise ValueError(answer)
+        if answer is None:
             return
+        progress(answer)
+    raise RuntimeError(f"{file}: a process that prepares data ended with exit code {process.wait()}")
 
 
 def _serve() -> None:
@@ -199,14 +239,21 @@ def _serve() -> None:
     data = DataConfig(**given["data"])
     tokenizer = Tokenizer.from_json(given["tokenizer"], given["end_of_text"])
     for line in sys.stdin:
-        file, folder = map(Path, json.loads(line))
+        scratch, file = map(Path, json.loads(line))
         answer = None
         try:
-            make_store(file, folder, data, tokenizer, lambda read: print(read, flush=True))
+            _write(scratch, file, data, tokenizer, lambda read: print(read, flush=True))
         except ValueError as error:
             answer = str(error)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            answer = _unwritable(scratch.parent, error)
         print(json.dumps(answer), flush=True)
 
 
 if __name__ == "__main__":
-    _serve()
+    try:
+        _serve()
+    except BrokenPipeError:
+        os._exit(1)  # nobody is left to hear of it

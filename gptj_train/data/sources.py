@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from gptj_train.data.files import chunks, numbered_lines
+from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, numbered_lines
 from gptj_train.schema import schema
 
-_PIECE = 2**20  # characters of a .txt that are tokenized at once
-_WORD_END = re.compile(r"(?<=\S)\s")
+_PIECE = 2**20  # characters that are tokenized at once
+# Every byte-level BPE in use begins a new word here: the ids are those of the whole.
+_WORD_END = re.compile(r"(?<=[^\W_])[ \n\r\t]")
+_TEXT_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
+_ROLE = re.compile(r"[\w -]+")
 _ROWS = 1000
-_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream
 
 
 @schema
@@ -66,10 +70,10 @@ class Segment(NamedTuple):
 
 
 class BadRecordError(ValueError):
-    """A record that cannot be used: ``where`` and ``reason`` apart, since reasons are counted."""
+    """A record that cannot be used. The reasons are counted, so they name no particulars; the advice may."""
 
-    def __init__(self, where: str, reason: str, advice: str) -> None:
-        super().__init__(f"{where}: {reason}; {advice}, or skip such records with data.bad_records=skip")
+    def __init__(self, reason: str, advice: str) -> None:
+        super().__init__(f"{reason}; {advice}")
         self.reason = reason
 
 
@@ -87,41 +91,62 @@ def read_segments(
     Raises:
         ValueError: a bad record, named by file and line or row, or a file that cannot be read.
     """
-    if ".txt" in file.suffixes:
+    if file.name.endswith(_TEXT_SUFFIXES):
         yield from _text_file(file, data, progress)
         return
+    name = _without_suffix(file)
     for where, record in _records(file, progress):
         try:
-            document = _document(record, where, file, data)
+            document = _document(record, name, data)
         except BadRecordError as error:
             if data.bad_records == "error":
-                raise
+                raise ValueError(f"{where}: {error}, or skip such records with data.bad_records=skip") from None
             skipped[error.reason] += 1
             continue
-        yield from document
+        for segment in document:
+            *parts, rest = _pieces(segment.text)
+            yield from (segment._replace(text=part, last=False) for part in parts)
+            yield segment._replace(text=rest)
+
+
+def _without_suffix(file: Path) -> str:
+    longest = max((suffix for suffix in SUFFIXES if file.name.endswith(suffix)), key=len, default="")
+    return file.name.removesuffix(longest) or file.name
 
 
 def _text_file(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:
-    """One document in pieces that end before white space, where every byte-level BPE begins a new word."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    held, read, pieces = "", 0, 0
+    if data.kind != "text":
+        raise ValueError(f"{file}: a .txt file holds no {data.kind} records; give .jsonl, or set data.kind=text")
+    component = Path(os.path.abspath(file)).parent.name or file.name
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    held, read, began = "", 0, False
     try:
         for chunk in chunks(file, progress):
-            held += decoder.decode(chunk)
             read += len(chunk)
-            while len(held) > _PIECE:
-                found = _WORD_END.search(held, _PIECE)
-                if found is None and len(held) < 2 * _PIECE:
-                    break
-                cut = found.start() if found else _PIECE  # text without white space
-                yield Segment(_checked(held[:cut], str(file)), file.parent.name, last=False)
-                held, pieces = held[cut:], pieces + 1
+            *parts, held = _pieces(held + decoder.decode(chunk))
+            for part in parts:
+                yield Segment(_checked(part), component, last=False)
+                began = True
+            if len(held) > LONGEST_LINE:
+                raise BadRecordError("no white space over a long stretch", "this is no text, remove it from the data")
         held += decoder.decode(b"", final=True)
+        if not began and not held.strip():
+            raise BadRecordError("no text in it", "remove it from the data")
+        yield Segment(_checked(held), component)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} after byte {read}); convert it") from None
-    if not pieces and not held.strip():
-        raise ValueError(f"{file}: no text in it; remove it from the data")
-    yield Segment(_checked(held, str(file)), file.parent.name)
+        place = read - len(error.object) + error.start
+        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {place:,}); convert it") from None
+    except BadRecordError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A long text in pieces that end where a word does, however it is tokenized."""
+    start = 0
+    while len(text) - start > _PIECE and (found := _WORD_END.search(text, start + _PIECE)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def _records(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
@@ -134,72 +159,88 @@ def _records(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[str,
 
 def _rows(file: Path, progress: Callable[[int], None]) -> Iterator[Any]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    size, told = file.stat().st_size, 0
     try:
         with pa.memory_map(str(file)) as source:
-            for batch in pq.ParquetFile(source).iter_batches(_ROWS) if file.suffix == ".parquet" else _arrow(source):
+            for share, batch in _batches(source, file.suffix):
                 yield from batch.to_pylist()
-        progress(file.stat().st_size)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+                progress(int(size * share) - told)
+                told = int(size * share)
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also of values that Python has not
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
+    progress(size - told)
 
 
-def _arrow(source: Any) -> Iterator[Any]:
-    """The batches of an arrow file or of a stream, which ``datasets`` writes."""
+def _batches(source: Any, suffix: str) -> Iterator[tuple[float, Any]]:
+    """(share of the file that is read with it, record batch)."""
     import pyarrow as pa
+    import pyarrow.parquet as pq
 
-    if source.read_at(6, 0) == b"ARROW1":
-        file = pa.ipc.open_file(source)
-        yield from (file.get_batch(number) for number in range(file.num_record_batches))
-    elif source.read_at(len(_ARROW_END), source.size() - len(_ARROW_END)) != _ARROW_END:
+    if suffix == ".parquet":
+        table, rows = pq.ParquetFile(source), 0
+        for batch in table.iter_batches(batch_size=_ROWS):
+            rows += batch.num_rows
+            yield rows / table.metadata.num_rows, batch
+        return
+    if source.read(6) == b"ARROW1":  # the format with an index at its end
+        table = pa.ipc.open_file(source)
+        for number in range(table.num_record_batches):
+            yield (number + 1) / table.num_record_batches, table.get_batch(number)
+        return
+    if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
         raise pa.ArrowInvalid("it has no end, it is cut off")
-    else:
-        yield from pa.ipc.open_stream(source)
+    source.seek(0)
+    for batch in pa.ipc.open_stream(source):
+        yield source.tell() / source.size(), batch
 
 
-def _parsed(line: bytes, where: str) -> Any:
+def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8-sig"))
+        return json.loads(line.decode())
     except UnicodeDecodeError as error:
-        raise BadRecordError(where, "not UTF-8 text", f"convert it (byte {error.start} of the line)") from None
+        raise BadRecordError(
+            "not UTF-8 text", f"convert it ({error.reason} at byte {error.start} of the line)"
+        ) from None
     except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-        raise BadRecordError(where, "not a line of JSON", f"each line must be one record ({error})") from None
+        raise BadRecordError("not a line of JSON", f"each line must be one record ({error})") from None
 
 
-def _document(raw: Any, where: str, file: Path, data: DataConfig) -> list[Segment]:
-    record = _parsed(raw, where) if isinstance(raw, bytes) else raw
+def _document(raw: Any, name: str, data: DataConfig) -> list[Segment]:
+    record = _parsed(raw) if isinstance(raw, bytes) else raw
     if not isinstance(record, dict):
-        raise BadRecordError(where, "not a record", "write an object with a text in it")
-    component = _component(record, data.component_field) or file.name.partition(".")[0]
+        raise BadRecordError("not a record", "write an object with a text in it")
+    component = _component(record, data.component_field) or name
     if data.kind == "text":
-        return [Segment(_text(record, data.text_field, "data.text_field", where), component)]
+        return [Segment(_text(record, data.text_field, "data.text_field"), component)]
     if data.kind == "completion":
-        prompt = _text(record, data.prompt_field, "data.prompt_field", where)
-        response = _text(record, data.response_field, "data.response_field", where)
+        prompt = _text(record, data.prompt_field, "data.prompt_field")
+        response = _text(record, data.response_field, "data.response_field")
         return [Segment(prompt, component, target=False, last=False), Segment(response, component)]
-    return _chat(record.get(data.messages_field), component, data, where)
+    return _chat(record.get(data.messages_field), component, data)
 
 
-def _chat(messages: Any, component: str, data: DataConfig, where: str) -> list[Segment]:
+def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
     """Each message between the halves of the template; what the assistant says, and how it ends it, is the target."""
     if not isinstance(messages, list) or not messages:
-        raise BadRecordError(where, "no messages", f"set data.messages_field (now {data.messages_field})")
+        raise BadRecordError("no messages", f"set data.messages_field (now {data.messages_field})")
     before, after = data.chat_template.split("{content}")
     segments = []
     for message in messages:
         role, content = (message.get(name) if isinstance(message, dict) else None for name in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):
-            raise BadRecordError(where, "a message without role and content", "give both, as texts")
+            raise BadRecordError("a message without role and content", "give both, as texts")
+        if not _ROLE.fullmatch(role):  # it becomes part of the template, and may spell no special token
+            raise BadRecordError("a role that is no name", "write it in letters, digits, _ and -")
         said = role == "assistant"
         segments += [
-            Segment(before.replace("{role}", _checked(role, where)), component, False, True, False),
-            Segment(_checked(content, where), component, said, False, False),
+            Segment(before.replace("{role}", role), component, False, True, False),
+            Segment(_checked(content), component, said, False, False),
             Segment(after.replace("{role}", role), component, said, True, False),
         ]
     if not any(segment.target for segment in segments):
-        raise BadRecordError(where, "nothing said by the assistant", "there is nothing to learn from it")
+        raise BadRecordError("nothing said by the assistant", "there is nothing to learn from it")
     return [*(segment for segment in segments[:-1] if segment.text), segments[-1]._replace(last=True)]
 
 
@@ -207,21 +248,21 @@ def _component(record: dict[str, Any], field: str) -> str:
     value: Any = record
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return value if isinstance(value, str) else ""
+    return _checked(value) if isinstance(value, str) else ""
 
 
-def _text(record: dict[str, Any], field: str, key: str, where: str) -> str:
+def _text(record: dict[str, Any], field: str, key: str) -> str:
     text = record.get(field)
     if not isinstance(text, str) or not text:
-        raise BadRecordError(where, f"no text in field {field!r}", f"set {key} or correct the record")
-    return _checked(text, where)
+        raise BadRecordError(f"no text in field {field!r}", f"set {key} or correct the record")
+    return _checked(text)
 
 
-def _checked(text: str, where: str) -> str:
+def _checked(text: str) -> str:
     if "\0" in text:
-        raise BadRecordError(where, "a NUL character in the text", "remove it: this is no text, or was cut off")
+        raise BadRecordError("a NUL character in the text", "remove it: this is no text, or was cut off")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise BadRecordError(where, "a lone surrogate in the text", "this is no valid Unicode, correct it") from None
+        raise BadRecordError("a lone surrogate in the text", "this is no valid Unicode, correct it") from None
     return text

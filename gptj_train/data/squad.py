@@ -14,6 +14,7 @@ from gptj_train.data.files import find_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.schema import schema
 
+SUFFIXES = (".json", ".jsonl")
 SEPARATOR = "\n"
 
 
@@ -45,8 +46,8 @@ def read_questions(data: QADataConfig) -> tuple[list[Question], list[Question]]:
     Raises:
         ValueError: a path that matches nothing, or a bad record, named by file and place.
     """
-    train = find_files(data.train, "data.train")
-    validation = find_files(data.validation, "data.validation") if data.validation else []
+    train = find_files(data.train, "data.train", SUFFIXES)
+    validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
     return read_files(train), read_files(validation) if validation else []
 
 

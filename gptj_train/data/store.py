@@ -26,6 +26,7 @@ FORMAT = 2
 """Raise when reading or tokenizing changes what it writes, so that no old store is taken for a new one."""
 
 _DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16)])
+_MOST_COMPONENTS = 2**16
 _CHARACTERS_AT_ONCE = 4_000_000
 
 
@@ -83,9 +84,9 @@ def write_store(
                 if segment.last:
                     rows.append((end, size, names.setdefault(segment.component, len(names))))
                     size = 0
+            if len(names) > _MOST_COMPONENTS:
+                raise ValueError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
             np.array(rows, dtype=_DOCUMENT).tofile(documents)
-        if len(names) > np.iinfo(np.uint16).max:
-            raise ValueError(f"data.component_field: {len(names):,} components are too many; name another field")
     if all_targets:
         (folder / "targets.bin").unlink()
     told: dict[str, Any] = {"dtype": np.dtype(dtype).name, "components": list(names), "skipped": dict(skipped)}

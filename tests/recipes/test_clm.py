@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -41,10 +42,18 @@ def recipe(tmp_path: Path, ranks: int, *overrides: str) -> subprocess.CompletedP
         "tokenizer": "tokenizer",
         "data.train": "train.jsonl",
         "data.validation": "validation.jsonl",
+        "data.forgetting": "known.txt",
         "data.cache_dir": "cache",
     }
     given = [f"{key}={tmp_path / name}" for key, name in paths.items()]
-    steps = ["sequence_length=32", "optim.lr=1e-2", "optim.warmup_steps=1", "eval_every=4", "sample_prompt='One '"]
+    steps = [
+        "data.weights={even: 3, odd: 1}",
+        "sequence_length=32",
+        "optim.lr=1e-2",
+        "optim.warmup_steps=1",
+        "eval_every=4",
+        "sample_prompt='One '",
+    ]
     return subprocess.run(
         [*command, *tiny, *given, *steps, *overrides],
         cwd=ROOT,
@@ -61,7 +70,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clm")
     texts = [RHYME * (1 + number % 4) for number in range(60)]
     for split, part in (("train", texts[:50]), ("validation", texts[50:])):
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        records = [
+            {"text": text, "meta": {"pile_set_name": "odd" if number % 2 else "even"}}
+            for number, text in enumerate(part)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "known.txt").write_text("something else entirely, known before. " * 3)
     (folder / "tokenizer").mkdir()
     Tokenizer.train(texts, 300).save(folder / "tokenizer")
     return folder
@@ -86,13 +100,24 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert all(line.keys() == KEYS for line in steps)
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 4, 8, 12, 16]
-    assert {"perplexity", "bits_per_byte"} < evaluations[0].keys()
+    metrics = ("eval_loss", "perplexity", "bits_per_byte")
+    of_components = {f"{metric}/{name}" for metric in metrics for name in ("even", "odd", "forgetting")}
+    assert all(line.keys() == {"step", "tokens", *metrics, *of_components} for line in evaluations)
+    assert evaluations[-1]["eval_loss/forgetting"] > evaluations[-1]["eval_loss"]
+    for name in sorted(of_components):
+        assert f">Held-out {name}</h2>" in (run / "report.html").read_text()
+    epochs = next(line for line in first.stdout.splitlines() if line.startswith("epochs "))
+    assert re.fullmatch(r"epochs +even \d+\.\d\d, odd \d+\.\d\d", epochs)
     assert evaluations[-1]["eval_loss"] < 0.6 * evaluations[0]["eval_loss"]
 
     # Both ran quietly: nothing on stderr, no line twice as if two ranks had spoken.
     for done in (first, again):
         assert done.stderr == ""
-        said = [line for line in done.stdout.splitlines() if line.startswith(("step ", "saved ", "data ", "batch "))]
+        said = [
+            line
+            for line in done.stdout.splitlines()
+            if line.startswith(("step ", "saved ", "data ", "batch ", "epochs "))
+        ]
         assert len(said) == len(set(said)) > 3
         assert "warning" not in done.stdout.lower()
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zstandard
 
 from gptj_train import GPTJConfig
 from gptj_train.data.tokenizer import Tokenizer
@@ -51,6 +52,7 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "loop.jsonl").symlink_to(tmp_path / "loop.jsonl")
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    (tmp_path / "cut_off.jsonl.zst").write_bytes(zstandard.compress(GOOD_RECORDS.encode())[:-5])
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     shape.save_pretrained(tmp_path / "weightless")
@@ -124,14 +126,14 @@ MISTAKES = {
         "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
         "the nearest that does is global_batch_size=32",
     ),
-    "missing data": (
-        ["data.train={}/nowhere/*.jsonl"],
-        "data.train: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at '{}/nowhere/",
+    "missing data": (["data.train={}/nowhere/*.jsonl"], ".parquet, .arrow file at '{}/nowhere/*.jsonl' (looked from"),
+    "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "data of another kind": (
+        ["data.train={}/not_a_model/readme"],
+        "data.train: {}/not_a_model/readme is none of .jsonl",
     ),
-    "missing held-out data": (
-        ["data.validation={}/gone"],
-        "data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow file at '{}/gone",
-    ),
+    "no training data": (["data.train=null"], "data.train is null; give files to train on"),
     "no data": (["data.train=[]"], "data.train is empty; give files, folders or globs"),
     "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: no text in the data, it is empty"),
     "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: no text in the data, it is empty"),
@@ -144,7 +146,16 @@ MISTAKES = {
         "{}/textless.jsonl:21: no text in field 'text'; set data.text_field or correct the record",
     ),
     "lone surrogate": (["data.train={}/surrogate.jsonl"], "{}/surrogate.jsonl:1: a lone surrogate in the text"),
-    "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text; convert it (byte 13"),
+    "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text; convert it ("),
+    "too many bad records": (
+        ["data.train={}/broken.jsonl", "data.bad_records=skip"],
+        "{}/broken.jsonl: 4.76% of the records are bad (1 of not a line of JSON), more than data.max_bad_share (1.00%)",
+    ),
+    "cut off": (["data.train={}/cut_off.jsonl.zst"], "{}/cut_off.jsonl.zst: cut off in the middle of a zstd frame"),
+    "template without a place": (["data.chat_template=x"], "data.chat_template must hold {content} once"),
+    "weight of nothing": (["data.weights={a: 1}"], "data.train: nothing to pack of a; there are train"),
+    "no share": (["data.weights={train: 0}"], "data.weights must be above 0"),
+    "kind without its fields": (["data.kind=chat"], "{}/train.jsonl:1: no messages; set data.messages_field"),
     "bad held-out record": (["data.validation={}/textless.jsonl"], "{}/textless.jsonl:21: no text in field 'text'"),
     "ids beyond the vocabulary": (
         ["model.vocab_size=270"],

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
+from itertools import chain, pairwise
 
-import torch
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_train.data.loader import Mixture, evaluation_batches, fingerprint, micro_batches_at, permuted, sample_at
+from gptj_train.data.loader import (
+    Mixture,
+    evaluation_batches,
+    micro_batches_at,
+    micro_positions_at,
+    permuted,
+    sample_at,
+)
+
+CYCLE = 10_000
 
 small = st.integers(1, 4)
 windows_strategy = st.integers(1, 60)
@@ -68,52 +77,7 @@ def test_epochs_and_seeds_are_shuffled_differently() -> None:
 
 def test_the_order_is_the_one_that_saved_runs_were_trained_in() -> None:
     assert [sample_at(place, 8, seed=0) for place in range(16)] == [0, 3, 5, 1, 6, 2, 4, 7, 5, 2, 4, 0, 7, 1, 3, 6]
-
-
-@given(st.integers(1, 3000), st.lists(st.integers(0, 2**70), max_size=3))
-def test_permuted_is_a_permutation(size: int, key: list[int]) -> None:
-    assert sorted(permuted(index, size, *key) for index in range(size)) == list(range(size))
-
-
-def test_permuted_looks_random() -> None:
-    """Neighbours go far apart, no place is favoured, and a key leaves about one index where it was."""
-    size, keys = 1000, 200
-    places = [[permuted(index, size, key) for index in range(size)] for key in range(keys)]
-    fixed = sum(place == index for own in places for index, place in enumerate(own)) / keys
-    assert 0.6 < fixed < 1.5
-    apart = sum(abs(own[i + 1] - own[i]) for own in places for i in range(size - 1)) / keys / (size - 1)
-    assert 0.31 * size < apart < 0.36 * size  # a third, of two independent places
-    means = [sum(own[index] for own in places) / keys for index in range(size)]
-    assert max(abs(mean - size / 2) for mean in means) < 5 * size / 12**0.5 / keys**0.5
-
-
-def test_any_place_of_a_huge_corpus_is_found_at_once() -> None:
-    assert 0 <= sample_at(10**15, 10**10, 3) < 10**10
-
-
-def test_a_mixture_keeps_its_shares_and_each_component_its_epochs() -> None:
-    mixture = Mixture([7, 100, 40], [1, 2, 0.5], seed=4)
-    drawn = [mixture.at(position) for position in range(20_000)]
-    counts = [sum(component == c for component, _ in drawn) for c in range(3)]
-    assert counts == [5714, 11428, 2858]
-    for component, size in enumerate(mixture.sizes):
-        times = Counter(window for c, window in drawn if c == component)
-        whole = counts[component] // size
-        assert times.keys() == set(range(size))
-        assert set(times.values()) <= {whole, whole + 1}
-        assert mixture.epochs(20_000)[component] == counts[component] / size
-    assert drawn == [mixture.at(position) for position in range(20_000)]
-    assert drawn[:100] != [Mixture([7, 100, 40], [1, 2, 0.5], seed=5).at(position) for position in range(100)]
-
-
-def test_without_weights_every_window_comes_once_an_epoch() -> None:
-    mixture = Mixture([3, 5], None, seed=1)
-    first, second = ([(component, window) for window in range(size)] for component, size in enumerate((3, 5)))
-    assert sorted(mixture.at(position) for position in range(8)) == first + second
-    assert [mixture.at(position)[1] + 3 * mixture.at(position)[0] for position in range(24)] == [
-        sample_at(position, 8, 1) for position in range(24)
-    ]
-    assert mixture.epochs(24) == [3, 3]
+    assert [sample_at(place, 10**12, seed=0) for place in (0, 1, 10**12)] == [708517909475, 435097626347, 315768234181]
 
 
 def test_asking_again_in_any_order_gives_the_same() -> None:
@@ -138,21 +102,106 @@ def test_evaluation_by_hand() -> None:
     assert evaluation_batches(1, 2, 1, 2) == [[None, None]]
 
 
-def padded_to_each_other(rows: list[list[int]], micro: int) -> list[dict[str, torch.Tensor]]:
-    batches = []
-    for first in range(0, len(rows), micro):
-        part = rows[first : first + micro]
-        longest = max(map(len, part))
-        ids = [row + [0] * (longest - len(row)) for row in part]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in part]
-        batches.append({"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)})
-    return batches
+# --- the permutation ---
 
 
-def test_a_fingerprint_is_of_the_samples_not_of_their_grouping() -> None:
-    rows = [[5, 6, 7], [8], [9, 10], [11, 12, 13, 14]]
-    known = {fingerprint(padded_to_each_other(rows, micro)) for micro in (1, 2, 4)}
-    assert len(known) == 1
-    others = [rows[::-1], rows[:3], [[5, 6, 7], [8], [9, 10], [11, 12, 13, 15]], [[5, 6], [7, 8], [9, 10], rows[3]]]
-    prints = [fingerprint(padded_to_each_other(other, 2)) for other in others]
-    assert len({*known, *prints}) == 5
+@given(st.integers(1, 700), seeds, st.integers(0, 9))
+def test_a_permutation_takes_each_index_once(size: int, seed: int, epoch: int) -> None:
+    assert sorted(permuted(index, size, seed, epoch) for index in range(size)) == list(range(size))
+
+
+@given(st.integers(1, 2**60), seeds, st.data())
+def test_a_permutation_of_any_size_stays_within_it(size: int, seed: int, data: st.DataObject) -> None:
+    index = data.draw(st.integers(0, size - 1))
+    assert 0 <= permuted(index, size, seed) < size
+
+
+@pytest.mark.parametrize("size", [64, 100, 1000, 1025])
+def test_a_permutation_looks_like_chance(size: int) -> None:
+    orders = [[permuted(index, size, seed, epoch) for index in range(size)] for seed in range(20) for epoch in range(5)]
+    # Of a shuffled order one index on average stays where it is, one follows its predecessor, one equals another's.
+    fixed = sum(order[index] == index for order in orders for index in range(size))
+    steps = sum(after - before == 1 for order in orders for before, after in pairwise(order))
+    same = sum(a == b for one, other in pairwise(orders) for a, b in zip(one, other, strict=True))
+    for count in (fixed, steps, same):
+        assert 60 < count < 140  # 100 orders: 4 standard deviations of a Poisson count
+    # Halves mix: a shuffled order takes half of its lower half from the lower half.
+    low = [sum(index < size // 2 for index in order[: size // 2]) for order in orders]
+    assert abs(sum(low) / len(low) - size / 4) < size / 50
+
+
+def test_tiny_orders_are_all_there() -> None:
+    assert {tuple(permuted(index, 3, seed) for index in range(3)) for seed in range(200)} == {
+        (0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)
+    }  # fmt: skip
+    assert permuted(0, 1, 5) == 0
+
+
+# --- mixtures ---
+
+sizes_and_weights = st.lists(st.tuples(st.integers(1, 300), st.floats(0.01, 10)), min_size=1, max_size=4)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), seeds)
+def test_without_weights_every_window_once_an_epoch(sizes: list[int], seed: int) -> None:
+    mixture, total = Mixture(sizes, None, seed), sum(sizes)
+    everything = [(component, window) for component, size in enumerate(sizes) for window in range(size)]
+    for epoch in range(2):
+        assert sorted(mixture.at(epoch * total + place) for place in range(total)) == everything
+    assert mixture.epochs(3 * total) == pytest.approx([3.0] * len(sizes))
+
+
+@pytest.mark.parametrize(
+    ("weights", "shares"),
+    [
+        ([0.7, 0.2, 0.1], [7000, 2000, 1000]),
+        ([14, 4, 2], [7000, 2000, 1000]),
+        ([1, 1, 1], [3334, 3333, 3333]),
+        ([1e6, 1, 1], [9998, 1, 1]),
+        ([1], [10000]),
+    ],
+)
+def test_weights_are_kept_exactly_in_each_cycle(weights: list[float], shares: list[int]) -> None:
+    mixture = Mixture([17, 230, 4000][: len(weights)], weights, seed=3)
+    for cycle in range(2):
+        drawn = Counter(mixture.at(cycle * CYCLE + place)[0] for place in range(CYCLE))
+        assert [drawn[component] for component in range(len(weights))] == shares
+    # And the components come mixed, not one after the other.
+    first = [mixture.at(place)[0] for place in range(1000)]
+    for component, share in enumerate(shares):
+        assert abs(first.count(component) - share / 10) < 60
+
+
+def test_each_component_has_its_own_epochs() -> None:
+    sizes = [7, 450, 3000]
+    mixture = Mixture(sizes, [0.5, 0.3, 0.2], seed=1)
+    seen: list[list[int]] = [[], [], []]
+    for position in range(2 * CYCLE + 1234):
+        component, window = mixture.at(position)
+        seen[component].append(window)
+    # The order within a cycle is shuffled, so that epochs are told apart cycle by cycle: 5000 of 7, 3000 of 450, ...
+    for component, share in enumerate((5000, 3000, 2000)):
+        counts = Counter(seen[component][: 2 * share])
+        most, least = max(counts.values()), min(counts[window] for window in range(sizes[component]))
+        assert most - least <= 1
+    assert mixture.epochs(2 * CYCLE) == pytest.approx([10000 / 7, 6000 / 450, 4000 / 3000])
+
+
+@given(sizes_and_weights, seeds, st.integers(0, 10**9))
+def test_a_mixture_is_a_function_of_the_position(pairs: list[tuple[int, float]], seed: int, position: int) -> None:
+    sizes, weights = [size for size, _ in pairs], [weight for _, weight in pairs]
+    component, window = Mixture(sizes, weights, seed).at(position)
+    assert Mixture(sizes, weights, seed).at(position) == (component, window)
+    assert 0 <= window < sizes[component]
+
+
+def test_seeds_mix_differently() -> None:
+    drawn = {tuple(Mixture([50, 50], [1, 1], seed).at(place) for place in range(60)) for seed in range(10)}
+    assert len(drawn) == 10
+
+
+@given(st.integers(0, 40), small, small, small)
+def test_any_world_sees_the_same_stream_of_positions(step: int, micro: int, world: int, accumulation: int) -> None:
+    total = micro * world * accumulation
+    ranks = [micro_positions_at(step, total, micro, rank, world) for rank in range(world)]
+    assert in_turn(ranks) == list(range(step * total, (step + 1) * total))

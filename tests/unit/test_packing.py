@@ -1,140 +1,261 @@
-"""Windows: every token in one of them or counted as dropped; document ids say who owns it."""
+"""Windows over documents: every token in one window or counted as dropped; document ids say who owns it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from text_data import FakeStore
 
-from gptj_train.data.packing import PADDING, BestFitWindows, ContiguousWindows, Documents, Windows
+from gptj_train.data.packing import PADDING, BestFitWindows, ContiguousWindows, Documents, Window, Windows
+from gptj_train.data.sources import Segment
+from gptj_train.data.store import TokenStore, write_store
+from gptj_train.data.tokenizer import Tokenizer
 
-FILL = 7
-documents = st.lists(st.lists(st.integers(10, 99), min_size=1, max_size=30), min_size=1, max_size=12)
-lengths = st.integers(2, 12)
-
-
-def contiguous(texts: Any, length: int) -> ContiguousWindows:
-    return ContiguousWindows(Documents([FakeStore(texts)]), length, FILL)  # type: ignore[list-item]
-
-
-def best_fit(texts: Any, length: int, flags: Any = None) -> BestFitWindows:
-    return BestFitWindows(Documents([FakeStore(texts, flags)]), length, FILL, flags is not None)  # type: ignore[list-item]
+FILL = 999
+documents = st.lists(st.lists(st.integers(0, 99), min_size=1, max_size=30), max_size=12)
+lengths = st.integers(1, 12)
+examples = st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=30), max_size=12)
 
 
-def everything(windows: Windows) -> tuple[list, list]:
-    found = [windows[index] for index in range(len(windows))]
-    return [window.tokens.tolist() for window in found], [window.document_ids.tolist() for window in found]
+def store_of(texts: list[list[int]], targets: list[list[bool]] | None = None, names: str = "") -> Any:
+    """What a ``TokenStore`` holds, in memory; ``names`` has a letter for each document's component."""
+    known = list(dict.fromkeys(names)) or ["all"]
+    return SimpleNamespace(
+        tokens=np.array([token for text in texts for token in text], dtype=np.uint16),
+        targets=None if targets is None else np.array([flag for flags in targets for flag in flags], dtype=bool),
+        ends=np.cumsum([len(text) for text in texts], dtype=np.int64),
+        bytes=np.array([2 * len(text) for text in texts], dtype=np.int64),
+        components=np.array([known.index(name) for name in names] or [0] * len(texts), dtype=np.uint16),
+        names=known,
+        skipped={},
+    )
 
 
-def reference(texts: list[list[int]], length: int) -> Iterator[tuple[list[int], list[int]]]:
-    """The joined stream, token by token."""
-    stream = [(token, number) for number, text in enumerate(texts) for token in text]
-    for start in range(0, len(stream), length):
-        part = stream[start : start + length]
-        first = part[0][1]
-        empty = length - len(part)
-        yield [t for t, _ in part] + [FILL] * empty, [n - first + 1 for _, n in part] + [PADDING] * empty
+def reference(texts: Iterable[list[int]], length: int) -> Iterator[tuple[list[int], list[int]]]:
+    """(tokens, document ids) of contiguous windows, token by token."""
+    tokens: list[int] = []
+    owners: list[int] = []
+    for text in texts:
+        owner = owners[-1] + 1 if owners else 1
+        for token in text:
+            tokens.append(token)
+            owners.append(owner)
+            if len(tokens) == length:
+                yield tokens, owners
+                tokens, owners, owner = [], [], 1
+    if tokens:
+        missing = length - len(tokens)
+        yield tokens + [FILL] * missing, owners + [PADDING] * missing
 
 
-def test_by_hand() -> None:
-    tokens, owners = everything(contiguous([[1, 2], [3, 4, 5, 6], [7], [8, 9]], 4))
-    assert tokens == [[1, 2, 3, 4], [5, 6, 7, 8], [9, FILL, FILL, FILL]]
+def contiguous(texts: list[list[int]], length: int) -> ContiguousWindows:
+    return ContiguousWindows(Documents([store_of(texts)]), length, FILL)
+
+
+def best_fit(texts: list[list[int]], length: int) -> BestFitWindows:
+    return BestFitWindows(Documents([store_of(texts)]), length, FILL, supervised=False)
+
+
+def all_of(windows: Windows) -> list[Window]:
+    return [windows[index] for index in range(len(windows))]
+
+
+def stretches(window: Window) -> list[list[int]]:
+    """The tokens of each document in a window."""
+    return [window.tokens[window.document_ids == owner].tolist() for owner in range(1, window.document_ids.max() + 1)]
+
+
+# --- contiguous ---
+
+
+def test_contiguous_by_hand() -> None:
+    windows = contiguous([[1, 2], [3, 4, 5, 6], [7], [8, 9]], 4)
+    assert [window.tokens.tolist() for window in all_of(windows)] == [[1, 2, 3, 4], [5, 6, 7, 8], [9, FILL, FILL, FILL]]
     # The documents 3456 and 89 cross a border: they are number 1 of the next window.
-    assert owners == [[1, 1, 2, 2], [1, 1, 2, 3], [1, 0, 0, 0]]
+    assert [window.document_ids.tolist() for window in all_of(windows)] == [[1, 1, 2, 2], [1, 1, 2, 3], [1, 0, 0, 0]]
+    assert windows[2].targets.tolist() == [True, False, False, False]
+    assert (windows.tokens, windows.padding, windows.dropped.total()) == (9, 3, 0)
+    assert {array.dtype for window in all_of(windows) for array in window[:2]} == {np.dtype(np.int64)}
+
+
+def test_nothing_gives_no_window() -> None:
+    assert len(contiguous([], 4)) == len(best_fit([], 4)) == 0
 
 
 @given(documents, lengths)
-def test_contiguous_windows_are_the_stream(texts: list[list[int]], length: int) -> None:
+def test_contiguous_windows_are_those_of_the_reference(texts: list[list[int]], length: int) -> None:
     windows = contiguous(texts, length)
-    tokens, owners = everything(windows)
     expected = list(reference(texts, length))
-    assert tokens == [window for window, _ in expected]
-    assert owners == [numbers for _, numbers in expected]
-    assert windows.padding == sum(row.count(PADDING) for row in owners)
-    assert not windows.dropped
+    assert [(w.tokens.tolist(), w.document_ids.tolist()) for w in all_of(windows)] == expected
+    assert all((w.targets == (w.document_ids != PADDING)).all() for w in all_of(windows))
+    assert windows.padding == sum(owners.count(PADDING) for _, owners in expected)
+    assert windows.padding < length
 
 
-@given(documents, documents, lengths)
-def test_several_stores_are_one_stream(some: list[list[int]], others: list[list[int]], length: int) -> None:
-    two = ContiguousWindows(Documents([FakeStore(some), FakeStore(others)]), length, FILL)  # type: ignore[list-item]
-    assert everything(two) == everything(contiguous(some + others, length))
+@given(documents, lengths, st.integers(0, 12))
+def test_several_stores_are_one_stream(texts: list[list[int]], length: int, cut: int) -> None:
+    stores = [store_of(texts[:cut]), store_of([]), store_of(texts[cut:])]
+    windows = ContiguousWindows(Documents(stores), length, FILL)
+    assert [(w.tokens.tolist(), w.document_ids.tolist()) for w in all_of(windows)] == list(reference(texts, length))
 
 
-def test_a_component_is_its_documents_alone() -> None:
-    stores = [
-        FakeStore([[1, 2], [3]], component="a"),
-        FakeStore([[4, 5]], component="b"),
-        FakeStore([[6]], component="a"),
-    ]
-    tokens, _ = everything(ContiguousWindows(Documents(stores, "a"), 4, FILL))  # type: ignore[arg-type]
-    assert tokens == [[1, 2, 3, 6]]
-    assert len(Documents(stores, "missing")) == 0  # type: ignore[arg-type]
+def test_windows_can_be_asked_for_in_any_order_and_changed() -> None:
+    windows = contiguous([[1, 2, 3], [4, 5]], 2)
+    windows[1].tokens[:] = 77
+    assert [windows[index].tokens.tolist() for index in (2, 0, 1)] == [[5, FILL], [1, 2], [3, 4]]
 
 
-def test_best_fit_by_hand() -> None:
-    texts = [[1] * 5, [2] * 3, [3] * 2, [4] * 6, [5] * 4]
-    tokens, owners = everything(best_fit(texts, 8))
-    assert sorted(map(sorted, tokens)) == [[1] * 5 + [2] * 3, [3] * 2 + [4] * 6, [5] * 4 + [FILL] * 4]
-    assert all(row[0] == 1 for row in owners)
+# --- components ---
+
+
+@given(documents, st.data())
+def test_a_component_has_its_own_documents_in_their_order(texts: list[list[int]], data: st.DataObject) -> None:
+    names = "".join(data.draw(st.lists(st.sampled_from("abc"), min_size=len(texts), max_size=len(texts))))
+    cut = data.draw(st.integers(0, len(texts)))
+    stores = [store_of(texts[:cut], names=names[:cut]), store_of(texts[cut:], names=names[cut:])]
+    for component in "abcd":
+        own = [text for text, name in zip(texts, names, strict=True) if name == component]
+        found = Documents(stores, component)
+        assert found.lengths.tolist() == [len(text) for text in own]
+        assert found.bytes == 2 * sum(map(len, own))
+        windows = all_of(ContiguousWindows(found, 5, FILL))
+        assert [window.tokens.tolist() for window in windows] == [tokens for tokens, _ in reference(own, 5)]
+
+
+# --- best fit ---
+
+
+def cut_every(text: list[int], length: int) -> list[list[int]]:
+    return [text[start : start + length] for start in range(0, len(text), length)]
 
 
 @given(documents, lengths)
-def test_best_fit_loses_nothing_and_cuts_nothing_that_fits(texts: list[list[int]], length: int) -> None:
+def test_best_fit_keeps_every_token_and_cuts_nothing_that_fits(texts: list[list[int]], length: int) -> None:
     windows = best_fit(texts, length)
-    packed: dict[int, dict[int, int]] = {}
-    for index in range(len(windows)):
-        pieces = windows.pieces(index)
-        assert sum(size for _, _, size in pieces) <= length
-        for document, start, size in pieces:
-            packed.setdefault(document, {})[start] = size
-    for number, text in enumerate(texts):
-        assert sorted(packed[number]) == list(range(0, len(text), length))
-        assert sum(packed[number].values()) == len(text)
-    tokens, owners = everything(windows)
-    kept = [t for row, own in zip(tokens, owners, strict=True) for t, o in zip(row, own, strict=True) if o != PADDING]
-    assert sorted(kept) == sorted(token for text in texts for token in text)
-    assert windows.padding == sum(row.count(PADDING) for row in owners)
+    found = [stretch for window in all_of(windows) for stretch in stretches(window)]
+    assert sorted(found) == sorted(piece for text in texts for piece in cut_every(text, length))
+    assert windows.dropped.total() == 0
+    assert windows.tokens == sum(map(len, texts))
+    for window in all_of(windows):
+        used = window.document_ids != PADDING
+        assert (np.diff(used.astype(int)) <= 0).all()  # padding is at the end
+        assert set(np.diff(window.document_ids[used])) <= {0, 1}
+        assert window.document_ids[0] == 1
+        assert (window.targets == used).all()
+        assert (window.tokens[~used] == FILL).all()
+    assert windows.padding == sum(int((window.document_ids == PADDING).sum()) for window in all_of(windows))
 
 
-@given(st.lists(st.integers(1, 20), min_size=1, max_size=40))
-def test_no_two_windows_could_be_one(sizes: list[int]) -> None:
-    windows = best_fit([[1] * size for size in sizes], 20)
-    used = sorted(sum(size for _, _, size in windows.pieces(index)) for index in range(len(windows)))
-    assert len(used) == 1 or used[0] + used[1] > 20
+def first_fit_decreasing(sizes: list[int], length: int) -> int:
+    rooms: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        place = next((number for number, room in enumerate(rooms) if room >= size), None)
+        if place is None:
+            rooms.append(length - size)
+        else:
+            rooms[place] -= size
+    return len(rooms)
 
 
-def test_a_ragged_corpus_fills_its_windows() -> None:
-    sizes = np.random.default_rng(0).lognormal(5.5, 1.2, 8000).astype(int).clip(1, 40_000)
-    texts = [[1] * size for size in sizes]
-    for windows, full in ((contiguous(texts, 2048), 0.999), (best_fit(texts, 2048), 0.99)):
-        assert windows.tokens / (len(windows) * 2048) >= full
-        assert not windows.dropped.total()
+@given(st.lists(st.integers(1, 24), max_size=40), st.integers(4, 24))
+def test_best_fit_needs_no_more_windows_than_first_fit(sizes: list[int], length: int) -> None:
+    pieces = [len(piece) for size in sizes for piece in cut_every([0] * size, length)]
+    windows = best_fit([[0] * size for size in sizes], length)
+    assert -(-sum(pieces) // length) <= len(windows) <= first_fit_decreasing(pieces, length)
 
 
-def test_examples_keep_their_beginning_and_are_told_when_they_do_not_fit() -> None:
-    texts = [[1] * 4, [2] * 9, [3] * 9, [4] * 3]
-    flags = [[0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], [0] * 8 + [1], [0, 0, 0]]
-    windows = best_fit(texts, 6, flags)
-    tokens, _ = everything(windows)
-    assert sorted(tokens) == [[1, 1, 1, 1, FILL, FILL], [2] * 6]
-    assert windows.dropped == {"nothing to predict within sequence_length": 12, "beyond sequence_length": 3}
-    of_two = windows[[row[0] for row in tokens].index(2)]
-    assert of_two.targets.tolist() == [False, False, False, True, True, True]
-    assert windows.tokens == 25 == windows.dropped.total() + 4 + 6
+@given(st.lists(st.integers(1, 6), max_size=8))
+def test_best_fit_against_the_fewest_windows_there_can_be(sizes: list[int]) -> None:
+    def fewest(left: tuple[int, ...], rooms: tuple[int, ...]) -> int:
+        if not left:
+            return len(rooms)
+        size, *rest = left
+        options = [fewest(tuple(rest), tuple(sorted((*rooms, 6 - size))))]
+        for room in {room for room in rooms if room >= size}:
+            others = list(rooms)
+            others.remove(room)
+            options.append(fewest(tuple(rest), tuple(sorted((*others, room - size)))))
+        return min(options)
+
+    found = len(best_fit([[0] * size for size in sizes], 6))
+    assert 9 * found <= 11 * fewest(tuple(sizes), ()) + 6  # the bound of best-fit decreasing (Johnson, 1973)
 
 
-def test_an_example_whose_only_target_has_nothing_before_it_is_left_out() -> None:
-    assert len(best_fit([[1, 2]], 4, [[1, 0]])) == 0
-    assert len(best_fit([[1]], 4, [[1]])) == 0
+@pytest.mark.parametrize(("median", "spread"), [(60, 0.8), (200, 1.0), (700, 1.2)])
+def test_ragged_corpora_fill_the_windows(median: int, spread: float) -> None:
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.normal(np.log(median), spread, 20_000)).astype(int).clip(1)
+    store = store_of([])
+    store.tokens, store.ends = np.zeros(sizes.sum(), dtype=np.uint16), sizes.cumsum()
+    store.bytes = store.components = np.zeros_like(sizes)
+    own = Documents([store])
+    for windows, least in (
+        (ContiguousWindows(own, 2048, FILL), 0.999),
+        (BestFitWindows(own, 2048, FILL, supervised=False), 0.99),
+    ):
+        assert windows.tokens / (len(windows) * 2048) > least
+        assert windows.tokens == sizes.sum()
 
 
-@pytest.mark.parametrize("make", [contiguous, best_fit])
-def test_a_window_can_be_changed_without_harm(make: Any) -> None:
-    windows = make([[1, 2, 3]], 3)
-    windows[0].tokens[:] = 0
-    assert windows[0].tokens.tolist() == [1, 2, 3]
+# --- examples ---
+
+
+def supervised(rows: list[list[tuple[int, bool]]], length: int) -> BestFitWindows:
+    tokens, flags = ([[cell[side] for cell in row] for row in rows] for side in (0, 1))
+    return BestFitWindows(Documents([store_of(tokens, flags)]), length, FILL, supervised=True)
+
+
+@given(examples, st.integers(2, 12))
+def test_examples_keep_their_masks_and_what_is_lost_is_counted(rows: list[list[tuple[int, bool]]], length: int) -> None:
+    windows = supervised(rows, length)
+    kept = [row for row in rows if any(flag for _, flag in row[1:length])]
+    found = []
+    for window in all_of(windows):
+        for owner in range(1, window.document_ids.max() + 1):
+            own = window.document_ids == owner
+            found.append(list(zip(window.tokens[own].tolist(), window.targets[own].tolist(), strict=True)))
+        assert not window.targets[window.document_ids == PADDING].any()
+    assert sorted(found) == sorted(row[:length] for row in kept)
+    without = sum(len(row) for row in rows if row not in kept)
+    beyond = sum(max(0, len(row) - length) for row in kept)
+    assert +windows.dropped == {
+        reason: count
+        for reason, count in {
+            "nothing to predict within sequence_length": without,
+            "beyond sequence_length": beyond,
+        }.items()
+        if count
+    }
+    packed = sum(int((window.document_ids != PADDING).sum()) for window in all_of(windows))
+    assert packed + windows.dropped.total() == windows.tokens == sum(map(len, rows))
+
+
+def test_examples_by_hand() -> None:
+    rows = [
+        [(1, False), (2, True)],
+        [(3, True)],  # its only target has nothing before it
+        [(4, False), (5, False), (6, False), (7, True)],  # its target is beyond the window
+        [(8, False), (9, True), (10, True), (11, True)],
+    ]
+    windows = supervised(rows, 3)
+    assert [window.tokens.tolist() for window in all_of(windows)] == [[8, 9, 10], [1, 2, FILL]]
+    assert [window.targets.tolist() for window in all_of(windows)] == [[False, True, True], [False, True, False]]
+    assert windows.dropped == {"nothing to predict within sequence_length": 5, "beyond sequence_length": 1}
+
+
+def test_windows_over_a_store_on_disk(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train(["abc"], 257)
+    segments = [Segment("ab", "x", target=False, last=False), Segment("c", "x"), Segment("cc", "y", target=False)]
+    write_store(tmp_path, segments, Counter(), tokenizer, all_targets=False)
+    windows = BestFitWindows(Documents([TokenStore(tmp_path)]), 5, 0, supervised=True)
+    (window,) = all_of(windows)
+    assert tokenizer.decode(window.tokens.tolist()) == "abc"
+    assert window.targets.tolist() == [False, False, True, True, False]
+    assert windows.dropped["nothing to predict within sequence_length"] == 3

@@ -1,8 +1,7 @@
-"""Token stores: a file is tokenized once, whole or not at all, whatever the windows and the other files."""
+"""Token stores on disk: what tokenizing gives, a file each, written once, whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -13,21 +12,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from text_data import DEFAULTS, data_config
+from text_data import VALUES, jsonl, text_data
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+from gptj_train.config import EvaluationDataConfig
+from gptj_train.data import preparation, store
 from gptj_train.data.corpus import prepare
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
 from gptj_train.data.tokenizer import Tokenizer
 
-TEXTS = [f"Document {number}: " + "naïve words, 東京 🙂 " * (number % 7) for number in range(300)]
+DOCUMENTS = [f"Document {number}: " + "naïve words, 東京 🙂 " * (number % 7) for number in range(300)]
 
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    return written(tmp_path / "train.jsonl", TEXTS)
+    return jsonl(tmp_path / "train.jsonl", *DOCUMENTS)
 
 
 @pytest.fixture
@@ -35,225 +36,357 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "deep" / "cache"
 
 
-def written(path: Path, texts: list[str], component: str = "Books") -> Path:
-    records = [{"text": text, "meta": {"pile_set_name": component}} for text in texts]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+@pytest.fixture
+def opened(cache: Path, tokenizer: Tokenizer) -> Any:
+    def open_them(*files: Path, tokenizer: Tokenizer = tokenizer, **changes: Any) -> list[TokenStore]:
+        return open_stores(list(files), text_data(cache_dir=str(cache), **changes), tokenizer)
+
+    return open_them
 
 
-def stores(cache: Path) -> list[Path]:
+def folders(cache: Path) -> list[Path]:
+    """Also those that are no stores yet."""
     return sorted(path for path in cache.iterdir() if path.is_dir())
 
 
-def digest(folder: Path) -> str:
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.iterdir()))).hexdigest()
+def contents(cache: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.glob("*/*"))}
 
 
-def opened(files: list[Path], tokenizer: Tokenizer, cache: Path, **changes: Any) -> list[TokenStore]:
-    return open_stores(files, data_config(cache_dir=str(cache), **changes), tokenizer)
+def times(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.glob("*/*")}
 
 
-def test_a_store_holds_the_documents(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    (store,) = opened([file], tokenizer, cache)
-    expected = tokenizer.encode_documents(TEXTS)
-    assert store.tokens.tolist() == [token for ids in expected for token in ids]
-    assert store.ends.tolist() == np.cumsum([len(ids) for ids in expected]).tolist()
-    assert store.bytes.tolist() == [len(text.encode()) for text in TEXTS]
-    assert (store.targets, store.names, store.skipped) == (None, ["Books"], {})
-    assert not store.tokens.flags.writeable
+# --- what a store holds ---
 
 
-def test_examples_know_what_is_to_be_predicted(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "a.jsonl").write_text('{"prompt": "2 and 3:", "response": " 5<|endoftext|>"}\n')
-    (store,) = opened([tmp_path / "a.jsonl"], tokenizer, cache, kind="completion")
-    prompt, response = tokenizer.encode_texts(["2 and 3:", " 5<|endoftext|>"])
-    assert tokenizer.end_id not in response  # data does not spell special tokens
-    assert store.tokens.tolist() == [*prompt, *response, tokenizer.end_id]
-    assert store.targets is not None
-    assert store.targets.tolist() == [False] * len(prompt) + [True] * (len(response) + 1)
+def test_tokens_are_those_of_the_documents(file: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    (made,) = opened(file)
+    documents = tokenizer.encode_documents(DOCUMENTS)
+    assert made.tokens.tolist() == [token for ids in documents for token in ids]
+    assert made.ends.tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
+    assert made.bytes.tolist() == [len(text.encode()) for text in DOCUMENTS]
+    assert set(made.components) == {0}
+    assert made.names == ["train"]
+    assert made.skipped == {}
+    assert made.targets is None
+    assert made.tokens.dtype == np.uint16
+    assert not made.tokens.flags.writeable
 
 
-def test_a_template_may_spell_special_tokens(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "assistant", "content": "yes"}]}\n')
-    template = "<|endoftext|>{content}"
-    (store,) = opened([tmp_path / "a.jsonl"], tokenizer, cache, kind="chat", chat_template=template)
-    assert store.tokens.tolist() == [tokenizer.end_id, *tokenizer.encode("yes"), tokenizer.end_id]
-
-
-def test_a_file_is_tokenized_once(file: Path, cache: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    opened([file], tokenizer, cache)
-    (folder,) = stores(cache)
-    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert {path.name for path in times} == {"tokens.bin", "documents.bin", "store.json"}
-    other = written(tmp_path / "other.jsonl", ["one more"])
-    opened([other, file], Tokenizer(tokenizer._backend), cache, packing="best_fit")
-    assert len(stores(cache)) == 2
-    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-
-
-def test_whatever_changes_the_tokens_makes_another_store(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    text = '{"text": "one", "body": "quite another text"}\n'
-    file.write_text(text)
-    opened([file], tokenizer, cache)
-    opened([file], Tokenizer.train(TEXTS, 300), cache)
-    opened([file], tokenizer, cache, text_field="body")
-    file.write_text(text + '{"text": "one more"}\n')
-    (after,) = opened([file], tokenizer, cache)
-    assert len(stores(cache)) == 4
-    assert len(after.ends) == 2
-
-
-def test_an_edit_that_keeps_the_size_is_seen(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    file.write_text('{"text": "aaaa"}\n')
-    os.utime(file, ns=(0, 0))
-    opened([file], tokenizer, cache)
-    file.write_text('{"text": "bbbb"}\n')
-    (edited,) = opened([file], tokenizer, cache)
-    assert tokenizer.decode(edited.tokens.tolist()) == "bbbb"
-
-
-@pytest.mark.parametrize("spoilt", ['{"text": ""}\n', "broken\n"])
-def test_an_error_leaves_no_store(file: Path, cache: Path, tokenizer: Tokenizer, spoilt: str) -> None:
-    good = file.read_text()
-    file.write_text(good + spoilt)
-    with pytest.raises(ValueError, match=r"train\.jsonl:301: "):
-        opened([file], tokenizer, cache)
-    assert stores(cache) == []
-    file.write_text(good)
-    assert len(opened([file], tokenizer, cache)[0].ends) == 300
-
-
-def test_skipped_records_are_counted_up_to_a_share(file: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    good = file.read_text()
-    file.write_text(good + '{"text": ""}\nbroken\nbroken too\n')
-    (store,) = opened([file], tokenizer, cache, bad_records="skip")
-    assert store.skipped == {"no text in field 'text'": 1, "not a line of JSON": 2}
-    file.write_text(good + "broken\n" * 4)
-    with pytest.raises(ValueError, match=r"1\.32% of the records are bad \(4 of not a line of JSON\), more"):
-        opened([file], tokenizer, cache, bad_records="skip")
-    assert len(opened([file], tokenizer, cache, bad_records="skip", max_bad_share=0.02)[0].ends) == 300
-
-
-@pytest.mark.parametrize("content", ["", "\n", "\n  \n\n"])
-def test_no_text_at_all(file: Path, cache: Path, tokenizer: Tokenizer, content: str) -> None:
-    file.write_text(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl: no text in the data, it is empty"):
-        opened([file], tokenizer, cache)
-
-
-def test_processes_write_the_same_bytes_and_tell_what_is_wrong(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+def test_nothing_depends_on_how_much_is_tokenized_at_once(
+    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = [written(tmp_path / f"{number}.jsonl", TEXTS[number::3], f"part {number}") for number in range(3)]
-    opened(files, tokenizer, tmp_path / "alone")
-    monkeypatch.setattr("gptj_train.data.preparation._SMALL", 0)
-    opened(files, tokenizer, tmp_path / "shared")
-    alone, shared = ([digest(folder) for folder in stores(tmp_path / name)] for name in ("alone", "shared"))
-    assert alone == shared
-    assert len(alone) == 3
-    files[1].write_text('{"text": 5}\n')
-    with pytest.raises(ValueError, match=r"1\.jsonl:1: no text in field 'text'"):
-        opened(files, tokenizer, tmp_path / "wrong")
-    assert not list((tmp_path / "wrong").glob(".making-*"))
+    opened(file)
+    monkeypatch.setattr(store, "_CHARACTERS_AT_ONCE", 100)
+    open_stores([file], text_data(cache_dir=str(tmp_path / "other")), tokenizer)
+    assert contents(tmp_path / "other") == contents(cache)
 
 
-JOB = """
-import json
-import sys
-from pathlib import Path
-from gptj_train.data.preparation import open_stores
-from gptj_train.data.sources import DataConfig
-from gptj_train.data.tokenizer import Tokenizer
-data, tokenizer, *files = sys.argv[1:]
-print("ready", flush=True)
-sys.stdin.readline()
-data = DataConfig(**json.loads(data))
-stores = open_stores([Path(file) for file in files], data, Tokenizer.load(tokenizer))
-print([int(store.tokens.astype(int).sum()) for store in stores])
-"""
+def test_examples_keep_which_tokens_are_to_be_predicted(tmp_path: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    pairs = [("Question: one?", " The answer is é."), ("<|endoftext|>", "<|endoftext|>")]
+    records = [{"prompt": prompt, "response": response} for prompt, response in pairs]
+    (made,) = opened(jsonl(tmp_path / "qa.jsonl", *records), kind="completion")
+    expected: list[tuple[int, bool]] = []
+    for prompt, response in pairs:
+        expected += [(token, False) for token in tokenizer.encode_texts([prompt])[0]]
+        expected += [(token, True) for token in [*tokenizer.encode_texts([response])[0], tokenizer.end_id]]
+    assert list(zip(made.tokens.tolist(), made.targets.tolist(), strict=True)) == expected
+    # What the data spell is text: the id that ends documents stands only at their ends.
+    assert np.flatnonzero(made.tokens == tokenizer.end_id).tolist() == (made.ends - 1).tolist()
+    assert made.bytes.tolist() == [len((prompt + response).encode()) for prompt, response in pairs]
 
 
-def start(tmp_path: Path, cache: Path, *files: Path) -> subprocess.Popen[str]:
-    data = json.dumps(DEFAULTS | {"cache_dir": str(cache)})
-    command = [sys.executable, "-c", JOB, data, str(tmp_path / "tokenizer.json"), *map(str, files)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    return process
+def test_a_template_may_spell_special_tokens_and_what_is_said_may_not(tmp_path: Path, opened: Any) -> None:
+    messages = [{"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "b"}]
+    file = jsonl(tmp_path / "chat.jsonl", {"messages": messages})
+    (made,) = opened(file, kind="chat", chat_template="{content}<|endoftext|>")
+    ended = made.tokens == 0
+    assert ended.sum() == 3
+    assert made.targets[ended].tolist() == [False, True, True]
+    assert made.targets.sum() == 3  # "b", how it ends, and the end of the document
 
 
-def test_two_processes_at_once(file: Path, cache: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save(tmp_path)
-    twins = [start(tmp_path, cache, file) for _ in range(2)]
-    said = [twin.communicate("go\n", timeout=120)[0] for twin in twins]
-    assert [twin.returncode for twin in twins] == [0, 0]
-    assert said[0] == said[1]
-    assert len(stores(cache)) == 1
+def test_components_are_numbered_as_they_come(tmp_path: Path, opened: Any) -> None:
+    names = ["b", "a", "b", None, "c"]
+    records = [{"text": "x", "meta": {"pile_set_name": name}} for name in names]
+    (made,) = opened(jsonl(tmp_path / "mixed.jsonl", *records))
+    assert made.names == ["b", "a", "mixed", "c"]
+    assert made.components.tolist() == [0, 1, 0, 2, 3]
 
 
-def test_killed_and_begun_again(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    tokenizer.save(tmp_path)
-    files = [written(tmp_path / f"{number}.jsonl", TEXTS * 40) for number in range(2)]
-    process = start(tmp_path, cache, *files)
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-    while not list(cache.glob(".making-*/tokens.bin")):
-        assert process.poll() is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert len(stores(cache)) > sum((folder / "store.json").exists() for folder in stores(cache))
-    opened(files, tokenizer, cache)
-    opened(files, tokenizer, tmp_path / "undisturbed")
-    assert [digest(folder) for folder in stores(cache)] == [
-        digest(folder) for folder in stores(tmp_path / "undisturbed")
-    ]
+@pytest.mark.parametrize("most", [2, 1])
+def test_components_beyond_counting(tmp_path: Path, opened: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_MOST_COMPONENTS", most)
+    file = jsonl(tmp_path / "a.jsonl", *({"text": "x", "id": name} for name in ("p", "q")))
+    if most == 2:
+        assert opened(file, component_field="id")[0].names == ["p", "q"]
+    else:
+        with pytest.raises(ValueError, match=r"data\.component_field: more than 1 components; name another field"):
+            opened(file, component_field="id")
 
 
 @pytest.mark.parametrize(("largest", "dtype"), [(65535, np.uint16), (65536, np.uint32)])
-def test_ids_are_as_wide_as_the_vocabulary_needs(file: Path, cache: Path, largest: int, dtype: type) -> None:
+def test_ids_are_as_wide_as_the_vocabulary_needs(file: Path, opened: Any, largest: int, dtype: type) -> None:
     words = {f"w{number}": number for number in range(1, largest + 1)}
     backend = Backend(models.WordLevel({"<|endoftext|>": 0, **words}, unk_token="<|endoftext|>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    file.write_text(json.dumps({"text": f"w{largest} w1"}))
-    (store,) = opened([file], Tokenizer(backend), cache)
-    assert store.tokens.dtype == dtype
-    assert store.tokens.tolist() == [largest, 1, 0]
+    jsonl(file, f"w{largest} w1")
+    (made,) = opened(file, tokenizer=Tokenizer(backend))
+    assert made.tokens.dtype == dtype
+    assert made.tokens.tolist() == [largest, 1, 0]
 
 
-@pytest.mark.parametrize("length", [-1, 0, 1, 65536])
-def test_lengths_that_make_no_windows(file: Path, tokenizer: Tokenizer, length: int) -> None:
-    with pytest.raises(ValueError, match=f"sequence_length must be from 2 to 65535 tokens, got {length}"):
-        prepare(data_config(train=str(file)), tokenizer, length)
+# --- what is made again, and what is not ---
 
 
-def test_parts_by_component_with_facts(tmp_path: Path, cache: Path, tokenizer: Tokenizer) -> None:
-    written(tmp_path / "a.jsonl", TEXTS[:200], "A")
-    written(tmp_path / "b.jsonl", TEXTS[200:], "B")
-    (tmp_path / "notes.txt").write_text("quite another text")
-    both = [f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl"]
-    weights = {"B": 3.0, "A": 1.0}
-    given = {"train": both, "validation": both, "forgetting": f"{tmp_path}/notes.txt", "cache_dir": str(cache)}
-    data = prepare(data_config(**given, weights=weights), tokenizer, 48)
-    assert list(data.train.windows) == ["B", "A"]
-    assert data.weights == [3.0, 1.0]
-    assert list(data.held_out) == ["A", "B", "forgetting"]
-    facts = dict(data.train.facts())
-    tokens = sum(len(ids) for ids in tokenizer.encode_documents(TEXTS))
-    assert f"300 documents, 0.0 MB, {tokens:,} tokens in " in facts["data"]
-    assert facts["components"].startswith("A 6")
-    together = prepare(data_config(**given), tokenizer, 48).train
-    assert list(together.windows) == [""]
-    with pytest.raises(ValueError, match=r"data\.train: nothing to pack of C; there are A, B"):
-        prepare(data_config(**given, weights={"C": 1.0}), tokenizer, 48)
+def test_a_store_is_made_once(file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    opened(file)
+    (folder,) = folders(cache)
+    assert {path.name for path in folder.iterdir()} == {"tokens.bin", "documents.bin", "store.json"}
+    first = times(cache)
+    other = jsonl(tmp_path / "other.jsonl", "another text")
+    opened(file)
+    opened(file, other, tokenizer=Tokenizer(tokenizer._backend))
+    opened(file, packing="best_fit", isolate=False, weights={"train": 1.0}, bad_records="skip", max_bad_share=0.5)
+    data = text_data(train=[str(other), str(file)], validation=str(file), cache_dir=str(cache))
+    for length in (8, 64):
+        prepare(data, tokenizer, length)
+    assert len(folders(cache)) == 2
+    assert {path: time for path, time in times(cache).items() if path.parent == folder} == first
 
 
-@pytest.mark.parametrize(("train", "validation"), [("here", "gone"), ("gone", "here"), ([], "here")])
-def test_prepare_looks_for_all_files_first(
-    file: Path, cache: Path, tokenizer: Tokenizer, train: str | list[str], validation: str
+def test_a_file_listed_twice_counts_twice_and_is_made_once(file: Path, cache: Path, opened: Any) -> None:
+    stores = opened(file, file, file.parent / "." / file.name)
+    assert [len(made.ends) for made in stores] == [300] * 3
+    assert len(folders(cache)) == 1
+
+
+def test_whatever_changes_the_tokens_makes_another_store(file: Path, cache: Path, opened: Any) -> None:
+    record = {
+        "text": "one",
+        "body": "quite another text",
+        "prompt": "p",
+        "response": "r",
+        "messages": [{"role": "assistant", "content": "c"}],
+    }
+    jsonl(file, record)
+    opened(file)
+    opened(file, tokenizer=Tokenizer.train(DOCUMENTS, 300))
+    opened(file, text_field="body")
+    opened(file, component_field="source")
+    opened(file, kind="completion")
+    opened(file, kind="completion", prompt_field="text")
+    opened(file, kind="completion", response_field="text")
+    opened(file, kind="chat")
+    opened(file, kind="chat", chat_template="{role} {content}")
+    jsonl(file, record, record)
+    (after,) = opened(file)
+    assert len(folders(cache)) == 10
+    assert len(after.ends) == 2
+
+
+def test_an_edit_that_keeps_the_size_is_seen(file: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    jsonl(file, "aaaa")
+    os.utime(file, ns=(0, 0))
+    opened(file)
+    jsonl(file, "bbbb")
+    (edited,) = opened(file)
+    assert tokenizer.decode(edited.tokens.tolist()) == "bbbb"
+
+
+# --- bad records ---
+
+
+@pytest.mark.parametrize("spoilt", ['{"text": ""}\n', "broken\n"])
+def test_an_error_leaves_no_folder(file: Path, cache: Path, opened: Any, spoilt: str) -> None:
+    good = file.read_text()
+    file.write_text(good + spoilt)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"train\.jsonl:301: "):
+            opened(file)
+        assert folders(cache) == []
+    file.write_text(good)
+    assert len(opened(file)[0].ends) == 300
+
+
+@pytest.mark.parametrize("content", ["", "\n", "\n  \n\n"])
+def test_no_text_at_all(file: Path, opened: Any, content: str) -> None:
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"train\.jsonl: no text in the data, it is empty"):
+        opened(file)
+
+
+def test_an_empty_file_beside_others_is_none(file: Path, opened: Any, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    empty, made = opened(tmp_path / "empty.jsonl", file)
+    assert len(empty.ends) == len(empty.tokens) == 0
+    assert len(made.ends) == 300
+
+
+def test_bad_records_are_skipped_up_to_a_share(file: Path, opened: Any, tmp_path: Path) -> None:
+    with file.open("a") as lines:
+        lines.write('broken\n{"text": 5}\nbroken too\n')
+    other = jsonl(tmp_path / "other.jsonl", "x", "y")
+    made, _ = opened(file, other, bad_records="skip", max_bad_share=3 / 305)
+    assert made.skipped == {"not a line of JSON": 2, "no text in field 'text'": 1}
+    assert len(made.ends) == 300
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        opened(file, other, bad_records="skip", max_bad_share=0.0098)
+    assert str(caught.value) == (
+        f"{file}, {other}: 0.98% of the records are bad (2 of not a line of JSON, 1 of no text in field 'text'), "
+        "more than data.max_bad_share (0.98%); data.bad_records=error tells where the first is"
+    )
+
+
+def test_a_file_of_nothing_but_bad_records_is_not_called_empty(file: Path, opened: Any) -> None:
+    file.write_text("broken\n")
+    with pytest.raises(ValueError, match=r"100\.00% of the records are bad \(1 of not a line of JSON\)"):
+        opened(file, bad_records="skip")
+
+
+def test_a_store_with_gaps_is_no_answer_to_error(file: Path, cache: Path, opened: Any) -> None:
+    good = file.read_text()
+    file.write_text(good + "broken\n")
+    opened(file, bad_records="skip")
+    with pytest.raises(ValueError, match=r"train\.jsonl:301: not a line of JSON"):
+        opened(file)
+    assert len(opened(file, bad_records="skip")[0].ends) == 300  # which is still there
+    assert len(folders(cache)) == 1
+
+
+def test_a_place_that_cannot_be_written_to(file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    data = text_data(cache_dir=str(tmp_path / "taken" / "cache"))
+    with pytest.raises(
+        ValueError, match=r"data\.cache_dir: cannot write into .*/taken/cache \(Not a directory\); free"
+    ):
+        open_stores([file], data, tokenizer)
+
+
+# --- several processes ---
+
+RUN = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from text_data import text_data
+from gptj_train.data import preparation, store
+from gptj_train.data.tokenizer import Tokenizer
+_, _, file, tokenizer, cache, die_at = sys.argv
+tokenizer = Tokenizer.load(tokenizer)
+calls, encoded, rename = [], store._encoded, Path.rename
+def counted(*given):
+    calls.append(given)
+    if str(len(calls)) == die_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return encoded(*given)
+def renamed(*given):
+    os.kill(os.getpid(), signal.SIGKILL)
+if die_at == "rename":
+    Path.rename = renamed
+store._encoded, store._CHARACTERS_AT_ONCE = counted, 2000
+print("ready", flush=True)
+sys.stdin.readline()
+preparation.open_stores([Path(file)], text_data(cache_dir=cache), tokenizer)
+print(len(calls))
+"""
+
+
+def started(file: Path, tokenizer: Tokenizer, cache: Path, die_at: str = "never") -> subprocess.Popen[str]:
+    tokenizer.save(file.parent)
+    arguments = [str(Path(__file__).parent), str(file), str(file.parent / "tokenizer.json"), str(cache), die_at]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], text=True, **pipes)
+
+
+def test_two_processes_at_once(file: Path, cache: Path, opened: Any, tokenizer: Tokenizer) -> None:
+    twins = [started(file, tokenizer, cache) for _ in range(2)]
+    assert [twin.stdout.readline() for twin in twins] == ["ready\n"] * 2
+    for twin in twins:
+        twin.stdin.write("go\n")
+        twin.stdin.flush()
+    said = [int(twin.communicate(timeout=120)[0]) for twin in twins]
+    assert [twin.returncode for twin in twins] == [0, 0]
+    assert sorted(said)[0] == 0  # one waited, and had nothing left to do
+    assert sorted(said)[1] > 3
+    before = times(cache)
+    assert len(opened(file)[0].ends) == 300
+    assert times(cache) == before
+
+
+def test_killed_at_any_time_and_run_again(
+    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    paths = {"here": str(file), "gone": f"{file}.gone"}
-    given = {"train": paths[train] if isinstance(train, str) else train, "validation": paths[validation]}
-    with pytest.raises(ValueError, match="^data.validation: no" if validation == "gone" else "^data.train"):
-        prepare(data_config(**given, cache_dir=str(cache)), tokenizer, 48)
-    assert not cache.exists()
+    open_stores([file], text_data(cache_dir=str(tmp_path / "straight")), tokenizer)
+    for die_at in ("2", "5", "rename"):
+        process = started(file, tokenizer, cache, die_at)
+        process.communicate("go\n", timeout=120)
+        assert process.returncode == -signal.SIGKILL
+        (leftover,) = folders(cache)
+        assert leftover.name.startswith(".making-")
+        assert (leftover / "tokens.bin").exists()
+    opened(file)
+    assert contents(cache) == contents(tmp_path / "straight")
+    assert len(folders(cache)) == 1
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> list[Path]:
+    return [jsonl(tmp_path / f"{name}.jsonl", *DOCUMENTS[number::3]) for number, name in enumerate("abc")]
+
+
+def test_processes_side_by_side_make_the_same(
+    several: list[Path], cache: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = tmp_path / "here", cache
+    open_stores(several, text_data(cache_dir=str(here)), tokenizer)
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    monkeypatch.setattr(preparation, "_write", None)  # in this process
+    # A recipe's own config, that knows more than where the text is.
+    known = VALUES | {"train": None, "validation": "x", "second_text_field": None, "label_field": "label"}
+    stores = open_stores(several, EvaluationDataConfig(**known | {"cache_dir": str(there)}), tokenizer)
+    assert [len(made.ends) for made in stores] == [100] * 3
+    assert contents(there) == contents(here)
+    assert len(folders(there)) == 3
+
+
+def test_a_bad_record_in_another_process_is_one_error(
+    several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    with several[1].open("a") as lines:
+        lines.write('{"text": "no end"\n' + '{"text": "x"}\n' * 10_000)
+    with pytest.raises(ValueError, match=r"b\.jsonl:101: not a line of JSON; each line must be one record") as caught:
+        opened(*several)
+    assert "\n" not in str(caught.value)
+    assert [folder.name for folder in folders(cache) if not TokenStore.exists(folder)] == []
+    assert len(folders(cache)) < 3
+
+
+def test_a_process_that_dies_is_told(
+    several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparation, "_SMALL", 0)
+    monkeypatch.setattr(preparation.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="a process that prepares data ended with exit code 1"):
+        opened(*several)
+    assert folders(cache) == []
+
+
+def test_progress_is_a_line_now_and_then(
+    file: Path, opened: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened(file)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(preparation, "_LINE_SECONDS", 0)
+    opened(file, text_field="text", component_field="other")
+    said, complained = capsys.readouterr()
+    assert said.startswith("preparing data: 100% of 0.00 GB, ")
+    assert complained == ""
+
+
+def test_a_store_says_what_it_is(file: Path, cache: Path, opened: Any) -> None:
+    opened(file)
+    told = json.loads((folders(cache)[0] / "store.json").read_text())
+    assert told == {"dtype": "uint16", "components": ["train"], "skipped": {}}

@@ -57,6 +57,14 @@ class Page(HTMLParser):
         return [[(float(p.split(",")[0]), float(p.split(",")[1])) for p in curve] for curve in points]
 
 
+def test_a_curve_may_begin_late(tmp_path: Path) -> None:
+    lines = [{"step": 0, "tokens": 0, "eval_loss": 3.0}, {"step": 1, "tokens": 9, "eval_loss": 2.0, "eval_loss/a": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(tmp_path, {}).read_text())
+    assert [len(curve) for curve in page.curves()] == [2, 1]
+    assert "eval_loss/a" not in summary(str(tmp_path), "GPTJForCausalLM")
+
+
 def step(number: int, **changes: float) -> dict[str, float]:
     return {
         "step": number,

@@ -1,104 +1,53 @@
-"""Files -> documents: every format gives the same texts; what is bad is named by file, line and reason, or counted."""
+"""Documents out of files; what is not a record with text is named by file, line and reason."""
 
 from __future__ import annotations
 
 import gzip
 import json
-import os
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from text_data import data_config, segments_of
+from text_data import jsonl, text_data
 
-from gptj_train.data.files import find_files
-from gptj_train.data.sources import Segment
+from gptj_train.data import files, sources
+from gptj_train.data.sources import Segment, read_segments
 from gptj_train.data.tokenizer import Tokenizer
 
 
-def jsonl(path: Path, *texts: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    records = [{"text": text, "meta": {"pile_set_name": "Books"}} for text in texts]
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def segments_of(file: Path, **changes: Any) -> list[Segment]:
+    return list(read_segments(file, text_data(**changes), Counter(), lambda read: None))
 
 
 def texts_of(file: Path, **changes: Any) -> list[str]:
-    return [segment.text for segment in segments_of(file, **changes)]
+    """The documents, their segments joined."""
+    texts = [""]
+    for segment in segments_of(file, **changes):
+        texts[-1] += segment.text
+        if segment.last:
+            texts.append("")
+    assert texts.pop() == ""
+    return texts
 
 
-# --- formats ---
-
-TEXTS = ["one\n\ntwo", " ", "drei 🙂\u2028\r\n", "x" * 3000]
-
-
-def write_jsonl(path: Path) -> None:
-    path.write_text("".join(json.dumps({"text": text, "meta": {"pile_set_name": "Books"}}) + "\n" for text in TEXTS))
-
-
-def table() -> pa.Table:
-    rows = [{"text": text, "meta": {"pile_set_name": "Books"}, "n": 1} for text in TEXTS]
-    return pa.Table.from_pylist(rows)
+def refusal(file: Path, **changes: Any) -> str:
+    """What is said after the file's name."""
+    with pytest.raises(ValueError, match=r"\S") as caught:
+        segments_of(file, **changes)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError
+    assert message.startswith(str(file))
+    assert "\n" not in message
+    return message.removeprefix(str(file))
 
 
-def write_arrow_stream(path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, table().schema) as writer:
-        writer.write_table(table(), max_chunksize=3)
-
-
-def compressed(path: Path, compress: Callable[[bytes], bytes]) -> None:
-    plain = path.with_name("plain")
-    write_jsonl(plain)
-    path.write_bytes(compress(plain.read_bytes()))
-
-
-FORMATS: dict[str, Callable[[Path], Any]] = {
-    "a.jsonl": write_jsonl,
-    "a.json": write_jsonl,
-    "a.jsonl.gz": lambda path: compressed(path, gzip.compress),
-    "a.jsonl.zst": lambda path: compressed(path, zstandard.ZstdCompressor().compress),
-    "a.parquet": lambda path: pq.write_table(table(), path, row_group_size=3),
-    "a.arrow": write_arrow_stream,
-    "b.arrow": lambda path: pyarrow.feather.write_feather(table(), str(path), compression="lz4", chunksize=2),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_gives_the_same_documents(tmp_path: Path, name: str) -> None:
-    FORMATS[name](tmp_path / name)
-    assert find_files(str(tmp_path / name), "data.train") == [tmp_path / name]
-    assert segments_of(tmp_path / name) == [Segment(text, "Books") for text in TEXTS]
-
-
-@pytest.mark.parametrize("suffix", [".txt", ".txt.gz", ".txt.zst"])
-def test_txt_is_one_document(tmp_path: Path, suffix: str) -> None:
-    file, text = tmp_path / f"a{suffix}", "first\n\nsecond é\n"
-    compress = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}.get(file.suffix, bytes)
-    file.write_bytes(compress(text.encode()))
-    assert segments_of(file) == [Segment(text, tmp_path.name)]
-
-
-@pytest.mark.parametrize(
-    "text", ["word and\n\n  word " * 200, "a\u3000é" * 900, "x = {'k': 1}\n\tpass\n" * 99, "長い文" * 800]
-)
-def test_the_pieces_of_a_long_txt_give_the_tokens_of_the_whole(
-    tmp_path: Path, text: str, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gptj_train.data.sources._PIECE", 500)
-    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
-    pieces = segments_of(tmp_path / "a.txt")
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    ids = [token for own in tokenizer.encode_texts([piece.text for piece in pieces]) for token in own]
-    if " " in text or "\u3000" in text:
-        assert len(pieces) > 2
-        assert ids == tokenizer.encode_texts([text])[0]
+def test_jsonl_has_a_document_a_line(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "a.jsonl", "one\n\ntwo", " ", "drei 🙂\u2028\r\n")
+    assert texts_of(file) == ["one\n\ntwo", " ", "drei 🙂\u2028\r\n"]
 
 
 def test_blank_lines_windows_line_ends_and_a_missing_last_newline(tmp_path: Path) -> None:
@@ -113,261 +62,341 @@ def test_raw_unicode_line_separators_do_not_split_a_record(tmp_path: Path) -> No
     assert texts_of(file) == ["a\u2028b\u0085c"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"text": "x"}' if name == "a.jsonl" else "x", encoding="utf-8-sig")
-    assert texts_of(tmp_path / name) == ["x"]
-
-
 def test_text_field_is_chosen(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('{"text": "no", "content": "yes"}\n')
     assert texts_of(file, text_field="content") == ["yes"]
 
 
+@pytest.mark.parametrize("suffix", [".zst", ".gz"])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt"])
+def test_compressed_files_hold_the_same(tmp_path: Path, kind: str, suffix: str) -> None:
+    content = b'{"text": "x"}\n{"text": "y"}\n'
+    file = tmp_path / f"a{kind}{suffix}"
+    file.write_bytes(gzip.compress(content) if suffix == ".gz" else zstandard.compress(content))
+    assert texts_of(file) == ([content.decode()] if kind == ".txt" else ["x", "y"])
+
+
+# --- whole texts ---
+
+
+def test_txt_is_one_document(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    file.write_text("first\n\nsecond é\n", encoding="utf-8")
+    assert segments_of(file) == [Segment("first\n\nsecond é\n", tmp_path.name)]
+
+
+WORDS = "One, two.  Three!\n\n\tnaïve café 🙂 don't 東京 1234 x = [1, 2]\r\n_a_ ''' \x1c\x85 \u00a0end " * 40
+
+
+@pytest.mark.parametrize("piece", [1, 50, 997])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+def test_a_long_text_in_pieces_has_the_tokens_of_the_whole(
+    tmp_path: Path, kind: str, piece: int, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "_PIECE", piece)
+    monkeypatch.setattr(files, "_CHUNK", 61)  # bytes: a character may be cut in two
+    file = tmp_path / f"a{kind}"
+    file.write_bytes(WORDS.encode() if kind == ".txt" else json.dumps({"text": WORDS}).encode())
+    found = segments_of(file)
+    assert len(found) > len(WORDS) / (piece + 60)
+    assert [segment.last for segment in found] == [False] * (len(found) - 1) + [True]
+    assert "".join(segment.text for segment in found) == WORDS
+    ids = tokenizer.encode_texts([segment.text for segment in found])
+    assert [token for part in ids for token in part] == tokenizer.encode_texts([WORDS])[0]
+
+
+def test_txt_with_no_space_in_it_does_not_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONGEST_LINE", 3 * 2**20)
+    monkeypatch.setattr(sources, "_PIECE", 2**18)
+    (tmp_path / "a.txt").write_bytes(b"x" * 2**22)
+    assert refusal(tmp_path / "a.txt").startswith(": no white space over a long stretch; this is no text")
+
+
+# --- parquet and arrow ---
+
+ROWS = [{"text": f"row {number}", "meta": {"pile_set_name": "AB"[number % 2]}, "n": number} for number in range(2500)]
+
+
+def table_file(path: Path, rows: list[dict[str, Any]], kind: str) -> Path:
+    table = pa.Table.from_pylist(rows)
+    if kind == "parquet":
+        pq.write_table(table, path)
+        return path
+    new = pa.ipc.new_stream if kind == "stream" else pa.ipc.new_file
+    with pa.OSFile(str(path), "wb") as sink, new(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=700)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_tables_have_a_document_a_row(tmp_path: Path, kind: str) -> None:
+    file = table_file(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), ROWS, kind)
+    told: list[int] = []
+    found = list(read_segments(file, text_data(), Counter(), told.append))
+    assert [(segment.text, segment.component) for segment in found] == [
+        (row["text"], row["meta"]["pile_set_name"]) for row in ROWS
+    ]
+    assert sum(told) == file.stat().st_size
+    assert len(told) > 2
+
+
+def test_saved_datasets_are_read(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.Dataset.from_list(ROWS[:5]).save_to_disk(tmp_path / "saved")
+    (file,) = files.find_files(str(tmp_path / "saved" / "*.arrow"), "data.train")
+    assert texts_of(file) == [row["text"] for row in ROWS[:5]]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+def test_a_bad_row_is_named_by_its_number(tmp_path: Path, kind: str) -> None:
+    rows = [*ROWS[:1500], {"text": None, "meta": None, "n": 0}, *ROWS[:10]]
+    file = table_file(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), rows, kind)
+    assert refusal(file).startswith(" row 1501: no text in field 'text'; set data.text_field")
+    skipped: Counter[str] = Counter()
+    found = list(read_segments(file, text_data(bad_records="skip"), skipped, lambda read: None))
+    assert len(found) == 1510
+    assert skipped == {"no text in field 'text'": 1}
+
+
+@pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
+@pytest.mark.parametrize("cut", [0, 3, 100, -1, -9])
+def test_tables_cut_off(tmp_path: Path, kind: str, cut: int) -> None:
+    file = table_file(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), ROWS, kind)
+    if kind == "stream" and cut == -1:
+        cut = -16  # its last bytes only say that it ends
+    file.write_bytes(file.read_bytes()[:cut])
+    assert refusal(file).startswith(f": cannot be read as {file.suffix[1:]} (")
+
+
+# --- components ---
+
+
 @pytest.mark.parametrize(
-    ("record", "component"),
+    ("record", "field", "component"),
     [
-        ({"meta": {"pile_set_name": "Wikipedia (en)"}}, "Wikipedia (en)"),
-        ({"meta": {"pile_set_name": 5}}, "a"),
-        ({"meta": "Books"}, "a"),
-        ({}, "a"),
+        ({"meta": {"pile_set_name": "Pile-CC"}}, "meta.pile_set_name", "Pile-CC"),
+        ({"source": "web"}, "source", "web"),
+        ({"meta": {"pile_set_name": None}}, "meta.pile_set_name", "part.00"),
+        ({"meta": "x"}, "meta.pile_set_name", "part.00"),
+        ({}, "meta.pile_set_name", "part.00"),
+        ({"meta": {"pile_set_name": ""}}, "meta.pile_set_name", "part.00"),
     ],
 )
-def test_components(tmp_path: Path, record: dict[str, Any], component: str) -> None:
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x", **record}))
-    assert [segment.component for segment in segments_of(tmp_path / "a.jsonl")] == [component]
+def test_components_by_field_or_file(tmp_path: Path, record: dict[str, Any], field: str, component: str) -> None:
+    file = jsonl(tmp_path / "part.00.jsonl", {"text": "x", **record})
+    assert segments_of(file, component_field=field)[0].component == component
 
 
-# --- supervised text ---
+def test_the_component_of_a_txt_is_its_folder_wherever_it_is_seen_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books" / "a.txt.gz").write_bytes(gzip.compress(b"x"))
+    monkeypatch.chdir(tmp_path / "books")
+    for name in (tmp_path / "books" / "a.txt.gz", Path("a.txt.gz"), Path("../books/./a.txt.gz")):
+        assert segments_of(name)[0].component == "books"
 
 
-def supervised(tmp_path: Path, record: Any, **changes: Any) -> list[Segment]:
-    (tmp_path / "a.jsonl").write_text(json.dumps(record))
-    return segments_of(tmp_path / "a.jsonl", **changes)
+def test_a_name_with_txt_within_is_no_txt(tmp_path: Path) -> None:
+    assert segments_of(jsonl(tmp_path / "a.txt.jsonl", "x")) == [Segment("x", "a.txt")]
 
 
-def test_of_a_completion_only_the_response_is_predicted(tmp_path: Path) -> None:
-    record = {"q": "1 + 1 =", "a": " 2"}
-    found = supervised(tmp_path, record, kind="completion", prompt_field="q", response_field="a")
-    assert found == [Segment("1 + 1 =", "a", target=False, last=False), Segment(" 2", "a")]
+# --- examples ---
 
 
-def test_of_a_chat_only_the_assistant_is_predicted(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-    found = supervised(tmp_path, {"messages": turns}, kind="chat", chat_template="<|{role}|>{content}<|end|>")
-    assert [(s.text, s.target, s.template, s.last) for s in found] == [
-        ("<|user|>", False, True, False),
-        ("Hi", False, False, False),
-        ("<|end|>", False, True, False),
-        ("<|assistant|>", False, True, False),
-        ("Hello!", True, False, False),
-        ("<|end|>", True, True, True),
+def test_a_prompt_is_read_and_its_response_learnt(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "qa.jsonl", {"q": "one?", "a": " two"})
+    found = segments_of(file, kind="completion", prompt_field="q", response_field="a")
+    assert found == [
+        Segment("one?", "qa", target=False, template=False, last=False),
+        Segment(" two", "qa", target=True, template=False, last=True),
     ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "record", "reason"),
-    [
-        ("completion", {"prompt": "x"}, "no text in field 'response'; set data.response_field or correct the record"),
-        ("completion", {"response": "x"}, "no text in field 'prompt'; set data.prompt_field"),
-        ("completion", {"prompt": "x", "response": ""}, "no text in field 'response'"),
-        ("chat", {}, "no messages; set data.messages_field (now messages)"),
-        ("chat", {"messages": []}, "no messages"),
-        ("chat", {"messages": "Hi"}, "no messages"),
-        ("chat", {"messages": ["Hi"]}, "a message without role and content"),
-        ("chat", {"messages": [{"role": ["user"], "content": "x"}]}, "a message without role and content"),
-        ("chat", {"messages": [{"role": "user", "content": "x"}]}, "nothing said by the assistant"),
-        ("chat", {"messages": [{"role": "assistant", "content": None}]}, "a message without role and content"),
-        ("chat", {"messages": [{"role": "assistant", "content": "\ud800"}]}, "a lone surrogate in the text"),
-    ],
-)
-def test_bad_supervised_records(tmp_path: Path, kind: str, record: Any, reason: str) -> None:
-    with pytest.raises(ValueError, match="a") as caught:
-        supervised(tmp_path, record, kind=kind)
-    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl:1: {reason}")
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_a_chat_is_put_into_the_template(tmp_path: Path) -> None:
+    messages = [
+        said("system", "{role} {content}"),
+        said("user", "<|end|>"),
+        said("assistant", ""),
+        said("assistant", "b"),
+    ]
+    file = jsonl(tmp_path / "chat.jsonl", {"messages": messages})
+    found = segments_of(file, kind="chat", chat_template="<|{role}|>{content}<|end|>")
+    assert {segment.component for segment in found} == {"chat"}
+    assert [(segment.text, segment.target, segment.template) for segment in found] == [
+        ("<|system|>", False, True),
+        ("{role} {content}", False, False),
+        ("<|end|>", False, True),
+        ("<|user|>", False, True),
+        ("<|end|>", False, False),  # as the user wrote it: no special token
+        ("<|end|>", False, True),
+        ("<|assistant|>", False, True),
+        ("<|end|>", True, True),
+        ("<|assistant|>", False, True),
+        ("b", True, False),
+        ("<|end|>", True, True),
+    ]
+    assert [segment.last for segment in found] == [False] * 10 + [True]
+
+
+def test_a_chat_that_ends_with_the_user_does_not_learn_its_end(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "chat.jsonl", {"messages": [said("assistant", "a"), said("user", "b")]})
+    *_, last = segments_of(file, kind="chat", chat_template="{role}: {content}")
+    assert last == Segment("", "chat", target=False, template=True, last=True)
+
+
+# --- bad files: what is said of each, and what is counted where they are skipped ---
+
+GOOD = b'{"text": "good"}\n'
+NO_TEXT = "no text in field 'text'"
+BAD_LINES = {
+    "broken JSON": (b'{"text": "x"', "not a line of JSON; each line must be one record (Expecting ',' delimiter"),
+    "pretty-printed JSON": (b"{", "not a line of JSON; each line must be one record (Expecting property name"),
+    "a line of text": (b"plain words", "not a line of JSON; each line must be one record (Expecting value"),
+    "two records on a line": (
+        b'{"text": "x"} {"text": "y"}',
+        "not a line of JSON; each line must be one record (Extra",
+    ),
+    "a byte order mark": (b'\xef\xbb\xbf{"text": "x"}', "not a line of JSON; each line must be one record (Unexpected"),
+    "nested too deeply": (b"[" * 100_000, "not a line of JSON; each line must be one record (maximum recursion depth"),
+    "a number of too many digits": (
+        b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
+        "not a line of JSON; each line must be one record (Exceeds the limit",
+    ),
+    "a list": (b'["text"]', "not a record; write an object with a text in it"),
+    "a string": (b'"text"', "not a record; write an object"),
+    "null": (b"null", "not a record; write an object"),
+    "missing field": (b'{"txt": "x"}', f"{NO_TEXT}; set data.text_field or correct the record, or skip such records"),
+    "empty text": (b'{"text": ""}', NO_TEXT),
+    "text is a number": (b'{"text": 5}', NO_TEXT),
+    "text is null": (b'{"text": null}', NO_TEXT),
+    "text is a list": (b'{"text": ["x"]}', NO_TEXT),
+    "lone surrogate": (b'{"text": "a \\ud83d b"}', "a lone surrogate in the text; this is no valid Unicode"),
+    "lone surrogate in the component": (
+        b'{"text": "a", "meta": {"pile_set_name": "\\ud83d"}}',
+        "a lone surrogate in the text",
+    ),
+    "NUL": (b'{"text": "a\\u0000b"}', "a NUL character in the text; remove it"),
+    "raw NUL": (b'{"text": "a\0b"}', "not a line of JSON; each line must be one record (Invalid control character"),
+    "invalid UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 text; convert it (invalid continuation byte at byte 13 of"),
+    "a character cut in two": (b'{"text": "\xf0\x9f\x99"}', "not UTF-8 text; convert it (invalid continuation byte"),
+    "UTF-16": (
+        '{"text": "x"}'.encode("utf-16"),
+        "not UTF-8 text; convert it (invalid start byte at byte 0 of the line",
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_record_is_named_by_file_line_and_reason_or_counted(tmp_path: Path, line: bytes, reason: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
+    message = refusal(file)
+    assert message.startswith(f":4: {reason}")
+    assert message.endswith(", or skip such records with data.bad_records=skip")
+    skipped: Counter[str] = Counter()
+    found = list(read_segments(file, text_data(bad_records="skip"), skipped, lambda read: None))
+    assert [segment.text for segment in found] == ["good"] * 3
+    assert skipped == {reason.partition(";")[0]: 1}
+
+
+ALICE = said("user", "a")
+BAD_EXAMPLES = {
+    "no prompt": ("completion", {"response": "b"}, "no text in field 'prompt'; set data.prompt_field"),
+    "empty response": ("completion", {"prompt": "a", "response": ""}, "no text in field 'response'; set data.resp"),
+    "NUL in a prompt": ("completion", {"prompt": "\0", "response": "b"}, "a NUL character in the text"),
+    "no messages": ("chat", {"text": "x"}, "no messages; set data.messages_field (now messages)"),
+    "empty messages": ("chat", {"messages": []}, "no messages"),
+    "messages are a text": ("chat", {"messages": "hello"}, "no messages"),
+    "a message is a text": ("chat", {"messages": ["hello"]}, "a message without role and content; give both"),
+    "a message without content": ("chat", {"messages": [{"role": "user"}]}, "a message without role and content"),
+    "content is a list": (
+        "chat",
+        {"messages": [{"role": "user", "content": ["x"]}]},
+        "a message without role and content",
+    ),
+    "nobody answers": ("chat", {"messages": [ALICE]}, "nothing said by the assistant; there is nothing to learn"),
+    "a role that spells a special token": (
+        "chat",
+        {"messages": [said("<|endoftext|>", "a")]},
+        "a role that is no name",
+    ),
+    "a role of two lines": ("chat", {"messages": [said("user\n", "a")]}, "a role that is no name"),
+    "no role": ("chat", {"messages": [said("", "a")]}, "a role that is no name; write it in letters"),
+    "a lone surrogate said": ("chat", {"messages": [said("user", "\ud800")]}, "a lone surrogate in the text"),
+}
+
+
+@pytest.mark.parametrize(("kind", "record", "reason"), BAD_EXAMPLES.values(), ids=BAD_EXAMPLES)
+def test_a_bad_example_is_named_or_counted(tmp_path: Path, kind: str, record: dict[str, Any], reason: str) -> None:
+    good = {"prompt": "a", "response": "b", "messages": [ALICE, said("assistant", "b")]}
+    file = jsonl(tmp_path / "a.jsonl", good, record, good)
+    assert refusal(file, kind=kind).startswith(f":2: {reason}")
+    skipped: Counter[str] = Counter()
+    found = list(read_segments(file, text_data(kind=kind, bad_records="skip"), skipped, lambda read: None))
+    assert sum(segment.last for segment in found) == 2
+    assert skipped == {reason.partition(";")[0]: 1}
+
+
+BAD_TEXTS = {
+    "nothing": (b"", ": no text in it; remove it from the data"),
+    "white space": (b"\n \n", ": no text in it; remove it from the data"),
+    "Latin-1": (b"caf\xe9 au lait", ": not UTF-8 text (invalid continuation byte at byte 3); convert it"),
+    "Latin-1 far down": (
+        b"word " * 2**20 + b"caf\xe9 au lait",
+        ": not UTF-8 text (invalid continuation byte at byte 5,242,883); convert it",
+    ),
+    "cut off in a character": ("🙂🙂".encode()[:-1], ": not UTF-8 text (unexpected end of data at byte 4); convert it"),
+    "UTF-16": ("text".encode("utf-16"), ": not UTF-8 text (invalid start byte at byte 0); convert it"),
+    "NUL": (b"a\0b", ": a NUL character in the text; remove it: this is no text, or was cut off"),
+}
+
+
+@pytest.mark.parametrize("policy", ["error", "skip"])
+@pytest.mark.parametrize(("content", "reason"), BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_a_bad_txt_is_refused_whatever_is_done_with_records(
+    tmp_path: Path, content: bytes, reason: str, policy: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    assert refusal(tmp_path / "a.txt", bad_records=policy) == reason
+
+
+@pytest.mark.parametrize("kind", ["completion", "chat"])
+def test_txt_holds_no_examples(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "a.txt").write_text("a text")
+    assert refusal(tmp_path / "a.txt", kind=kind) == (
+        f": a .txt file holds no {kind} records; give .jsonl, or set data.kind=text"
+    )
+
+
+def test_the_records_before_a_bad_one_are_given(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD + b"broken\n")
+    found = read_segments(file, text_data(), Counter(), lambda read: None)
+    assert next(found).text == "good"
+    with pytest.raises(ValueError, match=":2: not a line of JSON"):
+        next(found)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chat_template": "{role}"}, "data.chat_template must hold {content} once"),
-        ({"max_bad_share": 1.0}, "data.max_bad_share must be from 0 to below 1, got 1"),
-        ({"weights": {"a": -1.0}}, "data.weights must be above 0"),
-        ({"weights": {}}, "data.weights must be above 0"),
+        ({"chat_template": "{role}"}, r"data\.chat_template must hold {content} once"),
+        ({"chat_template": "{content}{content}"}, r"data\.chat_template must hold {content} once"),
+        ({"max_bad_share": 1.0}, r"data\.max_bad_share must be from 0 to below 1, got 1\.0"),
+        ({"max_bad_share": -0.1}, r"data\.max_bad_share must be from 0"),
+        ({"weights": {}}, r"data\.weights must be above 0, got {}"),
+        ({"weights": {"a": 1, "b": 0}}, r"data\.weights must be above 0"),
+        ({"weights": {"a": float("nan")}}, "finite number"),
+        ({"kind": "prose"}, "'text', 'completion' or 'chat'"),
     ],
 )
-def test_configs_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match="data") as caught:
-        data_config(**changes)
-    assert message in str(caught.value)
-
-
-# --- finding files ---
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    jsonl(tmp_path / "d" / "b.jsonl", "b")
-    jsonl(tmp_path / "d" / "deep" / "a.json", "a")
-    (tmp_path / "d" / "c.txt").write_text("c")
-    (tmp_path / "d" / "notes.md").write_text("not data")
-    return tmp_path / "d"
-
-
-@pytest.mark.parametrize(
-    ("pattern", "found"),
-    [
-        ("", ["b.jsonl", "c.txt", "deep/a.json"]),
-        ("b.jsonl", ["b.jsonl"]),
-        ("*.jsonl", ["b.jsonl"]),
-        ("[bc].*", ["b.jsonl", "c.txt"]),
-        ("*/", ["deep/a.json"]),
-        ("**/*.json*", ["b.jsonl", "deep/a.json"]),
-        ("deep/**", ["deep/a.json"]),
-    ],
-)
-def test_folders_and_globs(tree: Path, pattern: str, found: list[str]) -> None:
-    assert find_files(f"{tree}/{pattern}", "data.train") == [tree / name for name in found]
-
-
-def test_a_list_keeps_its_order_and_its_repetitions(tree: Path) -> None:
-    paths = [f"{tree}/c.txt", f"{tree}/*.jsonl", f"{tree}/c.txt"]
-    assert find_files(paths, "data.train") == [tree / "c.txt", tree / "b.jsonl", tree / "c.txt"]
-
-
-def test_a_path_that_exists_is_no_glob(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "run[1].jsonl", "x")
-    assert find_files(str(file), "data.train") == [file]
-
-
-@pytest.mark.parametrize("name", ["nowhere.jsonl", "*.jsonl", "empty", ""])
-def test_a_path_that_matches_nothing_is_named(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="at ") as caught:
-        find_files(name, "data.validation")
-    assert str(caught.value).startswith("data.validation: no .jsonl, .json, .txt (also .zst, .gz), .parquet or .arrow")
-    assert "\n" not in str(caught.value)
-
-
-def test_one_bad_path_of_a_list_is_enough(tree: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere"):
-        find_files([str(tree), f"{tree}/nowhere"], "data.train")
-
-
-def test_an_empty_list_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"data\.train is empty; give files"):
-        find_files([], "data.train")
-
-
-def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe.jsonl")
-    with pytest.raises(ValueError, match=r"pipe\.jsonl: not a regular file"):
-        find_files(str(tmp_path), "data.train")
-
-
-# --- bad records and bad files ---
-
-GOOD = b'{"text": "good"}\n'
-BAD_LINES = {
-    "broken JSON": (b'{"text": "x"', "not a line of JSON; each line must be one record ("),
-    "pretty-printed JSON": (b"{", "not a line of JSON; each line must be one record ("),
-    "not JSON": (b"plain words", "not a line of JSON; each line must be one record ("),
-    "two records": (GOOD.strip() * 2, "not a line of JSON; each line must be one record ("),
-    "records ended by CR alone": (
-        GOOD.strip() + b"\r" + GOOD.strip(),
-        "not a line of JSON; each line must be one record (",
-    ),
-    "nested too deeply": (b"[" * 100_000, "not a line of JSON; each line must be one record ("),
-    "a number of too many digits": (
-        b'{"n": ' + b"1" * 5000 + b"}",
-        "not a line of JSON; each line must be one record (",
-    ),
-    "raw control character": (b'{"text": "a\x01"}', "not a line of JSON; each line must be one record ("),
-    "NUL byte": (b'{"text": "a"}\0', "not a line of JSON; each line must be one record ("),
-    "not an object": (b'["text"]', "not a record"),
-    "a string": (b'"text"', "not a record"),
-    "null": (b"null", "not a record"),
-    "missing field": (b'{"txt": "x"}', "no text in field 'text'; set data.text_field or correct the record"),
-    "empty text": (b'{"text": ""}', "no text in field 'text'"),
-    "text is a number": (b'{"text": 5}', "no text in field 'text'"),
-    "text is null": (b'{"text": null}', "no text in field 'text'"),
-    "text is a list": (b'{"text": ["x"]}', "no text in field 'text'"),
-    "NUL character": (b'{"text": "a\\u0000b"}', "a NUL character in the text"),
-    "lone surrogate": (b'{"text": "a \\ud83d b"}', "a lone surrogate in the text"),
-    "invalid UTF-8": (b'{"text": "caf\xe9"}', "not UTF-8 text; convert it (byte "),
-    "UTF-16": ('{"text": "x"}'.encode("utf-16"), "not UTF-8 text; convert it (byte "),
-}
-
-
-@pytest.mark.parametrize(("line", "reason"), BAD_LINES.values(), ids=BAD_LINES)
-def test_a_bad_record_is_named_or_counted(tmp_path: Path, line: bytes, reason: str) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_bytes(GOOD + b"\n" + GOOD + line + b"\n" + GOOD)
-    with pytest.raises(ValueError, match="a") as caught:
-        segments_of(file)
-    assert str(caught.value).startswith(f"{file}:4: {reason}")
-    assert str(caught.value).endswith("or skip such records with data.bad_records=skip")
-    assert "\n" not in str(caught.value)
-    skipped: Counter[str] = Counter()
-    assert [segment.text for segment in segments_of(file, skipped, bad_records="skip")] == ["good"] * 3
-    assert skipped == {reason.partition(";")[0]: 1}
-
-
-def bad_table(column: pa.Array) -> Callable[[Path], None]:
-    return lambda path: pq.write_table(pa.table({"text": column}), path)
-
-
-def cut(name: str, size: int) -> Callable[[Path], None]:
-    def write(path: Path) -> None:
-        FORMATS[name](path)
-        path.write_bytes(path.read_bytes()[:size])
-
-    return write
-
-
-NOT_UTF8 = pa.Array.from_buffers(
-    pa.string(), 3, [None, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xe9b")]
-)
-BAD_FILES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
-    "txt in Latin-1": (
-        "a.txt",
-        lambda p: p.write_bytes(b"caf\xe9 au"),
-        ": not UTF-8 text (invalid continuation byte ",
-    ),
-    "txt cut in a character": (
-        "a.txt",
-        lambda p: p.write_bytes("né".encode()[:-1]),
-        ": not UTF-8 text (unexpected end",
-    ),
-    "txt with NUL": ("a.txt", lambda p: p.write_bytes(b"a\0b"), ": a NUL character in the text"),
-    "txt in UTF-16": ("a.txt", lambda p: p.write_text("words", encoding="utf-16"), ": not UTF-8 text (invalid start"),
-    "empty txt": ("a.txt", lambda p: p.touch(), ": no text in it; remove it from the data"),
-    "blank txt": ("a.txt", lambda p: p.write_text("\n \n"), ": no text in it"),
-    "parquet with null": ("a.parquet", bad_table(pa.array(["x", None])), " row 2: no text in field 'text'"),
-    "parquet of numbers": ("a.parquet", bad_table(pa.array([1, 2])), " row 1: no text in field 'text'"),
-    "parquet not UTF-8": ("a.parquet", bad_table(NOT_UTF8), ": cannot be read as parquet ("),
-    "cut parquet": ("a.parquet", cut("a.parquet", 900), ": cannot be read as parquet ("),
-    "text as parquet": ("a.parquet", write_jsonl, ": cannot be read as parquet ("),
-    "cut arrow stream": ("a.arrow", cut("a.arrow", -8), ": cannot be read as arrow (it has no end, it is cut off"),
-    "cut arrow file": ("b.arrow", cut("b.arrow", -20), ": cannot be read as arrow ("),
-    "text as arrow": ("a.arrow", write_jsonl, ": cannot be read as arrow ("),
-    "cut zst": ("a.jsonl.zst", cut("a.jsonl.zst", -5), ": cut off in the middle of a zstd frame; fetch it again"),
-    "cut gz": ("a.jsonl.gz", cut("a.jsonl.gz", -5), ": damaged or cut off ("),
-    "gz named zst": ("a.jsonl.zst", FORMATS["a.jsonl.gz"], ": damaged or cut off ("),
-    "zst named gz": ("a.jsonl.gz", FORMATS["a.jsonl.zst"], ": damaged or cut off ("),
-    "zst named jsonl": ("a.jsonl", FORMATS["a.jsonl.zst"], ":1: not UTF-8 text; "),
-    "gone": ("a.jsonl", lambda p: None, ": cannot be read (No such file or directory)"),
-    "gone txt": ("a.txt", lambda p: None, ": cannot be read (No such file or directory)"),
-    "gone parquet": ("a.parquet", lambda p: None, ": cannot be read as parquet ("),
-}
-
-
-@pytest.mark.parametrize(("name", "write", "said"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_named(tmp_path: Path, name: str, write: Any, said: str) -> None:
-    write(tmp_path / name)
-    with pytest.raises(ValueError, match="a") as caught:
-        segments_of(tmp_path / name)
-    assert str(caught.value).startswith(f"{tmp_path}/{name}{said}")
-    assert "\n" not in str(caught.value)
+def test_contradictory_settings(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        text_data(**changes)

@@ -1,0 +1,191 @@
+"""The text of a run: its parts and components, every token accounted for, what is shown of it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from text_data import jsonl, text_data
+
+from gptj_train.data.corpus import TextData, prepare
+from gptj_train.data.inspection import shown
+from gptj_train.data.tokenizer import Tokenizer
+
+
+def record(text: str, component: str) -> dict[str, Any]:
+    return {"text": text, "meta": {"pile_set_name": component}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    jsonl(tmp_path / "train.jsonl", *(record(f"text {n} " * 9, "AAB"[n % 3]) for n in range(60)))
+    jsonl(tmp_path / "held_out.jsonl", record("another text", "B"), record("and one more", "C"))
+    (tmp_path / "old.txt").write_text("known before")
+    return tmp_path
+
+
+@pytest.fixture
+def prepared(folder: Path, tokenizer: Tokenizer) -> Any:
+    def prepare_it(length: int = 16, **changes: Any) -> TextData:
+        paths = {"train": "train.jsonl", "validation": "held_out.jsonl", "forgetting": "old.txt"} | {
+            key: changes.pop(key) for key in ("train", "validation", "forgetting") if key in changes
+        }
+        given = {key: str(folder / name) if isinstance(name, str) else name for key, name in paths.items()}
+        return prepare(text_data(cache_dir=str(folder / "cache"), **given, **changes), tokenizer, length)
+
+    return prepare_it
+
+
+def test_parts_and_components(prepared: Any, tokenizer: Tokenizer) -> None:
+    data = prepared()
+    assert list(data.parts) == ["train", "validation", "forgetting"]
+    assert list(data.train.windows) == [""]
+    assert data.weights is None
+    assert len(data.train.windows[""].documents) == 60
+    assert list(data.held_out) == ["B", "C", "forgetting"]
+    texts = {name: tokenizer.decode(windows[0].tokens.tolist()) for name, windows in data.held_out.items()}
+    assert texts == {"B": "another text", "C": "and one more", "forgetting": "known before"}
+
+
+def test_weights_choose_the_components(prepared: Any) -> None:
+    data = prepared(weights={"B": 3, "A": 1})
+    assert data.weights == [3, 1]
+    assert {name: len(windows.documents) for name, windows in data.train.windows.items()} == {"B": 20, "A": 40}
+
+
+@pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
+def test_packing_is_chosen(prepared: Any, packing: str) -> None:
+    name = {"contiguous": "ContiguousWindows", "best_fit": "BestFitWindows"}[packing]
+    assert type(prepared(packing=packing).train.windows[""]).__name__ == name
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_without_held_out_text(prepared: Any, nothing: list[str] | None) -> None:
+    assert prepared(validation=nothing, forgetting=nothing).held_out == {}
+
+
+def test_only_held_out_text(prepared: Any) -> None:
+    data = prepared(train=None)
+    assert list(data.held_out) == ["B", "C", "forgetting"]
+    with pytest.raises(ValueError, match=r"data\.train is null; give files to train on"):
+        _ = data.train
+
+
+@pytest.mark.parametrize(("train", "validation"), [("train.jsonl", "gone"), ("gone", "held_out.jsonl"), ([], None)])
+def test_all_files_are_looked_for_first(prepared: Any, folder: Path, train: Any, validation: Any) -> None:
+    with pytest.raises(ValueError, match="^data.validation: no" if validation == "gone" else "^data.train"):
+        prepared(train=train, validation=validation)
+    assert not (folder / "cache").exists()
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1])
+def test_lengths_that_make_no_windows(prepared: Any, length: int) -> None:
+    with pytest.raises(ValueError, match=f"sequence_length must be at least 2, got {length}"):
+        prepared(length)
+
+
+def test_a_weight_without_its_component(prepared: Any) -> None:
+    with pytest.raises(ValueError, match=r"data\.train: nothing to pack of D; there are A, B$"):
+        prepared(weights={"A": 1, "D": 1})
+
+
+def test_the_name_of_the_forgetting_set_is_taken(prepared: Any, folder: Path) -> None:
+    jsonl(folder / "forgetting.jsonl", "x")
+    with pytest.raises(ValueError, match=r"data\.validation: no component can be named 'forgetting'; give it as"):
+        prepared(validation="forgetting.jsonl")
+
+
+EXAMPLE = {"prompt": "what is it?", "response": " it is a text"}
+LONG = {"prompt": "very long " * 30, "response": " x"}
+
+
+def test_a_held_out_component_of_which_nothing_fits_stops_nobody(prepared: Any, folder: Path) -> None:
+    jsonl(folder / "train.jsonl", EXAMPLE)
+    jsonl(folder / "some.jsonl", LONG | {"meta": {"pile_set_name": "long"}}, EXAMPLE)
+    data = prepared(48, kind="completion", validation="some.jsonl", forgetting=None)
+    assert {name: len(windows) for name, windows in data.held_out.items()} == {"long": 0, "some": 1}
+    assert "dropped (nothing to predict within" in dict(data.parts["validation"].facts())["data"]
+    jsonl(folder / "none.jsonl", LONG)
+    with pytest.raises(
+        ValueError,
+        match=r"data\.validation: nothing to pack of none, \d+ dropped \(nothing to predict within sequence_length\); "
+        r"there are none",
+    ):
+        prepared(48, kind="completion", validation="none.jsonl", forgetting=None)
+    with pytest.raises(ValueError, match=r"data\.train: nothing to pack of all of it, \d+ dropped"):
+        prepared(48, kind="completion", train="none.jsonl", validation=None, forgetting=None)
+
+
+def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    texts = [f"text {n} " * 9 for n in range(60)]
+    tokens = sum(map(len, tokenizer.encode_documents(texts)))
+    size = sum(map(len, texts))
+    windows = -(-tokens // 16)
+    facts = dict(prepared().train.facts())
+    assert facts["data"] == (
+        f"60 documents, 0.0 MB, {tokens:,} tokens in {windows:,} windows, {tokens / windows / 16:.2%} full"
+    )
+    assert facts["bytes per token"] == f"{size / tokens:.2f}"
+    assert facts["tokens a document"] == "up to 64: 17%, up to 256: 83%"
+    assert "components" not in facts
+    assert "skipped" not in facts
+    with (folder / "train.jsonl").open("a") as lines:
+        lines.write("broken\n")
+    facts = dict(prepared(weights={"A": 1, "B": 1}, bad_records="skip", max_bad_share=0.1).train.facts())
+    assert facts["skipped"] == "1 records: not a line of JSON"
+    of_b = sum(map(len, tokenizer.encode_documents(texts[2::3]))) / tokens
+    assert facts["components"] == f"A {1 - of_b:.1%}, B {of_b:.1%}"
+
+
+@pytest.mark.parametrize(("tokens", "said"), [(16, "up to 16"), (17, "up to 64"), (2**14, "up to 16,384")])
+def test_lengths_are_told_up_to_and_with_the_limit(prepared: Any, folder: Path, tokens: int, said: str) -> None:
+    jsonl(folder / "train.jsonl", "\x01" * (tokens - 1))
+    assert dict(prepared().train.facts())["tokens a document"] == f"{said}: 100%"
+
+
+def test_facts_of_examples_that_are_cut(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    jsonl(folder / "train.jsonl", EXAMPLE, LONG, {"prompt": "a", "response": " b" * 200})
+    data = prepared(64, kind="completion", validation=None, forgetting=None)
+    lengths = [
+        sum(len(ids) for ids in tokenizer.encode_texts([row["prompt"], row["response"]])) + 1
+        for row in (EXAMPLE, LONG, {"prompt": "a", "response": " b" * 200})
+    ]
+    assert (
+        f" {sum(lengths):,} tokens, {lengths[1]:,} dropped (nothing to predict within sequence_length), "
+        f"{lengths[2] - 64:,} dropped (beyond sequence_length) in 2 windows, {(lengths[0] + 64) / 128:.2%} full"
+    ) in dict(data.train.facts())["data"]
+
+
+# --- what a person is shown ---
+
+
+def test_windows_without_colours_where_nobody_looks(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
+    jsonl(folder / "train.jsonl", EXAMPLE, {"prompt": "\x1b[31mred", "response": "\x07\nbell"})
+    data = prepared(96, kind="completion", validation=None, forgetting=None)
+    (text,) = shown(data.train, tokenizer, 5, seed=0)
+    used = sum(len(w.documents.lengths) and int(w.documents.lengths.sum()) for w in data.train.windows.values())
+    first, second = "[{}] {{what is it?}} it is a text<|endoftext|>", "[{}] {{\\x1b[31mred}}\\x07\nbell<|endoftext|>"
+    drawn = (
+        "--- window 0 of 1 ---\n" + "\n".join(part.format(at) for at, part in enumerate(order, start=1))
+        for order in ((first, second), (second, first))
+    )
+    assert text in [f"{one}[{96 - used} of padding]" for one in drawn]
+
+
+def test_windows_in_colours_on_a_terminal(prepared: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = prepared(weights={"A": 1, "B": 1}).train
+    plain = list(shown(part, tokenizer, 3, seed=2))
+    assert not any("\033" in text for text in plain)
+    assert [re.fullmatch(r"--- window \d+ of \d+ ([AB]) ---", text.splitlines()[0])[1] for text in plain] == [*"AAABBB"]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    coloured = list(shown(part, tokenizer, 3, seed=2))
+    assert all("\033[33m" in text and text.count("\033") % 2 == 0 for text in coloured)
+    assert [re.sub(r"\033\[\d+m", "", text) for text in coloured] == plain
+    assert plain != list(shown(part, tokenizer, 3, seed=3))
+
+
+def test_no_windows_are_shown_unasked(prepared: Any, tokenizer: Tokenizer) -> None:
+    assert list(shown(prepared().train, tokenizer, 0, seed=0)) == []
