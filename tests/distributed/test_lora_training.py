@@ -71,12 +71,11 @@ def test_the_base_stays(runs: Results, name: str) -> None:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_every_place_trains_alike(runs: Results, name: str) -> None:
-    """Losses to 2e-3 as with all weights; they fall."""
+    """Losses to 2e-3 as with all weights."""
     losses = runs.column(name, "loss")
     assert losses == pytest.approx(runs.column("fp32", "loss"), rel=2e-3)
     norms = runs.column(name, "grad_norm")
     assert norms == pytest.approx(runs.column("fp32", "grad_norm"), rel=5e-2)
-    assert losses[-1] < losses[0]
 
 
 def test_fp32_follows_peft_in_a_plain_loop(runs: Results) -> None:
