@@ -147,24 +147,6 @@ def test_goes_on_with_another_number_of_ranks(corpus: Path) -> None:
     assert all(torch.equal(parameter, stored[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_checkpoint_is_exported_without_its_ranks(corpus: Path) -> None:
-    """The newest of the run, as the run itself has exported it."""
-    done = subprocess.run(
-        [sys.executable, "recipes/export.py", f"run={corpus}/run", f"output_dir={corpus}/again"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{corpus}/run/checkpoints/step_00000018 as a model in {corpus}/again\n"
-    again, exported = corpus / "again", corpus / "run" / "export"
-    assert {path.name for path in again.iterdir()} == {path.name for path in exported.iterdir()} - {"README.md"}
-    for path in again.iterdir():
-        assert path.read_bytes() == (exported / path.name).read_bytes(), path.name
-
-
 def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     done = recipe(corpus, 1, "max_steps=20", "seed=7")
     assert done.returncode == 2
