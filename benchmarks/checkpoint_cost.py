@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 LENGTH = 64
@@ -30,6 +31,7 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.data.tokenizer import Tokenizer
+    from gptj_train.planning import Planned
     from gptj_train.training.checkpoint import Checkpoints, TrainState, load
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
@@ -68,12 +70,15 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
         found["loaded_gib"] = engine.peak_memory()
     step()
     found["step_s"] = seconds_of(step)
+    cfg: Any = SimpleNamespace(engine=place, micro_batch_size=1, sequence_length=LENGTH)
+    found["planned_gib"] = sum(Planned(engine.shapes, engine.trained, config, cfg).memory(1).values()) / 2**30
     found["trained_gib"] = engine.peak_memory()
     if name == "fresh":
         files = ModelFiles(config, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
         found["save_s"] = seconds_of(lambda: Checkpoints(folder, 1, 0, files).save(engine, TrainState(step=2)))
         found["saved_gib"] = engine.peak_memory()
         found["parameters"] = sum(shape.numel() for shape in engine.shapes.values())
+    torch.distributed.destroy_process_group()
     return found
 
 

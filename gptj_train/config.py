@@ -94,6 +94,25 @@ class PrepareDataConfig(ClmConfig):
 
 
 @schema
+class PlanConfig(FinetuneConfig):
+    """recipes/plan.py, for a preset of any task; the last four say how fast the machines are."""
+
+    sample_prompt: str | None
+    data: dict[str, Any]
+    task: dict[str, Any]
+    gpus_per_node: int
+    tflops_per_gpu: float
+    host_gb_per_second: float
+    nvme_gb_per_second: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gpus_per_node", "tflops_per_gpu", "host_gb_per_second", "nvme_gb_per_second"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+
+
+@schema
 class EvaluationDataConfig(DataConfig):
     """Held-out data: text, labelled texts or questions, as the checkpoint's task wants them."""
 
@@ -198,16 +217,24 @@ class ExportConfig:
     dtype: Literal["bf16", "fp16", "fp32"]
 
 
+def shape_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
+    """``init_from``'s own shape, or the one described.
+
+    Raises:
+        ValueError: one that does not hold together.
+    """
+    if init_from is not None:
+        return GPTJConfig.from_pretrained(init_from)
+    return GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
+
+
 def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
     """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
 
     Raises:
         ValueError: a shape that does not hold together, or one too small for tokenizer or sequences.
     """
-    if init_from is not None:
-        shape = GPTJConfig.from_pretrained(init_from)
-    else:
-        shape = GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
+    shape = shape_of(model, init_from)
     tokenizer.check_fits(shape.vocab_size)
     if sequence_length > shape.n_positions:
         raise ValueError(f"sequence_length {sequence_length} exceeds the model's n_positions ({shape.n_positions})")

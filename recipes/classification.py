@@ -7,6 +7,7 @@ from gptj_train import GPTJForSequenceClassification
 from gptj_train.config import ClassificationConfig, vocabulary
 from gptj_train.data.labelled import prepare_labelled
 from gptj_train.launch import rank, recipe, world_size
+from gptj_train.planning import Planned
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.classification import Classification, known_labels
 from gptj_train.tracking import Tracker
@@ -62,6 +63,7 @@ def main(cfg: ClassificationConfig) -> None:
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
+    facts["memory"] = Planned(engine.shapes, engine.trained, model, cfg).memory_line(engine.world_size)
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)
         print(summary(cfg.output_dir, ARCHITECTURE))

@@ -6,6 +6,7 @@ from gptj_train import GPTJForCausalLM
 from gptj_train.config import ClmConfig, vocabulary
 from gptj_train.data.corpus import prepare
 from gptj_train.launch import rank, recipe, world_size
+from gptj_train.planning import Planned
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.generation import sample_from
@@ -66,6 +67,7 @@ def main(cfg: ClmConfig) -> None:
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     folder = export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
+    facts["memory"] = Planned(engine.shapes, engine.trained, model, cfg).memory_line(engine.world_size)
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)
         sample = sample_from(folder, cfg.sample_prompt, cfg.seed) if cfg.sample_prompt else None

@@ -6,6 +6,7 @@ from gptj_train import GPTJForQuestionAnswering
 from gptj_train.config import QAConfig, vocabulary
 from gptj_train.data.squad import Features, read_questions
 from gptj_train.launch import rank, recipe, world_size
+from gptj_train.planning import Planned
 from gptj_train.report import summary, write_report
 from gptj_train.tasks.question_answering import QuestionAnswering
 from gptj_train.tracking import Tracker
@@ -66,6 +67,7 @@ def main(cfg: QAConfig) -> None:
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
+    facts["memory"] = Planned(engine.shapes, engine.trained, model, cfg).memory_line(engine.world_size)
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)
         print(summary(cfg.output_dir, ARCHITECTURE))

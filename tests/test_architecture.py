@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "data": {"schema"},
     "tasks": {"data", "model", "weights", "schema"},
     "tracking": {"schema"},
+    "planning": {"config", "model", "training"},
     "report": {"tracking"},
     "training": {"data", "model", "weights", "tracking", "schema"},
     "config": {"data", "model", "tasks", "tracking", "training", "schema"},

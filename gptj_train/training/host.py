@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import sys
@@ -10,13 +11,18 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import cpuinfo
 import torch
 
 _LONGEST_COMPILATION = 1800  # seconds
 
 
 def prepare_environment() -> None:
-    """What DeepSpeed reads from the environment as it is imported."""
+    """What DeepSpeed reads from the environment as it is imported, and asks of the CPU later.
+
+    It asks three times on every rank, and each answer takes a process that runs for a second.
+    """
+    cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning about finding no GPU
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):

@@ -99,19 +99,34 @@ def check_space(
         ValueError: it will not.
     """
     folder = Path(output_dir) / "checkpoints"
-    size = 4 * len(KINDS) * sum(shape.numel() for shape in shapes.values())
-    saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
-    saves |= {steps.stop} if steps else set()
-    staying = {step for step in saves if keep_every and step % keep_every == 0}
-    # While one more than ``keep`` is written the others are still there.
-    most = min(len(_steps(folder)) + len(saves - staying), keep + 1) + len(staying)
+    trained = sum(shape.numel() for shape in shapes.values())
+    size, most = disk_needed(trained, steps, save_every, keep, keep_every, len(_steps(folder)))
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     there = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-    if saves and most * size > there:
+    if most * size > there:
         raise ValueError(
             f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
             f"{there / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
         )
+
+
+def disk_needed(
+    trained: int, steps: range, save_every: int, keep: int, keep_every: int, there: int = 0
+) -> tuple[int, int]:
+    """Bytes of a checkpoint of so many trained parameters, and how many there are at most at one time.
+
+    Args:
+        steps: that are still to be done, from 0.
+        there: checkpoints that are there already.
+    """
+    size = 4 * len(KINDS) * trained
+    saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
+    saves |= {steps.stop} if steps else set()
+    staying = {step for step in saves if keep_every and step % keep_every == 0}
+    if not saves:
+        return size, 0
+    # While one more than ``keep`` is written the others are still there.
+    return size, min(there + len(saves - staying), keep + 1) + len(staying)
 
 
 def _steps(folder: Path) -> list[Path]:
