@@ -24,12 +24,13 @@ import deepspeed
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 from gptj_train.model.lora import is_adapter
-from gptj_train.training.initial_weights import fill_frozen, fill_masters
+from gptj_train.training.initial_weights import fill_frozen, fill_masters, fill_moments
 from gptj_train.training.optimizer_state import OptimizerState
 from gptj_train.training.schedule import OptimConfig, decay_groups
 from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
 from gptj_train.weights.checkpoint import open_weights
 from gptj_train.weights.hf import StoredWeights
+from gptj_train.weights.moments import StoredMoments, moments_beside
 from gptj_train.weights.new_rows import WithNewRows
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
@@ -77,7 +78,8 @@ class Engine:
 
         Args:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
-            init_from: HF folder to take the weights from, or None to keep the fresh ones.
+            init_from: HF folder to take the weights from, and Adam's moments if it has them; None keeps the
+                fresh weights.
             seed: decides the fresh weights, whatever the number of ranks.
             new_rows: rows of the folder's vocabulary that start as the mean of others.
 
@@ -103,10 +105,13 @@ class Engine:
             print("Compiling DeepSpeed's CPU optimizer; once per installation, about a minute ...", flush=True)
         with contextlib.ExitStack() as stack:
             weights: StoredWeights | None = None
+            moments: StoredMoments | None = None
             stored: dict[str, str] = {}
             if init_from is not None:  # known to be this model's before memory is taken for it
                 weights = stack.enter_context(WithNewRows(open_weights(init_from), new_rows or {}))
                 stored = self._match(weights, bool(plan.new_head_allowed))
+                if self.trained == self.shapes:
+                    moments = stack.enter_context(moments_beside(init_from, self.shapes, bool(plan.new_head_allowed)))
             stack.enter_context(host.quiet())
             torch.manual_seed(seed)
             with deepspeed.zero.Init(config_dict_or_path=config, enabled=engine.stage == 3):
@@ -122,9 +127,13 @@ class Engine:
             )
             if weights is not None:
                 fill_masters(self.optimizer_state(), weights, stored)
-        if engine.stage == 0:  # it has counted the empty step that made its moments
-            for section in self.optimizer_state().sections:
-                section.set_steps(0)
+            if engine.stage == 0:  # it has counted the empty step that made its moments
+                for section in self.optimizer_state().sections:
+                    section.set_steps(0)
+            if moments is not None:
+                fill_moments(self.optimizer_state(), moments)
+        if moments is not None and self.rank == 0:
+            print(f"Adam goes on from the {moments.steps:,} updates of {init_from}/adam", file=sys.stderr, flush=True)
         self._plain_norm = float("nan")  # of fp32 on stage 0, where DeepSpeed does not tell it
 
     def _match(self, weights: StoredWeights, new_head: bool) -> dict[str, str]:

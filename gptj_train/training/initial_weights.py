@@ -13,6 +13,7 @@ from torch import nn
 
 from gptj_train.training.optimizer_state import OptimizerState
 from gptj_train.weights.hf import StoredWeights
+from gptj_train.weights.moments import StoredMoments
 
 
 def fill_masters(state: OptimizerState, weights: StoredWeights, stored: Mapping[str, str]) -> None:
@@ -27,6 +28,18 @@ def fill_masters(state: OptimizerState, weights: StoredWeights, stored: Mapping[
                 for (name, start, numel), offset in zip(section.slices, section.offsets, strict=True):
                     if name in stored:
                         weights.read(stored[name], start, buffers["master"].narrow(0, offset, numel))
+
+
+def fill_moments(state: OptimizerState, moments: StoredMoments) -> None:
+    """Read this rank's slices of Adam's moments, and go on counting updates where they end."""
+    with state.changing():
+        for section in state.sections:
+            with section.buffers(changing=True) as buffers:
+                for (name, start, numel), offset in zip(section.slices, section.offsets, strict=True):
+                    if name in moments.names:
+                        for moment, stored in moments.of.items():
+                            stored.read(moments.names[name], start, buffers[moment].narrow(0, offset, numel))
+    state.set_counters({"steps": moments.steps, "loss_scale": {}})
 
 
 def fill_frozen(model: nn.Module, weights: StoredWeights, stored: Mapping[str, str], rank: int) -> None:

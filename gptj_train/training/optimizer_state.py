@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gptj_train.weights.moments import MOMENTS
 from gptj_train.weights.slices import Slice
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 

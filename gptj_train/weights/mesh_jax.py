@@ -8,7 +8,6 @@ and checkpoint.py of github.com/kingoflolz/mesh-transformer-jax.
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -26,9 +25,7 @@ from tqdm import tqdm
 from gptj_train.model.config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM
 from gptj_train.weights.hf_writer import write_weights
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's first and second moments, in their order in the tree."""
+from gptj_train.weights.moments import MOMENTS, write_steps
 
 _EMBEDDING_BIAS = "transformer.wte.bias"  # in no Transformers folder: added to every row of the embedding
 
@@ -243,6 +240,5 @@ class MeshCheckpoint:
                 for moment in MOMENTS:
                     (finished / "adam" / moment).mkdir(parents=True)
                     write_weights(finished / "adam" / moment, self.tensors(moment), self.shapes, torch.float32)
-                state = {"step": self._count(0)}
-                (finished / "adam" / "state.json").write_text(json.dumps(state) + "\n")
+                write_steps(finished, self._count(0))
             os.replace(finished, target)

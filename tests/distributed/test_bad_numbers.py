@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import NOT_OFFLOADED, ON_HOST, Results, launch
+from ranks import NOT_OFFLOADED, ON_HOST, Results, launch
 from toy import GLOBAL_BATCH, SEED, WINDOWS
 from worker import DEFAULTS
 

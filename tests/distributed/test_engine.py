@@ -8,7 +8,7 @@ import pytest
 import reference
 import torch
 import transformers
-from conftest import Results
+from ranks import Results
 from safetensors.torch import load_file
 from toy import GLOBAL_BATCH, SEED, VOCAB, WINDOWS, optim_config
 

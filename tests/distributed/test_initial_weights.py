@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import NOT_OFFLOADED, ON_HOST, Results, job, launch
-from safetensors.torch import load_file
+from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
+from safetensors.torch import load_file, save_file
 from toy import toy_config
 
 from gptj_train import GPTJForCausalLM
+from gptj_train.weights.checkpoint import Manifest
+from gptj_train.weights.moments import MOMENTS
+from gptj_train.weights.slices import SliceReader
 
 pytestmark = pytest.mark.distributed
 
@@ -21,6 +25,7 @@ PLACES = {
     "stage 3 weights on the host": {"offload_optimizer": "none", "offload_parameters": "cpu"},
     **{f"stage {stage} fp32": {"stage": stage, "precision": "fp32"} | NOT_OFFLOADED for stage in (0, 2, 3)},
 }
+UPDATES = 383_500
 SOURCES = ("sharded fp32", "bf16", "bin")
 
 
@@ -60,8 +65,23 @@ def starts(tmp_path_factory: pytest.TempPathFactory) -> Results:
         for name, engine in PLACES.items()
         if "fp" not in name
     ]
+    write_moments(folder / "with moments", model.float())
+    jobs += [
+        job(f"{name}, moments", steps=0, engine=engine, init_from=str(folder / "with moments"), save=True)
+        for name, engine in PLACES.items()
+    ]
     launch(2, folder, jobs)
     return Results(folder)
+
+
+def write_moments(folder: Path, model: GPTJForCausalLM) -> None:
+    """A folder as import_mesh leaves it: weights, and moments that are told apart by their values."""
+    model.save_pretrained(folder)
+    for number, moment in enumerate(MOMENTS, start=1):
+        (folder / "adam" / moment).mkdir(parents=True)
+        values = {name: number + torch.rand_like(tensor) for name, tensor in model.state_dict().items()}
+        save_file(values, folder / "adam" / moment / "model.safetensors")
+    (folder / "adam" / "state.json").write_text(json.dumps({"step": UPDATES}))
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -83,6 +103,20 @@ def test_the_weights_of_compute_follow(starts: Results) -> None:
     losses = {name: starts.of(f"{name}, evaluated")["evaluation"]["eval_loss"] for name in PLACES if "fp" not in name}
     assert len(losses) == 9
     assert max(losses.values()) - min(losses.values()) < 1e-6 * max(losses.values()), losses
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_adam_goes_on_from_the_moments_of_the_source(starts: Results, name: str) -> None:
+    checkpoint = starts.folder / f"{name}, moments" / "checkpoints" / "step_00000000"
+    manifest = Manifest.read(checkpoint)
+    assert manifest.optimizer["steps"] == UPDATES
+    for moment in MOMENTS:
+        expected = load_file(starts.folder / "with moments" / "adam" / moment / "model.safetensors")
+        with SliceReader(checkpoint / file for file in manifest.of_kind(moment)) as reader:
+            for parameter, tensor in expected.items():
+                found = torch.empty(tensor.numel())
+                reader.read(parameter, 0, found)
+                assert torch.equal(found, tensor.view(-1)), parameter
 
 
 def test_a_source_that_is_not_this_model_s_is_told_before_anything(starts: Results, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import reference
 import torch
 import transformers
-from conftest import NOT_OFFLOADED, ON_HOST, Results, job, launch
+from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import VOCAB, optim_config, toy_config

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NOT_OFFLOADED, ON_HOST, Results, job, launch
+from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
 from torch import Tensor
 from toy import GLOBAL_BATCH, SEED, WINDOWS
 
