@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptj_train.model.lora import is_adapter
 from gptj_train.weights.hf import HFWeights, StoredWeights
+from gptj_train.weights.moments import MOMENTS
 from gptj_train.weights.slices import SliceReader, Written, open_plain
 
 MANIFEST = "manifest.json"
-KINDS = ("master", "exp_avg", "exp_avg_sq")
+KINDS = ("master", *MOMENTS)
 """fp32 weights and AdamW's two moments of them; each rank writes one file of each."""
 
 _FORMAT = 1
@@ -153,6 +155,15 @@ def open_weights(folder: str | Path) -> StoredWeights:
     """The weights of a training checkpoint, or of an HF folder.
 
     Raises:
-        ValueError: a folder without weights, or with damaged ones.
+        ValueError: a folder without weights, or with damaged ones, or with those of LoRA adapters alone.
     """
-    return CheckpointWeights(folder) if (Path(folder) / MANIFEST).exists() else HFWeights(folder)
+    if not (Path(folder) / MANIFEST).exists():
+        return HFWeights(folder)
+    weights = CheckpointWeights(folder)
+    if any(map(is_adapter, weights.names())):
+        weights.close()
+        raise ValueError(
+            f"{folder} holds LoRA adapters alone; merge them into a model first: "
+            f"python recipes/export.py run={folder} output_dir=DIR"
+        )
+    return weights

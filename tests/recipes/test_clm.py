@@ -198,6 +198,9 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     assert all(".attn." in name or ".mlp." in name for name in changed - set(TABLES))
     assert len(changed) > 6
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    with pytest.raises(ValueError, match=rf"adapters alone; .* recipes/export\.py run={checkpoint} "):
+        GPTJForCausalLM.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("run", ["run", "adapted"])
