@@ -79,6 +79,10 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
         results = {name: value for name, value in results_of(last).items() if "/" not in name}
         changes = [f"{name} {_text(first[name])} -> {_text(value)}" for name, value in results.items()]
         said.append("Held-out: " + ", ".join(changes) + ".")
+        of_components = {name.removeprefix("eval_loss/"): loss for name, loss in last.items() if "eval_loss/" in name}
+        if of_components:
+            losses = ", ".join(f"{name} {_text(loss)}" for name, loss in of_components.items())
+            said.append(f"Held-out loss by component: {losses}.")
     if sample is not None:
         said.append("Sample from the export:\n\n" + "\n".join("    " + line for line in sample.splitlines()) + "\n")
     said += [

@@ -109,6 +109,7 @@ def test_charts_facts_and_sample(folder: Path) -> None:
         "Held-out bits_per_byte",
     ]
     assert {"data", "3 documents", "a sample\nof text", "training", "held-out"} <= set(made.words)
+    assert any(word.endswith(" GiB at most on rank 0") for word in made.words)
     assert made.all("meta") == [{"charset": "utf-8"}]
 
 
@@ -190,6 +191,13 @@ def test_summary(folder: Path) -> None:
     assert "    line one\n    line two\n" in said
     for name in ("export", "report.html", "metrics.jsonl", "checkpoints"):
         assert f"{folder}/{name}" in said
+
+
+def test_summary_of_components(tmp_path: Path) -> None:
+    of_components = {"eval_loss/Web": 2.25, "perplexity/Web": 9.5, "eval_loss/Old Books": 1.5}
+    run(tmp_path, evaluated(0, 6.0), evaluated(4, 2.0) | of_components)
+    said = summary(str(tmp_path), "GPTJForCausalLM").splitlines()
+    assert "Held-out loss by component: Web 2.250, Old Books 1.500." in said
 
 
 def test_summary_with_losses_that_are_no_numbers(tmp_path: Path) -> None:
