@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -17,6 +19,26 @@ import torch
 torch.set_num_threads(
     1
 )  # the models are tiny: more threads only wait for each other, 20 times slower on a busy machine
+
+
+COMPILATION = """
+import gptj_train.training.engine
+from deepspeed.ops import op_builder
+for builder in (op_builder.CPUAdamBuilder(), op_builder.FusedAdamBuilder(), op_builder.AsyncIOBuilder()):
+    builder.is_compatible(verbose=False) and builder.load(verbose=False)
+"""
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Compile DeepSpeed's extensions while the tests without ranks run; a rank that needs one waits for it."""
+    with_ranks = any(item.get_closest_marker("distributed") for item in session.items)
+    if with_ranks and not torch.cuda.is_available() and not session.config.option.collectonly:
+        subprocess.Popen(
+            [sys.executable, "-c", COMPILATION],
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
 
 
 @pytest.fixture(autouse=True)

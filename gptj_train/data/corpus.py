@@ -27,6 +27,7 @@ class Part:
 
     windows: dict[str, Windows]
     skipped: Counter[str]
+    left_out: list[str]  # components that the weights do not name
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """What went in and what came out, as lines of a table that accounts for every token."""
@@ -36,7 +37,8 @@ class Part:
         places = sum(len(w) * w.length for w in of_all)
         full = 1 - sum(w.padding for w in of_all) / max(places, 1)
         packed = f"{tokens:,} tokens{_lost(of_all)} in {windows:,} windows, {full:.2%} full"
-        yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}"
+        without = f"; without {', '.join(self.left_out)}, not in data.weights" if self.left_out else ""
+        yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}{without}"
         if self.skipped:
             yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
         lengths = np.concatenate([w.documents.lengths for w in of_all])
@@ -122,4 +124,5 @@ def _part(
             windows[name] = ContiguousWindows(documents, length, tokenizer.end_id)
         else:
             windows[name] = BestFitWindows(documents, length, tokenizer.end_id, supervised=data.kind != "text")
-    return Part(windows, sum((Counter(store.skipped) for store in stores), Counter()))
+    left_out = [name for name in component_names(stores) if components and name not in components]
+    return Part(windows, sum((Counter(store.skipped) for store in stores), Counter()), left_out)

@@ -140,6 +140,10 @@ def _appearing(folder: Path) -> Iterator[Path]:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
     try:
         yield scratch
+        for path in (*scratch.iterdir(), scratch):  # a name that outlives a power cut must not stand for less
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
     finally:

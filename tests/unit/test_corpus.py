@@ -56,6 +56,11 @@ def test_weights_choose_the_components(prepared: Any) -> None:
     assert {name: len(windows.documents) for name, windows in data.train.windows.items()} == {"B": 20, "A": 40}
 
 
+def test_components_without_weight_are_named(prepared: Any) -> None:
+    assert dict(prepared(weights={"B": 1}).train.facts())["data"].endswith("; without A, not in data.weights")
+    assert "without" not in dict(prepared().train.facts())["data"]
+
+
 @pytest.mark.parametrize("packing", ["contiguous", "best_fit"])
 def test_packing_is_chosen(prepared: Any, packing: str) -> None:
     name = {"contiguous": "ContiguousWindows", "best_fit": "BestFitWindows"}[packing]
