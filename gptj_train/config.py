@@ -22,6 +22,8 @@ from gptj_train.training.zero_config import EngineConfig
 
 T = TypeVar("T")
 
+_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+
 
 @schema
 class ModelConfig:
@@ -187,6 +189,11 @@ class GenerateConfig:
     seed: int | None
 
     @property
+    def stop_strings(self) -> list[str]:
+        """``stop``, in which a shell and Hydra leave \\n and \\t as two characters."""
+        return [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop]
+
+    @property
     def options(self) -> dict[str, Any]:
         """Arguments of ``GPTJForCausalLM.generate``: a search with beams draws nothing."""
         lengths = {"max_new_tokens": self.max_new_tokens, "max_length": self.max_length}
@@ -218,13 +225,14 @@ class ExportConfig:
 
 
 def shape_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
-    """``init_from``'s own shape, or the one described.
+    """``init_from``'s own shape, with the dropouts that the config asks for; or the one described.
 
     Raises:
         ValueError: one that does not hold together.
     """
     if init_from is not None:
-        return GPTJConfig.from_pretrained(init_from)
+        dropped = {name: getattr(model, name) for name in _DROPOUTS if getattr(model, name) > 0}
+        return replace(GPTJConfig.from_pretrained(init_from), **dropped)
     return GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
 
 

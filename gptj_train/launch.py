@@ -33,11 +33,13 @@ _PACKAGE = Path(__file__).parent
 _LAUNCHER_KILLS_WITHIN = 5  # seconds
 
 
-def recipe(cls: type[T], primary: str | None = None) -> Callable[[Callable[[T], None]], Callable[[], None]]:
+def recipe(
+    cls: type[T], primary: str | None = None, one_process: bool = False
+) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Decorator: makes ``job(config)`` a command under deepspeed, torchrun, srun or plain python.
 
     The config is ``configs/<primary, or the name of the recipe's file>.yaml`` with the command line's
-    overrides, as a ``cls``.
+    overrides, as a ``cls``. ``one_process`` jobs are done by rank 0; others that a launcher starts just end.
     A ValueError of this package is a user's mistake: one line, exit code 2. Told to end, a job leaves with exit
     code 85: at once, or when the trainer has saved. Anything else keeps its traceback.
     """
@@ -50,6 +52,8 @@ def recipe(cls: type[T], primary: str | None = None) -> Callable[[Callable[[T], 
                 signal.signal(number, lambda *_: sys.exit(_preempted()))
             sys.argv[1:] = [arg for arg in sys.argv[1:] if not arg.startswith("--local_rank")]
             _set_rank_variables()
+            if one_process and rank() != 0:
+                return
             sys.exit(_run(job, cls, script, primary or script.stem))
 
         return main
@@ -105,9 +109,12 @@ def _leave_process_group() -> None:
 def _as_typed(override: str, texts: set[str]) -> str:
     """Quote a text value for Hydra, whose grammar would else read commas, braces or numbers out of it."""
     key, _, value = override.partition("=")
-    if key.lstrip("+") not in texts or value in ("", "null", "???") or value.startswith(("'", '"', "${")):
+    quoted = re.fullmatch(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", value)
+    if key.lstrip("+") not in texts or value in ("", "null", "???") or quoted or value.startswith(("${", "[")):
         return override
     escaped = re.sub(r"(\\*)('|$)", lambda end: end[1] * 2 + ("\\'" if end[2] else ""), value)
+    if key.endswith("prompt"):  # what reads like an interpolation is part of the text
+        escaped = escaped.replace("${", "\\${")
     return f"{key}='{escaped}'"
 
 
@@ -119,8 +126,9 @@ def _run_hydra(script: Path, configs: str, primary: str) -> None:
     def sweep(composed: DictConfig) -> None:
         # Each job of a sweep is a process of its own: a process group cannot be started twice.
         settings = HydraConfig.get()
-        folder = f"output_dir={composed.output_dir}/{settings.job.num}"
-        command = [sys.executable, str(script), *settings.overrides.task, folder]
+        folder = composed.get("output_dir")
+        own = [f"output_dir={folder}/{settings.job.num}"] if folder else []
+        command = [sys.executable, str(script), *settings.overrides.task, *own]
         if code := subprocess.run(command, check=False).returncode:
             sys.exit(code)
 
@@ -158,9 +166,14 @@ def _hydra_message(error: BaseException, cls: type) -> str:
 def _set_rank_variables() -> None:
     """The launcher's environment; under srun from Slurm's own names; for plain python a job of one."""
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
-        env.setdefault("LOCAL_WORLD_SIZE", env.get("SLURM_NTASKS_PER_NODE", "1"))
+    # Only srun sets SLURM_STEP_*: the batch script itself is no task, whatever SLURM_NTASKS says.
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        # A task may be shown its own GPU alone, which is number 0 then.
+        gpus = len(env.get("CUDA_VISIBLE_DEVICES", "").split(",")) if env.get("CUDA_VISIBLE_DEVICES") else 1 << 30
+        local = str(int(env["SLURM_LOCALID"]) % gpus)
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_STEP_NUM_TASKS"], LOCAL_RANK=local)
+        here = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", ""))
+        env.setdefault("LOCAL_WORLD_SIZE", here[0] if here else "1")
         env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
         if "MASTER_ADDR" not in env and env.get("SLURM_NNODES", "1") != "1":
             sys.exit(_mistake("srun over several nodes needs MASTER_ADDR; start it by scripts/clm.sbatch"))

@@ -77,7 +77,7 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
     if evaluations:
         first, last = evaluations[0], evaluations[-1]
         results = {name: value for name, value in results_of(last).items() if "/" not in name}
-        changes = [f"{name} {_text(first[name])} -> {_text(value)}" for name, value in results.items()]
+        changes = [f"{name} {_text(first.get(name))} -> {_text(value)}" for name, value in results.items()]
         said.append("Held-out: " + ", ".join(changes) + ".")
         of_components = {name.removeprefix("eval_loss/"): loss for name, loss in last.items() if "eval_loss/" in name}
         if of_components:

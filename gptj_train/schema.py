@@ -91,10 +91,11 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def text_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted names of the keys whose value is a text."""
+    """Dotted names of the keys whose value is a text, or may be."""
     hints = get_type_hints(cls)
     nested = {prefix + name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    texts = {prefix + name for name, hint in hints.items() if hint in (str, str | None)}
+    kinds = (str, str | None, str | list[str], str | list[str] | None)
+    texts = {prefix + name for name, hint in hints.items() if hint in kinds}
     return texts.union(*(text_keys(hint, f"{name}.") for name, hint in nested.items()))  # type: ignore[arg-type]
 
 

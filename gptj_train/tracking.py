@@ -174,8 +174,9 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     id_file = folder / "wandb_id.txt"
     if not id_file.exists():
         id_file.write_text(wandb_id or secrets.token_hex(4))
-    try:
-        run = wandb.init(
+
+    def begin(mode: str) -> Any:
+        return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=os.environ.get("WANDB_PROJECT", config.project),
             name=os.environ.get("WANDB_NAME", config.run_name),
@@ -185,7 +186,13 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
             config=run_config,
             settings=wandb.Settings(silent=True),
         )
+
+    try:
+        run = begin(mode)
     except wandb.errors.UsageError as error:  # no API key
         raise ValueError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
+    except wandb.errors.CommError as error:  # a run is not to end for want of a network
+        print(f"Weights & Biases cannot be reached ({error}); it is written offline", file=sys.stderr, flush=True)
+        run = begin("offline")
     run.define_metric("*", step_metric="train/tokens", step_sync=False)
     return run

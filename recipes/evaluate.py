@@ -5,17 +5,20 @@ from gptj_train.evaluation import build_task, evaluate, write_results
 from gptj_train.launch import rank, recipe, world_size
 from gptj_train.tracking import results_of
 from gptj_train.training.host import share_cores
+from gptj_train.training.run_folder import check_run_folder
 
 
 @recipe(EvaluateConfig)
 def main(cfg: EvaluateConfig) -> None:
     share_cores()
+    if cfg.output_dir is not None:
+        check_run_folder(cfg.output_dir)
     task = build_task(cfg)
     metrics = evaluate(cfg.checkpoint, cfg.dtype, task, rank(), world_size())
     if rank() == 0:
+        print("\n".join(f"{name:<24} {value:.4f}" for name, value in results_of(metrics).items()))
         if cfg.output_dir is not None:
             write_results(cfg.output_dir, metrics, task)
-        print("\n".join(f"{name:<24} {value:.4f}" for name, value in results_of(metrics).items()))
 
 
 if __name__ == "__main__":

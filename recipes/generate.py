@@ -7,17 +7,17 @@ from gptj_train.launch import recipe
 from gptj_train.tasks.generation import TextGenerator, prompts_in, typed_prompts
 
 
-@recipe(GenerateConfig)
+@recipe(GenerateConfig, one_process=True)
 def main(cfg: GenerateConfig) -> None:
     batches = prompts_in(cfg.prompts, cfg.batch_size) if cfg.prompts is not None else []
     writer = TextGenerator(cfg.checkpoint, cfg.dtype)
     for batch in batches:
-        for prompt, text in zip(batch, writer.complete(batch, cfg.stop, **cfg.options), strict=True):
+        for prompt, text in zip(batch, writer.complete(batch, cfg.stop_strings, **cfg.options), strict=True):
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
     if cfg.prompts is not None:
         return
     for prompt in typed_prompts() if cfg.prompt is None else [cfg.prompt]:
-        pieces = writer.stream(prompt, cfg.stop, **cfg.options)
+        pieces = writer.stream(prompt, cfg.stop_strings, **cfg.options)
         print(prompt + next(pieces), end="", flush=True)  # an option that is wrong is told before the prompt
         for piece in pieces:
             print(piece, end="", flush=True)

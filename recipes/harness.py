@@ -3,12 +3,15 @@
 from gptj_train.config import HarnessConfig
 from gptj_train.launch import recipe
 from gptj_train.tasks.generation import TextGenerator
+from gptj_train.training.run_folder import check_run_folder
 
 
-@recipe(HarnessConfig)
+@recipe(HarnessConfig, one_process=True)
 def main(cfg: HarnessConfig) -> None:
     from gptj_train.tasks.harness import run_tasks  # here, so that what is missing is told in a line
 
+    if cfg.output_dir is not None:
+        check_run_folder(cfg.output_dir)
     writer = TextGenerator(cfg.checkpoint, cfg.dtype)
     table = run_tasks(writer, cfg.tasks, cfg.include_path, cfg.num_fewshot, cfg.limit, cfg.batch_size, cfg.output_dir)
     print(table)

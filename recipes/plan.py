@@ -9,7 +9,7 @@ from gptj_train.planning import Planned, lines
 from gptj_train.training.adapters import adapted
 
 
-@recipe(PlanConfig)
+@recipe(PlanConfig, one_process=True)
 def main(cfg: PlanConfig) -> None:
     model = shape_of(cfg.model, cfg.init_from)
     with torch.device("meta"):

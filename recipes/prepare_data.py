@@ -6,7 +6,7 @@ from gptj_train.data.inspection import shown
 from gptj_train.launch import recipe
 
 
-@recipe(PrepareDataConfig)
+@recipe(PrepareDataConfig, one_process=True)
 def main(cfg: PrepareDataConfig) -> None:
     tokenizer, *_ = vocabulary(cfg)
     data = prepare(cfg.data, tokenizer, cfg.sequence_length)

@@ -174,6 +174,12 @@ class Tokenizer:
         return self._backend.decode(ids, skip_special_tokens=False)
 
     @cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Id of each token that stands for no text."""
+        added = self._backend.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items() if token.special}
+
+    @cached_property
     def _fast_bpe(self) -> FastBPE | None:
         return FastBPE.of(self._backend)
 

@@ -30,7 +30,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if self.do_sample and self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature} (do_sample=false is greedy)")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
@@ -101,8 +101,8 @@ class GenerationMixin:
         Args:
             input_ids: (B, T) prompts, padded on the left where they differ in length.
             attention_mask: (B, T), 0 on padding; by default found by ``pad_token_id``.
-            num_beams: above 1, search for the likeliest text with so many beams; ``length_penalty`` (1.0)
-                then divides its log-probability by length to that power.
+            num_beams: above 1, search for the likeliest text with so many beams, drawing nothing;
+                ``length_penalty`` (1.0) then divides its log-probability by length to that power.
             **options: of ``stream``.
 
         Returns:
@@ -111,8 +111,14 @@ class GenerationMixin:
         Raises:
             ValueError: an empty prompt, padding on the right, a limit beyond ``n_positions``, or a bad option.
         """
+        if num_beams < 1:
+            raise ValueError(f"num_beams must be at least 1, got {num_beams}")
         if num_beams > 1:
-            return beam_search(self, input_ids, attention_mask, num_beams, **options)
+            if options.pop("do_sample", False):
+                raise ValueError("beams draw nothing: give do_sample=False, or num_beams=1")
+            searching = {name: value for name, value in options.items() if name not in ("seed", "use_cache")}
+            return beam_search(self, input_ids, attention_mask, num_beams, **searching)
+        options.pop("length_penalty", None)
         new = self.stream(input_ids, attention_mask, **options)
         return torch.cat([input_ids, *(token[:, None] for token in new)], dim=1)
 

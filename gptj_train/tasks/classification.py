@@ -16,7 +16,7 @@ from gptj_train.data.loader import evaluation_batches, micro_batches_at
 from gptj_train.model.config import GPTJConfig
 from gptj_train.schema import schema
 from gptj_train.tasks.classification_metrics import classification_metrics
-from gptj_train.weights.pretrained import GPTJForSequenceClassification, class_of
+from gptj_train.weights.pretrained import GPTJForSequenceClassification, architectures_of
 
 
 class Record(NamedTuple):
@@ -33,12 +33,15 @@ class ClassificationTaskConfig:
     """What is asked of a text."""
 
     problem_type: Literal["single_label_classification", "multi_label_classification", "regression"]
-    labels: list[str | int] | None
+    labels: list[Any] | None
     class_weights: Literal["balanced"] | dict[str | int, float] | None
 
     def __post_init__(self) -> None:
         if self.class_weights is not None and self.problem_type == "regression":
             raise ValueError("task.class_weights: regression has no classes to weigh; set it to null")
+        for label in self.labels or ():
+            if type(label) not in (str, int):
+                raise ValueError(f'task.labels: {label!r} is neither a name nor a number; put names in quotes: "true"')
         if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=0) < 0:
             raise ValueError(f"task.class_weights must not be negative, got {self.class_weights}")
 
@@ -51,11 +54,13 @@ def names_of(model: GPTJConfig) -> list[str]:
 
 def known_labels(config: ClassificationTaskConfig, init_from: str | None) -> list[str] | None:
     """The names asked for; else those of the head that the initial weights come with, which keeps its order."""
-    if config.labels is not None:
-        return [str(label) for label in config.labels]
-    if init_from is None or class_of(init_from) is not GPTJForSequenceClassification:
-        return None
-    return names_of(GPTJConfig.from_pretrained(init_from))
+    asked = None if config.labels is None else [str(label) for label in config.labels]
+    if init_from is None or GPTJForSequenceClassification.__name__ not in architectures_of(init_from):
+        return asked
+    known = names_of(GPTJConfig.from_pretrained(init_from))
+    if asked is not None and len(asked) != len(known):
+        raise ValueError(f"task.labels names {len(asked)} labels, the head of {init_from} has {len(known)}")
+    return asked or known
 
 
 def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels: np.ndarray) -> np.ndarray:
@@ -101,8 +106,8 @@ class Classification:
     ) -> None:
         self._train, self._validation, self._names = train, validation, names
         self._problem_type = config.problem_type
-        unweighted = np.ones(len(names), dtype=np.float32)
-        self._weights = unweighted if train is None else class_weights(config, names, train.labels)
+        self._unweighted = np.ones(len(names), dtype=np.float32)
+        self._weights = self._unweighted if train is None else class_weights(config, names, train.labels)
         self._pad_id, self._seed = pad_id, seed
         self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
         self.predictions: list[dict[str, Any]] = []
@@ -115,13 +120,16 @@ class Classification:
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
         assert self._train is not None
-        return [self._batch(self._train, rows) for rows in self.training_rows(step, rank, world_size)]
+        return [
+            _Batch(self._train, rows, self._weights, self._pad_id)
+            for rows in self.training_rows(step, rank, world_size)
+        ]
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
         if self._validation is None:
             return
         for rows in evaluation_batches(len(self._validation), self._micro_batch_size, rank, world_size):
-            yield self._batch(self._validation, rows)
+            yield _Batch(self._validation, rows, self._unweighted, self._pad_id)
 
     def targets(self, batch: dict[str, Tensor]) -> int:
         return batch["labels"][_real(batch)].numel()
@@ -145,9 +153,6 @@ class Classification:
         if self.predictions:
             lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in self.predictions]
             (Path(folder) / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    def _batch(self, data: LabelledRows, rows: Sequence[int | None]) -> _Batch:
-        return _Batch(data, rows, self._weights, self._pad_id)
 
 
 class _Batch(dict[str, Tensor]):

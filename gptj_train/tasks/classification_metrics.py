@@ -52,11 +52,13 @@ def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> di
 
 def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """F1 at a probability of one half, and at the hundredth that makes micro-F1 largest on this very data."""
-    from torchmetrics.functional.classification import multilabel_f1_score
+    from torchmetrics.functional.classification import binary_f1_score, multilabel_f1_score
 
     probabilities, wanted, count = logits.sigmoid(), labels.long(), labels.shape[1]
 
     def f1(average: Literal["micro", "macro"], threshold: float) -> float:
+        if count == 1:
+            return binary_f1_score(probabilities, wanted, threshold).item()
         return multilabel_f1_score(probabilities, wanted, count, threshold, average).item()
 
     best = max((hundredth / 100 for hundredth in range(1, 100)), key=lambda threshold: f1("micro", threshold))

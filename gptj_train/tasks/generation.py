@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.model.config import GPTJConfig
 from gptj_train.weights.hf_writer import DTYPES
 from gptj_train.weights.placement import place
 from gptj_train.weights.pretrained import GPTJForCausalLM
@@ -28,6 +29,7 @@ class TextGenerator:
     """
 
     def __init__(self, checkpoint: str | Path, dtype: str | None = None) -> None:
+        GPTJConfig.from_pretrained(checkpoint)  # says what is wrong with a folder that is no model's
         self.tokenizer = Tokenizer.load(checkpoint)
         self.model = GPTJForCausalLM.from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
         self.tokenizer.check_fits(self.model.config.vocab_size)
@@ -37,21 +39,22 @@ class TextGenerator:
         """Yield the continuation of a prompt piece by piece, as its characters are certain; of beams at the end.
 
         Args:
-            stop: end before the first of these strings.
+            stop: end before the first of these strings, special tokens among them.
             num_beams, **options: of ``GPTJForCausalLM.generate``.
         """
         if num_beams > 1:
             yield from self.complete([prompt], stop, num_beams, **options)
             return
-        ids = self._encode(prompt)
+        ids = self.encode(prompt)
         before = len(self.tokenizer.decode(ids))
+        ends, stop = self._ends(stop)
         held_back = max(map(len, stop), default=1) - 1  # may be the beginning of a stop string
         text, shown = "", 0
-        columns = self.model.stream(
-            torch.tensor([ids], device=self.device), eos_token_id=self.tokenizer.end_id, **options
-        )
-        for token in columns:
-            ids.append(int(token))
+        columns = self.model.stream(torch.tensor([ids], device=self.device), eos_token_id=ends, **options)
+        for token in map(int, columns):
+            if token in ends:
+                break
+            ids.append(token)
             text = self.tokenizer.decode(ids)[before:]
             cut = _first(text, stop)
             if cut is not None:
@@ -67,18 +70,18 @@ class TextGenerator:
         """The continuation of each prompt, all generated as one batch; it ends when every text has.
 
         Args:
-            stop: cut before the first of these strings.
+            stop: cut before the first of these strings, special tokens among them.
             num_beams, **options: of ``GPTJForCausalLM.generate``.
         """
-        return self.complete_ids([self._encode(prompt) for prompt in prompts], stop, num_beams, **options)
+        return self.complete_ids([self.encode(prompt) for prompt in prompts], stop, num_beams, **options)
 
     def complete_ids(
         self, ids: list[list[int]], stop: Sequence[str] = (), num_beams: int = 1, **options: Any
     ) -> list[str]:
         """As ``complete``, of prompts that are token ids."""
-        end_id = self.tokenizer.end_id
+        ends, stop = self._ends(stop)
         padded, mask = self.padded(ids)
-        options |= {"eos_token_id": end_id}
+        options |= {"eos_token_id": ends}
         new: list[list[int]] = [[] for _ in ids]
         if num_beams > 1:
             new = self.model.generate(padded, mask, num_beams=num_beams, **options)[:, padded.shape[1] :].tolist()
@@ -86,9 +89,9 @@ class TextGenerator:
             for column in self.model.stream(padded, mask, **options):
                 for row, token in zip(new, column.tolist(), strict=True):
                     row.append(token)
-                if stop and all(self._cut(*pair, stop)[1] for pair in zip(ids, new, strict=True)):
+                if stop and all(self._cut(*pair, ends, stop)[1] for pair in zip(ids, new, strict=True)):
                     break
-        return [self._cut(*pair, stop)[0] for pair in zip(ids, new, strict=True)]
+        return [self._cut(*pair, ends, stop)[0] for pair in zip(ids, new, strict=True)]
 
     def padded(self, ids: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Prompts of different lengths as input_ids and attention_mask (B, T) int64, padded on the left."""
@@ -97,19 +100,22 @@ class TextGenerator:
         mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
         return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
-    def _cut(self, prompt: list[int], new: list[int], stop: Sequence[str]) -> tuple[str, bool]:
-        """The new text up to a stop string or the end of text, and whether there was one."""
-        ended = self.tokenizer.end_id in new
-        new = new[: new.index(self.tokenizer.end_id)] if ended else new
-        text = self.tokenizer.decode(prompt + new)[len(self.tokenizer.decode(prompt)) :]
+    def _ends(self, stop: Sequence[str]) -> tuple[list[int], list[str]]:
+        """Ids that end a text, special tokens that are to stop it among them, and the other stop strings."""
+        special = self.tokenizer.special_tokens
+        return [self.tokenizer.end_id, *(special[one] for one in stop if one in special)], [
+            one for one in stop if one not in special
+        ]
+
+    def _cut(self, prompt: list[int], new: list[int], ends: list[int], stop: Sequence[str]) -> tuple[str, bool]:
+        """The new text up to an end or a stop string, and whether there was one."""
+        at = next((at for at, token in enumerate(new) if token in ends), None)
+        text = self.tokenizer.decode(prompt + new[:at])[len(self.tokenizer.decode(prompt)) :]
         cut = _first(text, stop)
-        return text[:cut], ended or cut is not None
+        return text[:cut], at is not None or cut is not None
 
-    def room(self, prompt: str) -> int:
-        """Tokens that fit behind a prompt."""
-        return self.model.config.n_positions - len(self._encode(prompt))
-
-    def _encode(self, prompt: str) -> list[int]:
+    def encode(self, prompt: str) -> list[int]:
+        """Ids of a prompt; an empty one is a ValueError."""
         if not (ids := self.tokenizer.encode(prompt)):
             raise ValueError("the prompt is empty; give prompt='some text'")
         return ids
@@ -156,4 +162,7 @@ def sample_from(checkpoint: str | Path, prompt: str, seed: int) -> str:
     """A prompt with a short continuation that shows what a run has learnt."""
     writer = TextGenerator(checkpoint)
     options: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "seed": seed}
-    return prompt + writer.complete([prompt], max_new_tokens=min(80, writer.room(prompt)), **options)[0]
+    n_positions = writer.model.config.n_positions
+    new = min(80, n_positions // 2)
+    seen = writer.encode(prompt)[new - n_positions :]  # of a long prompt the end
+    return prompt + writer.complete_ids([seen], max_new_tokens=new, **options)[0]

@@ -57,9 +57,9 @@ def export(
     shapes = {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)}
     failures = [""]
     if engine.rank == 0:
-        facts = dict(facts) | progress(target.parent, base)
-        card = model_card(model_files.architecture, facts)
         try:
+            facts = dict(facts) | progress(target.parent, base)
+            card = model_card(model_files.architecture, facts)
             report = write_verified(target, weights, shapes, DTYPES[dtype], model_files, card, expected)
             if trained:
                 _write_adapter_folder(target.with_name("adapter"), trained, lora, base, model_files.architecture)
@@ -115,7 +115,7 @@ def prompt_ids(config: GPTJConfig) -> Tensor:
 def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
     """What a run did up to a step, or so far, and what came of it, from its metrics."""
     lines = [line for line in read_metrics(run) if until is None or line["step"] <= until]
-    step = next((line for line in reversed(lines) if "loss" in line), None)
+    step = next((line for line in reversed(lines) if line.get("loss") is not None), None)
     evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
     facts = {"start": "random weights" if base is None else Path(base).name}
     if step is not None:

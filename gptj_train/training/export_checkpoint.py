@@ -17,7 +17,7 @@ from gptj_train.training.model_card import model_card
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import newest_whole
 from gptj_train.weights.adapters import MergedWeights
-from gptj_train.weights.checkpoint import CheckpointWeights, open_weights
+from gptj_train.weights.checkpoint import CheckpointWeights, Manifest, open_weights
 from gptj_train.weights.hf import StoredWeights
 from gptj_train.weights.hf_writer import DTYPES
 from gptj_train.weights.new_rows import WithNewRows
@@ -30,23 +30,25 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
 
     Args:
         run: a run folder, whose newest whole checkpoint is taken, or a ``step_...`` folder.
-        folder: to write; None: ``export`` in the run folder.
+        folder: to write, which must not be there or be empty; None: ``export`` in the run folder, anew.
         dtype: bf16, fp16 or fp32.
 
     Raises:
-        ValueError: no whole checkpoint there, or of LoRA no weights that it began from.
+        ValueError: no whole checkpoint there, of LoRA no weights that it began from, or a folder with something in it.
         ExportError: a check of what was written failed; no folder is left.
     """
     step = newest_whole(run).resolve()
     run_folder = step.parent.parent
-    target = run_folder / "export" if folder is None else Path(folder)
+    if folder is None and step.parent.name != "checkpoints":
+        raise ValueError(f"{step} is in no run's checkpoints; say where to write by output_dir=...")
+    target = run_folder / "export" if folder is None else _empty(Path(folder).absolute())
     config = GPTJConfig.from_pretrained(step)
     kind = class_of(step)
     model_files = ModelFiles(config, kind.__name__, Tokenizer.load(step))
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in kind(config).named_parameters()}
     settings = _settings(run_folder)
-    facts = progress(run_folder, settings.get("init_from"), int(step.name.removeprefix("step_")))
+    facts = progress(run_folder, settings.get("init_from"), Manifest.read(step).state["step"])
     with _weights(step, settings) as weights:
         weights.match(shapes)
         expected, _ = streamed_logits(weights, config, prompt_ids(config))
@@ -59,6 +61,12 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
         )
     write_report(target, report | {"architecture": kind.__name__, "run": facts, "checkpoint": step.name})
     return target
+
+
+def _empty(folder: Path) -> Path:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"output_dir={folder} is there already; give another one, or remove it")
+    return folder
 
 
 def _settings(run_folder: Path) -> dict[str, Any]:

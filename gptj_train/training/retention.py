@@ -49,10 +49,12 @@ def newest_whole(run: str | Path) -> Path:
     """
     if (Path(run) / MANIFEST).exists():
         return Path(run)
-    for folder in resumable(run, "auto"):
-        if not complaint(folder):
+    wrong = "there is no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints"
+    for folder in _steps(Path(run) / "checkpoints")[::-1]:
+        wrong = complaint(folder)
+        if not wrong:
             return folder
-    raise ValueError(f"{run}: no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints")
+    raise ValueError(f"{run}: {wrong}")
 
 
 def complaint(folder: Path) -> str:

@@ -227,7 +227,7 @@ class MeshCheckpoint:
             ValueError: the folder is there already.
         """
         target = Path(folder)
-        if target.exists() and any(target.iterdir()):
+        if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             raise ValueError(f"{target} is there already; give another output_dir")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:

@@ -109,9 +109,19 @@ def class_of(folder: str | Path) -> type[Pretrained]:
     Raises:
         ValueError: no readable config.json, or none of our classes in it.
     """
-    GPTJConfig.from_pretrained(folder)  # says what is wrong with the file
-    named = json.loads((Path(folder) / "config.json").read_text()).get("architectures")
-    for name in named if isinstance(named, list) else ():
-        if isinstance(name, str) and name in _PUBLIC:
+    named = architectures_of(folder)
+    for name in named:
+        if name in _PUBLIC:
             return _PUBLIC[name]
     raise ValueError(f"{folder}/config.json: architectures is {named!r}; it must name one of {', '.join(_PUBLIC)}")
+
+
+def architectures_of(folder: str | Path) -> list[str]:
+    """What a folder's config.json says of its classes; empty if nothing.
+
+    Raises:
+        ValueError: no readable config.json.
+    """
+    GPTJConfig.from_pretrained(folder)  # says what is wrong with the file
+    named = json.loads((Path(folder) / "config.json").read_text()).get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []

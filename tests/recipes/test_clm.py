@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from safetensors.torch import load_file
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.training.export_checkpoint import export_checkpoint
+from gptj_train.training.retention import newest_whole
 
 pytestmark = pytest.mark.distributed
 
@@ -229,3 +232,15 @@ def test_what_cannot_be_exported(corpus: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 2
     assert "no checkpoints/step_... in it; give the output_dir of a run" in done.stderr
+
+
+def test_an_export_replaces_nothing_of_the_user_s(corpus: Path) -> None:
+    """output_dir is a run's folder elsewhere; here it would be taken away."""
+    with pytest.raises(ValueError, match=rf"output_dir={corpus / 'run'} is there already"):
+        export_checkpoint(corpus / "run", corpus / "run", "bf16")
+    assert (corpus / "run" / "checkpoints").is_dir()
+    copied = corpus / "copied"
+    shutil.copytree(newest_whole(corpus / "run"), copied)
+    with pytest.raises(ValueError, match="is in no run's checkpoints; say where to write by output_dir"):
+        export_checkpoint(copied, None, "bf16")
+    assert export_checkpoint(copied, corpus / "of_copied", "bf16") == corpus / "of_copied"

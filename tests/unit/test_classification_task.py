@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,21 @@ def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) 
         assert found[0]["eval_loss"] == pytest.approx(found[0]["mse"], rel=1e-4)
 
 
+def test_one_label_of_several() -> None:
+    labels = (torch.rand(40, 1) < 0.4).float()
+    logits = torch.randn(40, 1)
+    found = classification_metrics(MULTI, 1.0, logits, labels, ["only"])
+    assert found["micro_f1"] == found["macro_f1"] == pytest.approx(sk.f1_score(labels, logits > 0))
+
+
+def test_held_out_losses_are_not_weighted() -> None:
+    """So that they agree with what evaluates an export, which knows no training data."""
+    rows = random_rows(SINGLE, 8)
+    weighted, plain = make_task(SINGLE, rows, {"a": 7.0}), make_task(SINGLE, rows)
+    for one, other in zip(weighted.evaluation_batches(0, 1), plain.evaluation_batches(0, 1), strict=True):
+        assert torch.equal(one["loss_weights"], other["loss_weights"])
+
+
 @pytest.mark.parametrize("problem", [SINGLE, MULTI])
 def test_weights_are_torchs(problem: str) -> None:
     rows, model = random_rows(problem, 4), make_model(problem)
@@ -223,3 +239,13 @@ def test_a_head_to_start_from_keeps_its_order_of_labels(tmp_path: Path) -> None:
     assert known_labels(task_config(), str(tmp_path)) == ["z", "a"]
     given = ClassificationTaskConfig(problem_type=SINGLE, labels=["a", 2], class_weights=None)  # type: ignore[arg-type]
     assert known_labels(given, str(tmp_path)) == ["a", "2"]
+    three = ClassificationTaskConfig(problem_type=SINGLE, labels=["a", "b", "c"], class_weights=None)
+    with pytest.raises(ValueError, match=r"task\.labels names 3 labels, the head of .* has 2"):
+        known_labels(three, str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gptj"}))  # says nothing of a class
+    assert known_labels(task_config(), str(tmp_path)) is None
+
+
+def test_a_label_in_yaml_may_be_no_name() -> None:
+    with pytest.raises(ValueError, match=r"task\.labels: True is neither a name nor a number"):
+        ClassificationTaskConfig(problem_type=SINGLE, labels=[True, False], class_weights=None)

@@ -14,9 +14,11 @@ from typing import Any
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
-from gptj_train.config import ClmConfig, model_config
+from gptj_train.config import ClmConfig, GenerateConfig, model_config
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.launch import _as_typed, _set_rank_variables
 from gptj_train.schema import keys_of, text_keys, validated
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,8 @@ def test_keys() -> None:
     assert len(keys) == len(set(keys))
     assert {"max_steps", "optim", "optim.lr", "engine.deepspeed", "tracking.run_name"} <= set(keys)
     assert {"output_dir", "init_from", "data.text_field", "engine.nvme_path"} <= text_keys(ClmConfig)
-    assert not {"max_steps", "optim.lr", "data.train", "engine.stage"} & text_keys(ClmConfig)
+    assert "data.train" in text_keys(ClmConfig)
+    assert not {"max_steps", "optim.lr", "add_tokens", "engine.stage"} & text_keys(ClmConfig)
 
 
 def test_unknown_keys_are_all_told_with_the_nearest_name() -> None:
@@ -242,8 +245,52 @@ def test_cfg_job_shows_the_composed_config(command: Command) -> None:
     assert "  lr: 0.5\n" in out
 
 
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("prompt", '"Hello," she said'),
+        ("prompt", "'tis the season"),
+        ("prompt", "for f in ${files}; do"),
+        ("prompt", "{a: 1}, [b]"),
+        ("prompt", "a \\ b\\"),
+        ("checkpoint", "/models/my (new) one"),
+    ],
+)
+def test_a_text_is_taken_as_it_is(key: str, text: str) -> None:
+    typed = _as_typed(f"{key}={text}", text_keys(GenerateConfig))
+    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        composed = hydra.compose("generate", overrides=[typed])
+    assert OmegaConf.to_container(composed, resolve=True)[key] == text  # type: ignore[index, call-overload]
+
+
+@pytest.mark.parametrize("value", ["'quoted'", '"quoted"', "[a,b]", "${other}", "null", ""])
+def test_what_is_written_for_hydra_is_left_to_it(value: str) -> None:
+    assert _as_typed(f"data.train={value}", {"data.train"}) == f"data.train={value}"
+
+
+def test_a_batch_script_is_no_task(job: Path) -> None:
+    slurm = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}
+    known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    options: dict[str, Any] = {"env": known | slurm, "capture_output": True, "text": True, "check": False}
+    done = subprocess.run([sys.executable, str(job), "+config=good"], **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[5, None, 0.5, 0, 1]\n", "")
+
+
+def test_a_task_that_sees_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    task = {"PROCID": "6", "LOCALID": "2", "STEP_NUM_TASKS": "8", "STEP_TASKS_PER_NODE": "4(x2)"}
+    for name, value in task.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    _set_rank_variables()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    assert [os.environ[name] for name in names] == ["6", "8", "0", "4"]
+
+
 def test_ranks_and_the_launchers_argument(job: Path) -> None:
-    slurm = {"SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}
     known = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     options: dict[str, Any] = {"env": known | slurm, "capture_output": True, "text": True, "check": False}
     done = subprocess.run([sys.executable, str(job), "--local_rank=1", "+config=good"], **options)

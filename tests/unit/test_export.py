@@ -65,6 +65,15 @@ def run(parts: tuple[Any, ModelFiles], folder: Path, dtype: str = "fp32") -> Pat
     return export(*parts, folder, dtype, FACTS, FULL, "/models/gpt-j-6B")
 
 
+def test_a_last_step_without_a_loss_is_no_hindrance(parts: tuple[PlainEngine, ModelFiles], tmp_path: Path) -> None:
+    """metrics.jsonl has null for what is no number."""
+    lines = ['{"step": 1, "loss": 2.5, "tokens": 7}', '{"step": 2, "loss": null, "tokens": 14}']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run(parts, tmp_path / "export")
+    report = json.loads((tmp_path / "export_report.json").read_text())
+    assert report["run"]["training"] == "1 steps, 7 target tokens, loss 2.5000"
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_what_an_export_holds(parts: tuple[PlainEngine, ModelFiles], tmp_path: Path, dtype: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(

@@ -9,7 +9,7 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.tasks.generation import TextGenerator, prompts_in
+from gptj_train.tasks.generation import TextGenerator, prompts_in, sample_from
 
 PROMPTS = ["Once", "upon a time, a bé", "naïve 🙂 text"]
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
@@ -54,6 +54,32 @@ def test_text_ends_before_a_stop_string(folder: Path, length: int) -> None:
     expected = whole[: whole.index(stop[0])]
     assert writer.complete([PROMPTS[0]], stop, **OPTIONS) == [expected]
     assert "".join(writer.stream(PROMPTS[0], stop, **OPTIONS)) == expected
+
+
+@pytest.mark.parametrize("at", [0, 3, 7])
+def test_text_ends_before_a_special_token(folder: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """As a chat's turn does; the token's text is in no decoded text."""
+    writer = TextGenerator(folder)
+    ids = writer.encode(PROMPTS[0])
+    said = writer.model.generate(torch.tensor([ids]), eos_token_id=[], **OPTIONS)[0, len(ids) :].tolist()
+    before = said[: said.index(said[at])]
+    expected = writer.tokenizer.decode(ids + before)[len(PROMPTS[0]) :]
+    monkeypatch.setitem(writer.tokenizer.__dict__, "special_tokens", {"<|turn|>": said[at]})
+    assert writer.complete([PROMPTS[0]], ["<|turn|>"], **OPTIONS) == [expected]
+    assert "".join(writer.stream(PROMPTS[0], ["<|turn|>"], **OPTIONS)) == expected
+
+
+def test_special_tokens_are_known_by_name(tmp_path: Path) -> None:
+    Tokenizer.train(PROMPTS * 5, vocab_size=270).save(tmp_path, 280)
+    special = Tokenizer.load(tmp_path).special_tokens
+    assert special["<|endoftext|>"] == 0
+    assert sorted(special.values())[-1] == 279
+
+
+@pytest.mark.parametrize("count", [1, 500])
+def test_a_sample_of_a_long_prompt_goes_on_from_its_end(folder: Path, count: int) -> None:
+    prompt = PROMPTS[0] * count
+    assert len(sample_from(folder, prompt, seed=1)) > len(prompt)
 
 
 def test_an_empty_prompt_is_told(folder: Path) -> None:
