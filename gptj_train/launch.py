@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -12,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import hydra
 import torch.distributed as dist
@@ -54,7 +55,10 @@ def recipe(
             _set_rank_variables()
             if one_process and rank() != 0:
                 return
-            sys.exit(_run(job, cls, script, primary or script.stem))
+            code = _run(job, cls, script, primary or script.stem)
+            if dist.is_initialized() and code in (0, EXIT_PREEMPTED):
+                _leave(code)
+            sys.exit(code)
 
         return main
 
@@ -80,10 +84,8 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str) -> 
             with hydra.initialize_config_dir(configs, version_base="1.3"):
                 composed = hydra.compose(primary, overrides=[_as_typed(arg, text_keys(cls)) for arg in sys.argv[1:]])
             job(validated(composed, cls))
-            _leave_process_group()
         return 0
     except Preempted as told:
-        _leave_process_group()
         if rank() == 0:
             print(f"stopped: {told}", file=sys.stderr, flush=True)
         return _preempted()
@@ -101,9 +103,17 @@ def _preempted() -> int:
     return EXIT_PREEMPTED
 
 
-def _leave_process_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+def _leave(code: int) -> NoReturn:
+    """Leave the process group, and end without taking the interpreter apart.
+
+    A thread that a library has not joined aborts the process there, once in about a hundred times, and the
+    launcher takes a finished run for a failed one.
+    """
+    dist.destroy_process_group()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _as_typed(override: str, texts: set[str]) -> str:

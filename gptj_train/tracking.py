@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,6 +20,7 @@ from gptj_train.schema import schema
 
 _LINE_SECONDS = 10
 _BAR = "{percentage:3.0f}% |{bar:20}| step {n}/{total}{postfix}  {remaining} left"
+_ID_FILE = "wandb_id.txt"
 _WANDB_NAMES = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -63,9 +65,15 @@ class Tracker:
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(self._run_config), self._folder / "config.yaml")
         path = self._folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(self._folder) if 0 < line["step"] <= step or step > 0 == line["step"]]
-        path.write_text("".join(_line(entry) for entry in kept))
+        known = read_metrics(self._folder)
+        kept = [line for line in known if 0 < line["step"] <= step or step > 0 == line["step"]]
+        if len(kept) < len(known) or not _ends_whole(path):  # a new file takes its place: none is ever half there
+            scratch = path.with_suffix(".tmp")
+            scratch.write_text("".join(_line(entry) for entry in kept))
+            os.replace(scratch, path)
         self._metrics = path.open("a", buffering=1)
+        if step == 0:
+            (self._folder / _ID_FILE).unlink(missing_ok=True)  # of a run that was given up
         self._wandb = _start_wandb(self._config, self._folder, self._run_config, wandb_id)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
@@ -80,7 +88,7 @@ class Tracker:
         """A finished optimizer step."""
         if self._metrics is None:
             return
-        self._metrics.write(_line(metrics))
+        self._record(metrics)
         if self._wandb is not None:
             self._wandb.log({_WANDB_NAMES[name]: metrics[name] for name in _WANDB_NAMES}, step=int(metrics["step"]))
         shown = (
@@ -101,7 +109,7 @@ class Tracker:
         """The held-out metrics after a step; what is no number is recorded and not shown."""
         if self._metrics is None:
             return
-        self._metrics.write(_line(metrics))
+        self._record(metrics)
         results = results_of(metrics)
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
@@ -110,6 +118,14 @@ class Tracker:
         # Those of components, as in eval_loss/NAME, are too many for a line.
         shown = {name: value for name, value in results.items() if "/" not in name}
         self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+
+    def _record(self, metrics: Mapping[str, Any]) -> None:
+        """A line of metrics.jsonl; a disk that takes none is no reason to end the run."""
+        assert self._metrics is not None
+        try:
+            self._metrics.write(_line(metrics))
+        except OSError as error:
+            self.note(f"metrics.jsonl lacks step {metrics['step']}: {error.strerror}")
 
     def note(self, text: str) -> None:
         """A line of its own on the screen."""
@@ -122,12 +138,17 @@ class Tracker:
         if self._bar is not None:
             self._bar.close()
         if self._metrics is not None:
-            self._metrics.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take has been told
+                self._metrics.close()
         if self._wandb is not None:
             offline_folder = Path(self._wandb.dir).parent if self._wandb.settings.mode == "offline" else None
             self._wandb.finish()
             if offline_folder is not None:
                 self.note(f"upload this run with: wandb sync {offline_folder}")
+
+
+def _ends_whole(path: Path) -> bool:
+    return not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
@@ -171,7 +192,7 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     import wandb
 
     # The id is made once and kept, so that a resumed job goes on in the same run.
-    id_file = folder / "wandb_id.txt"
+    id_file = folder / _ID_FILE
     if not id_file.exists():
         id_file.write_text(wandb_id or secrets.token_hex(4))
 

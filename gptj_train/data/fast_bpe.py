@@ -16,6 +16,8 @@ from typing import Any
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
+from gptj_train.data.files import usable_cores
+
 # What tokenizers' ByteLevel cuts words by, with possessive quantifiers, which need no stack for long runs.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
@@ -26,7 +28,7 @@ class FastBPE:
     def __init__(self, encoding: tiktoken.Encoding, within_text: frozenset[str]) -> None:
         """``within_text``: added tokens that are no special ones, and stand for themselves also within a text."""
         self._encoding, self._within_text = encoding, within_text
-        self._threads = int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count() or 1)
+        self._threads = int(os.environ.get("RAYON_NUM_THREADS") or usable_cores())
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         return self._encoding.encode_batch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import gzip
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ import zstandard
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
+
+_NO_DATA = re.compile(r"dataset_info\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
+"""What ``datasets`` writes beside a saved dataset's own files."""
 
 LONGEST_LINE = 256 * 2**20
 """Bytes; what is longer is no record of text, and would not fit in memory on the way."""
@@ -55,7 +59,16 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
 
 
 def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.name.endswith(suffixes)) if path.is_dir() else [path]
+    if not path.is_dir():
+        return [path]
+    return sorted(
+        file for file in path.rglob("*") if file.name.endswith(suffixes) and not _NO_DATA.fullmatch(file.name)
+    )
+
+
+def usable_cores() -> int:
+    """Of this process, which may be allowed fewer than there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:

@@ -25,6 +25,7 @@ from threading import Event, Lock
 from filelock import FileLock
 from tqdm import tqdm
 
+from gptj_train.data.files import usable_cores
 from gptj_train.data.sources import DataConfig, read_segments
 from gptj_train.data.store import FORMAT, TokenStore, write_store
 from gptj_train.data.tokenizer import Tokenizer
@@ -111,7 +112,7 @@ def _named(files: list[Path]) -> str:
 def _make(files: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
     """Make the stores: folder -> the file that goes there."""
     sizes = {folder: file.stat().st_size for folder, file in files.items()}
-    workers = min(len(files), os.cpu_count() or 1) if sum(sizes.values()) > _SMALL else 1
+    workers = min(len(files), usable_cores()) if sum(sizes.values()) > _SMALL else 1
     with _Progress(sum(sizes.values())) as progress:
         if workers == 1:
             for folder, file in files.items():
@@ -199,7 +200,7 @@ def _in_another_process(
     """Let one process write stores until there is no more work. It writes into scratch folders only: were this
     process killed, what the other one still does would count for nothing.
     """
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, usable_cores() // workers)
     env = os.environ | {"RAYON_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "gptj_train.data.preparation"]
     try:

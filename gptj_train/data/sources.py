@@ -95,7 +95,7 @@ def read_segments(
         yield from _text_file(file, data, progress)
         return
     name = _without_suffix(file)
-    for where, record in _records(file, progress):
+    for where, record in _records(file, data, progress):
         try:
             document = _document(record, name, data)
         except BadRecordError as error:
@@ -149,28 +149,47 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _records(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
+def _records(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
     """(place, row, or line as bytes) of each record; blank lines are none."""
     if file.suffix in (".parquet", ".arrow"):
-        yield from ((f"{file} row {number}", row) for number, row in enumerate(_rows(file, progress), start=1))
+        rows = _rows(file, data, progress)
+        yield from ((f"{file} row {number}", row) for number, row in enumerate(rows, start=1))
     else:
         yield from ((f"{file}:{number}", line) for number, line in numbered_lines(file, progress) if line.strip())
 
 
-def _rows(file: Path, progress: Callable[[int], None]) -> Iterator[Any]:
+def _rows(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Any]:
     import pyarrow as pa
 
     size, told = file.stat().st_size, 0
+    fields = {
+        "text": {data.text_field},
+        "completion": {data.prompt_field, data.response_field},
+        "chat": {data.messages_field},
+    }[data.kind] | {data.component_field.partition(".")[0]}
     try:
         with pa.memory_map(str(file)) as source:
             for share, batch in _batches(source, file.suffix):
-                yield from batch.to_pylist()
+                read = [name for name in batch.schema.names if name in fields]
+                yield from _dictionaries(batch.select(read)) if read else batch.to_pylist()
                 progress(int(size * share) - told)
                 told = int(size * share)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also of values that Python has not
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
     progress(size - told)
+
+
+def _dictionaries(batch: Any) -> Iterator[Any]:
+    """The rows of a record batch; in place of one that Python has no value for, what is wrong with it."""
+    try:
+        yield from batch.to_pylist()
+    except (ValueError, OverflowError):
+        for number in range(batch.num_rows):
+            try:
+                yield from batch.slice(number, 1).to_pylist()
+            except (ValueError, OverflowError) as error:
+                yield BadRecordError("a value that cannot be read", f"correct it ({error})")
 
 
 def _batches(source: Any, suffix: str) -> Iterator[tuple[float, Any]]:
@@ -198,7 +217,7 @@ def _batches(source: Any, suffix: str) -> Iterator[tuple[float, Any]]:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line.decode())
+        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
     except UnicodeDecodeError as error:
         raise BadRecordError(
             "not UTF-8 text", f"convert it ({error.reason} at byte {error.start} of the line)"
@@ -208,6 +227,8 @@ def _parsed(line: bytes) -> Any:
 
 
 def _document(raw: Any, name: str, data: DataConfig) -> list[Segment]:
+    if isinstance(raw, BadRecordError):
+        raise raw
     record = _parsed(raw) if isinstance(raw, bytes) else raw
     if not isinstance(record, dict):
         raise BadRecordError("not a record", "write an object with a text in it")
@@ -248,7 +269,11 @@ def _component(record: dict[str, Any], field: str) -> str:
     value: Any = record
     for name in field.split("."):
         value = value.get(name) if isinstance(value, dict) else None
-    return _checked(value) if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    if not _checked(value).isprintable():
+        raise BadRecordError("a control character in the component's name", "a terminal would obey it, remove it")
+    return value
 
 
 def _text(record: dict[str, Any], field: str, key: str) -> str:

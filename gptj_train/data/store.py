@@ -5,7 +5,7 @@ A store is a folder of
 * ``tokens.bin``: the ids of all documents one after the other, uint16 where they fit, else uint32;
 * ``targets.bin``: a byte for each of them, 1 where it is to be predicted; absent where all are;
 * ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
-* ``store.json``: the counts, and the names of the components. It comes last: a folder without it is none.
+* ``store.json``: the counts, sizes, and the names of the components. It comes last: a folder without it is none.
 """
 
 from __future__ import annotations
@@ -54,7 +54,12 @@ class TokenStore:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        return (folder / "store.json").exists()
+        """Whether there is a whole one: its files have the sizes that they were given."""
+        try:
+            sizes = json.loads((folder / "store.json").read_text())["bytes"]
+            return all((folder / name).stat().st_size == size for name, size in sizes.items())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return False
 
 
 def write_store(
@@ -89,7 +94,10 @@ def write_store(
             np.array(rows, dtype=_DOCUMENT).tofile(documents)
     if all_targets:
         (folder / "targets.bin").unlink()
-    told: dict[str, Any] = {"dtype": np.dtype(dtype).name, "components": list(names), "skipped": dict(skipped)}
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+    told: dict[str, Any] = {
+        "dtype": np.dtype(dtype).name, "components": list(names), "skipped": dict(skipped), "bytes": sizes
+    }  # fmt: skip
     (folder / "store.json").write_text(json.dumps(told) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterable
@@ -136,7 +137,8 @@ class Tokenizer:
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
         """Ids of texts, on all cores; what spells a special token stays text."""
         if self._fast_bpe is not None:
-            return self._fast_bpe.encode_texts(texts)
+            with contextlib.suppress(ValueError):  # of tiktoken: a million blanks in a row are too many for it
+                return self._fast_bpe.encode_texts(texts)
         self._backend.encode_special_tokens = True
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
@@ -202,7 +204,10 @@ class Tokenizer:
         """
         self._backend.encode_special_tokens = False
         backend = self._backend if rows is None else vocabulary.filled(self._backend, rows)
-        backend.save(str(folder / "tokenizer.json"))
+        try:
+            backend.save(str(folder / "tokenizer.json"))
+        except Exception as error:  # tokenizers has no class of its own for a full disk
+            raise OSError(str(error)) from None
         names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
         if rows is not None:
             names["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))

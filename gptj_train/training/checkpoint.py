@@ -75,7 +75,8 @@ class Checkpoints:
             _together(engine, target, lambda: self._commit(engine, state, files, target) if engine.rank == 0 else None)
             if damage := _damage(engine, target):
                 if engine.rank == 0:
-                    remove(target)
+                    with contextlib.suppress(OSError):
+                        remove(target)
                 raise SaveFailedError(f"{damage}, just after it was written")
         except SaveFailedError:
             if engine.rank == 0:
@@ -188,7 +189,7 @@ def _together(engine: Engine, folder: Path, work: Callable[[], T]) -> list[T]:
     try:
         outcome = work(), ""
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = (isinstance(error, OSError) and error.strerror) or error
         outcome = None, f"{folder}: {reason}"
     outcomes = engine.gathered([outcome])
     if failures := [failure for _, failure in outcomes if failure]:

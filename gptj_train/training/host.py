@@ -14,6 +14,8 @@ from pathlib import Path
 import cpuinfo
 import torch
 
+from gptj_train.data.files import usable_cores
+
 _LONGEST_COMPILATION = 1800  # seconds
 
 
@@ -48,7 +50,7 @@ def clear_stale_locks() -> None:
 def share_cores() -> None:
     """Give each rank its part of the host's cores: the optimizer on the host uses them beside a GPU too."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
-    share = max(1, (os.cpu_count() or 1) // ranks_here)
+    share = max(1, usable_cores() // ranks_here)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets one thread, which starves the optimizer
         torch.set_num_threads(share)
     elif "OMP_NUM_THREADS" not in os.environ:

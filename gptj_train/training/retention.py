@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -70,9 +72,10 @@ def retire(newest: Path, keep: int, keep_every: int) -> None:
     """Remove what need not stay beside a new checkpoint that is known to be good."""
     steps = _steps(newest.parent)
     complete = [folder for folder in steps if folder.name <= newest.name and not complaint(folder)]
-    old = [folder for folder in complete[:-keep] if not (keep_every and _step_of(folder) % keep_every == 0)]
+    old = [folder for folder in complete[:-keep] if not _stays(folder, keep_every)]
     # Later steps than the newest are of a run that was given up: resume=never, or from an earlier step.
-    for folder in old + [folder for folder in steps if folder.name > newest.name]:
+    later = [folder for folder in steps if folder.name > newest.name and not _stays(folder, keep_every)]
+    for folder in old + later:
         with contextlib.suppress(OSError):
             remove(folder)
 
@@ -102,9 +105,12 @@ def check_space(
     """
     folder = Path(output_dir) / "checkpoints"
     trained = sum(shape.numel() for shape in shapes.values())
-    size, most = disk_needed(trained, steps, save_every, keep, keep_every, len(_steps(folder)))
+    going = [path for path in _steps(folder) if not _stays(path, keep_every)]
+    size, most = disk_needed(trained, steps, save_every, keep, keep_every, len(going))
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    there = shutil.disk_usage(place).free + sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    leftover = [*going, *folder.glob(".step_*")]
+    freed = sum(file.stat().st_size for path in leftover for file in path.rglob("*") if file.is_file())
+    there = shutil.disk_usage(place).free + freed
     if most * size > there:
         raise ValueError(
             f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
@@ -119,7 +125,7 @@ def disk_needed(
 
     Args:
         steps: that are still to be done, from 0.
-        there: checkpoints that are there already.
+        there: checkpoints that are there already and will make room.
     """
     size = 4 * len(KINDS) * trained
     saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
@@ -131,8 +137,23 @@ def disk_needed(
     return size, min(there + len(saves - staying), keep + 1) + len(staying)
 
 
+def later_than(output_dir: str | Path, step: int) -> list[Path]:
+    """Checkpoints of steps beyond this one."""
+    return [folder for folder in _steps(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
+
+
+def _stays(folder: Path, keep_every: int) -> bool:
+    return keep_every > 0 and _step_of(folder) % keep_every == 0
+
+
 def _steps(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not to be taken for a folder without any
+        raise ValueError(f"{folder} cannot be looked into: {error.strerror}") from None
+    return sorted(folder / name for name in names if re.fullmatch(r"step_\d+", name))
 
 
 def _step_of(folder: Path) -> int:

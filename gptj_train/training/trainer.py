@@ -20,7 +20,7 @@ from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainSt
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health
 from gptj_train.training.preemption import Preempted, StopRequest
-from gptj_train.training.retention import check_space
+from gptj_train.training.retention import check_space, later_than
 from gptj_train.training.schedule import OptimConfig, lr_at
 from gptj_train.training.task import Task
 from gptj_train.training.watchdog import Watchdog
@@ -80,7 +80,7 @@ class Trainer:
         self._request = StopRequest(config.output_dir, config.max_hours, engine.rank)
         self._stopping = False  # agreed on by all ranks
         self._step_seconds = 0.0
-        self._saved = 0  # step of the last checkpoint
+        self._saved: int | None = None  # step of the last checkpoint
         self._save_seconds: float | None = None
 
     def train(self, resume_from: Sequence[Path] = ()) -> None:
@@ -92,12 +92,17 @@ class Trainer:
         """
         config = self.config
         with self._request, self._watchdog:
+            # A shared disk may not show every rank the same yet: rank 0 decides.
+            (resume_from, *_) = self.engine.gathered([list(resume_from)])
             if resume_from:
                 with self._watchdog.paused():
                     self.resume(resume_from)
-            self._saved = self.state.step
+                self._saved = self.state.step
             self._check_space()
             self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
+            if later := later_than(config.output_dir, self.state.step):
+                names = ", ".join(folder.name for folder in later)
+                self.tracker.note(f"the next checkpoint takes the place of {names}, of a run that is given up")
             if self._evaluation_due():
                 self.evaluate()
             while self.state.step < config.max_steps and not self._stopping:
@@ -125,9 +130,9 @@ class Trainer:
         self.state = load(self.engine, list(folders), self.tracker.note)
         if self.state.next_batch != self._next_batch():
             raise ValueError(
-                f"step {self.state.step} would see other data than the checkpoint says; restore data, tokenizer, seed, "
-                "sequence_length and global_batch_size, or begin a new run with init_from=<that checkpoint> and "
-                "another output_dir"
+                f"step {self.state.step} would see other data than the checkpoint says; restore data (files, weights, "
+                "packing, isolate), tokenizer, seed, sequence_length and global_batch_size, or begin a new run with "
+                "init_from=<that checkpoint> and another output_dir"
             )
         then, now = self.state.settings, _settings(self.config)
         if changed := [f"{name} {then.get(name)} -> {value}" for name, value in now.items() if then.get(name) != value]:
@@ -201,7 +206,10 @@ class Trainer:
             return {}
         metrics = self.task.metrics(records)
         if self.engine.rank == 0:
-            self.task.write_predictions(self.config.output_dir)
+            try:
+                self.task.write_predictions(self.config.output_dir)
+            except OSError as error:
+                self.tracker.note(f"the predictions were not written: {error}")
         self.tracker.evaluation({"step": self.state.step, "tokens": self.state.tokens, **metrics})
         return metrics
 
@@ -251,12 +259,13 @@ class Trainer:
         """Save what is not, if there is time for it, and leave. Collective."""
         answers = self.engine.gathered([(self._reason(), self._request.leaves_time_for(self._save_seconds or 0.0))])
         in_time = all(in_time for _, in_time in answers)
-        if self._saved < self.state.step and in_time:
+        if (self._saved or 0) < self.state.step and in_time:
             self.save()
         self.tracker.finish()
         self.engine.wait()
         reason = next((reason for reason, _ in answers if reason), "asked to end")
-        unsaved = f"{'not saved' if in_time else 'no time to save'}; the last checkpoint is of step {self._saved}"
+        last = "there is no checkpoint" if self._saved is None else f"the last checkpoint is of step {self._saved}"
+        unsaved = f"{'not saved' if in_time else 'no time to save'}; {last}"
         left = "saved" if self._saved == self.state.step else unsaved
         raise Preempted(f"{reason}: ended after step {self.state.step} of {self.config.max_steps}, {left}")
 

@@ -67,9 +67,15 @@ class Manifest:
                 raise ValueError(f"written by gptj_train {body['version']} in a format that this version does not know")
             body["files"] = {name: Written(**entry) for name, entry in body["files"].items()}
             manifest = cls(**body)
+            if type(manifest.world_size) is not int or not 1 <= manifest.world_size <= len(manifest.files):
+                raise ValueError(f"world_size is {manifest.world_size!r}")
+            for shape in manifest.parameters.values():
+                torch.Size(shape)
+            if absent := {name for kind in KINDS for name in manifest.of_kind(kind)} - manifest.files.keys():
+                raise ValueError(f"it has no {min(absent)}")
             if strange := [name for name in manifest.files if not _PLAIN_NAME.fullmatch(name)]:
                 raise ValueError(f"it names {strange[0]!r}, which is not a file of its folder")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path}: not a whole manifest ({error})") from None
         for name, entry in manifest.files.items():
             _check_size(folder / name, entry.bytes)

@@ -197,6 +197,6 @@ def _header(path: Path, descriptor: int) -> list[tuple[Slice, int]]:
             if entry["dtype"] != "F32" or end - begin != 4 * numel or begin < 0 or 8 + len(text) + end > size:
                 raise ValueError(f"{key} is not where the header says")
             found.append((Slice(name, int(start), numel), 8 + len(text) + begin))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a file of parameter slices ({error})") from None
     return found

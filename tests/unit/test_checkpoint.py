@@ -15,11 +15,12 @@ import torch
 from fake_ranks import CONFIG, on_ranks, save
 from safetensors.torch import load_file
 
+import gptj_train.weights.checkpoint as weights_checkpoint
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
 from gptj_train.training.checkpoint import SaveFailedError, load
-from gptj_train.training.retention import check_space, resumable
+from gptj_train.training.retention import check_space, later_than, resumable
 from gptj_train.weights.checkpoint import KINDS, CheckpointWeights, Manifest
 from gptj_train.weights.slices import SliceWriter
 
@@ -135,6 +136,27 @@ def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path:
     assert names(tmp_path) == ["step_00000010"]
 
 
+def test_what_stays_for_good_stays_when_a_run_is_begun_anew(tmp_path: Path) -> None:
+    save(tmp_path, 100, 200, 250, keep_every=100)
+    save(tmp_path, 10, keep_every=100)
+    assert names(tmp_path) == ["step_00000010", "step_00000100", "step_00000200"]
+    assert [folder.name for folder in later_than(tmp_path, 10)] == ["step_00000100", "step_00000200"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "checkpoints").chmod(0)
+    with pytest.raises(ValueError, match="checkpoints cannot be looked into: Permission denied"):
+        resumable(tmp_path, "auto")
+
+
+def test_checkpoints_that_are_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(ValueError, match="checkpoints cannot be looked into: Not a directory"):
+        resumable(tmp_path, "auto")
+
+
 def test_the_same_step_again(tmp_path: Path) -> None:
     save(tmp_path, 1, 2)
     (rank, *_) = save(tmp_path, 2, 2, world_size=2)
@@ -231,6 +253,21 @@ def test_no_state_with_values_that_are_not_finite(tmp_path: Path, value: float) 
     with pytest.raises(SaveFailedError, match=r"lm_head.bias holds values that are not finite"):
         checkpoints.save(rank, checkpoint.TrainState(step=6))
     assert names(tmp_path) == ["step_00000005"]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [{"world_size": "x"}, {"world_size": None}, {"world_size": 10**10}, {"world_size": 2}, {"parameters": {"a": "b"}}],
+)
+def test_a_manifest_is_data_of_a_stranger(tmp_path: Path, lie: dict[str, Any]) -> None:
+    """Its own hash proves nothing: whoever wrote it can compute one."""
+    save(tmp_path, 5)
+    path = newest(tmp_path) / "manifest.json"
+    body = json.loads(path.read_text()) | lie
+    del body["sha256"]
+    path.write_text(json.dumps(body | {"sha256": weights_checkpoint._digest(body)}))
+    with pytest.raises(ValueError, match="not a whole manifest"):
+        Manifest.read(newest(tmp_path))
 
 
 # --- room on the disk ---

@@ -94,3 +94,10 @@ def test_refused_where_an_entry_does_not_end_as_itself() -> None:
     backend = changed(unreachable)
     assert backend.encode("xyz").tokens == ["xy", "z"]
     assert FastBPE.of(backend) is None
+
+
+def test_a_million_blanks_are_too_many_for_tiktoken_and_not_for_us() -> None:
+    tokenizer = Tokenizer.train(["some text " * 20], 300)
+    text = "a" + " " * 1_100_000 + "b"
+    found = tokenizer.encode_texts([text])
+    assert found == [[*tokenizer.encode(text)]]

@@ -389,4 +389,19 @@ def test_progress_is_a_line_now_and_then(
 def test_a_store_says_what_it_is(file: Path, cache: Path, opened: Any) -> None:
     opened(file)
     told = json.loads((folders(cache)[0] / "store.json").read_text())
-    assert told == {"dtype": "uint16", "components": ["train"], "skipped": {}}
+    sizes = {path.name: path.stat().st_size for path in folders(cache)[0].glob("*.bin")}
+    assert told == {"dtype": "uint16", "components": ["train"], "skipped": {}, "bytes": sizes}
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "store.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_store_is_made_again(file: Path, cache: Path, opened: Any, name: str, damage: str) -> None:
+    """As a cluster's clearing of old files leaves it."""
+    (whole,) = opened(file)
+    expected = whole.tokens.tolist()
+    path = folders(cache)[0] / name
+    path.write_bytes(path.read_bytes()[:-3])
+    if damage == "gone":
+        path.unlink()
+    (again,) = opened(file)
+    assert again.tokens.tolist() == expected

@@ -93,7 +93,7 @@ def test_other_data_are_an_error(tmp_path: Path) -> None:
     on_ranks(2, lambda rank: trainer(tmp_path, rank).save())
     found = resumable(tmp_path, "auto")
     on_ranks(3, lambda rank: trainer(tmp_path, rank).resume(found))
-    with pytest.raises(ValueError, match=r"step 0 would see other data .* restore data, tokenizer, seed"):
+    with pytest.raises(ValueError, match=r"step 0 would see other data .* restore data .*tokenizer, seed"):
         on_ranks(1, lambda rank: trainer(tmp_path, rank, Numbers(1)).resume(found))
 
 

@@ -145,8 +145,27 @@ def test_saved_datasets_are_read(tmp_path: Path) -> None:
     import datasets
 
     datasets.Dataset.from_list(ROWS[:5]).save_to_disk(tmp_path / "saved")
-    (file,) = files.find_files(str(tmp_path / "saved" / "*.arrow"), "data.train")
+    saved = datasets.load_from_disk(str(tmp_path / "saved"))
+    saved.map(lambda row: {"n": row["n"] + 1})  # leaves a cache beside it
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 2
+    (file,) = files.find_files(str(tmp_path / "saved"), "data.train")
     assert texts_of(file) == [row["text"] for row in ROWS[:5]]
+
+
+def test_a_row_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
+    bad = pa.array([b"good", b"\xff\xfe", b"also good"]).cast(pa.binary()).view(pa.utf8())
+    far = pa.array([0, 2**58, 0], pa.timestamp("us"))  # of a column that nobody reads
+    pq.write_table(pa.table({"text": bad, "when": far}), tmp_path / "a.parquet")
+    assert refusal(tmp_path / "a.parquet").startswith(" row 2: a value that cannot be read; correct it")
+    skipped: Counter[str] = Counter()
+    found = list(read_segments(tmp_path / "a.parquet", text_data(bad_records="skip"), skipped, lambda read: None))
+    assert [segment.text for segment in found] == ["good", "also good"]
+    assert skipped == {"a value that cannot be read": 1}
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "x"}\n{"text": "y"}\n')
+    assert texts_of(tmp_path / "a.jsonl") == ["x", "y"]
 
 
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
@@ -263,7 +282,10 @@ BAD_LINES = {
         b'{"text": "x"} {"text": "y"}',
         "not a line of JSON; each line must be one record (Extra",
     ),
-    "a byte order mark": (b'\xef\xbb\xbf{"text": "x"}', "not a line of JSON; each line must be one record (Unexpected"),
+    "control character in the component": (
+        b'{"text": "x", "meta": {"pile_set_name": "a\\u001b[2J"}}',
+        "a control character in the component's name",
+    ),
     "nested too deeply": (b"[" * 100_000, "not a line of JSON; each line must be one record (maximum recursion depth"),
     "a number of too many digits": (
         b'{"text": "x", "n": ' + b"1" * 5000 + b"}",

@@ -105,6 +105,15 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path, cut: int) -> None:
     assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
 
 
+def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recording = tracker(tmp_path)
+    recording.start(0, 3)
+    recording._metrics = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+    recording.step(step(1))
+    recording.finish()
+    assert "metrics.jsonl lacks step 1: No space left on device" in capsys.readouterr().out
+
+
 def test_no_metrics_yet(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
