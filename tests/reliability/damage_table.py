@@ -1,0 +1,63 @@
+"""What becomes of a resume for each kind of damage to each file of the newest checkpoint, as a table.
+
+    python tests/reliability/damage_table.py > tests/reliability/results/damage.md
+
+The damages are those of tests/unit/test_damaged_checkpoint.py, which asserts the outcomes; here they can be read. The
+checkpoint is of 2 ranks and step 10, the one before it of step 5.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
+
+from fake_ranks import on_ranks, save
+from test_damaged_checkpoint import CASES, DAMAGES
+
+from gptj_train.training.checkpoint import load
+from gptj_train.training.retention import resumable
+
+
+def outcome(good: Path, kind: str, file: str) -> tuple[str, int]:
+    """What ``resume=PATH`` says of a damaged checkpoint, and the step that ``resume=auto`` goes on from."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        shutil.copytree(good, run)
+        damaged = run / "checkpoints" / "step_00000010"
+        DAMAGES[kind][0](damaged / file)
+
+        def resume(rank: Any) -> tuple[str, int]:
+            said = "accepted"
+            try:
+                load(rank, resumable(run, str(damaged)), lambda _: None)
+            except ValueError as error:
+                said = str(error)
+            return said, load(rank, resumable(run, "auto"), lambda _: None).step
+
+        with contextlib.redirect_stdout(sys.stderr):
+            said, step = on_ranks(2, resume, seed=1)[0]
+        reason = said.partition("or resume=auto (")[2].removesuffix(")") or said
+        return reason.replace(f"{damaged}/", ""), step
+
+
+def main() -> None:
+    print("# Damage to a checkpoint, and what a resume makes of it\n")
+    print("`python tests/reliability/damage_table.py`: 2 ranks, checkpoints of steps 5 and 10, damage to the second.\n")
+    print("| damage | file | resume=PATH: exit code 2, and | resume=auto goes on from step |")
+    print("|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as scratch:
+        good = Path(scratch)
+        save(good, 5, 10, world_size=2)
+        for kind, file in CASES:
+            said, step = outcome(good, kind, file)
+            print(f"| {kind} | {file} | {said} | {step} |")
+
+
+if __name__ == "__main__":
+    main()
