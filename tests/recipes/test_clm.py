@@ -155,7 +155,7 @@ def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(message) == 1
-    assert "step 18 would see other data than the checkpoint says; restore data, tokenizer, seed" in message[0]
+    assert "step 18 would see other data than the checkpoint says; restore data (files" in message[0]
     assert "Traceback" not in done.stderr
 
 
