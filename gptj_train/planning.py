@@ -113,10 +113,13 @@ class Planned:
         again = forward - 2 * _count(left_out) if cfg.engine.activation_checkpointing else 0
         return cfg.global_batch_size * cfg.sequence_length * (passes * forward + again)
 
-    def memory_line(self, ranks: int) -> str:
+    def memory_line(self, ranks: int, with_gpu: bool) -> str:
         """For the head of a run's report."""
-        held = {place: size / 2**30 for place, size in self.memory(ranks).items() if size}
-        return ", ".join(f"{size:.1f} GiB on the {place}" for place, size in held.items()) + " planned for a rank"
+        held = self.memory(ranks)
+        if not with_gpu:
+            held = {"host": held["GPU"] + held["host"], "NVMe": held["NVMe"]}
+        places = ", ".join(f"{size / 2**30:.1f} GiB on the {place}" for place, size in held.items() if size)
+        return f"{places} planned for a rank, without libraries"
 
     def step_seconds(self, ranks: int, speed: PlanConfig) -> float:
         """Of computing, and of an optimizer that is not on the GPUs; without communication."""

@@ -67,7 +67,8 @@ def main(cfg: QAConfig) -> None:
     Trainer(cfg, engine, task, checkpoints, tracker).train(resume_from)
     export(engine, model_files, f"{cfg.output_dir}/export", cfg.export_dtype, facts, cfg.lora, cfg.init_from)
     tracker.finish()
-    facts["memory"] = Planned(engine.shapes, engine.trained, model, cfg).memory_line(engine.world_size)
+    planned = Planned(engine.shapes, engine.trained, model, cfg)
+    facts["memory"] = planned.memory_line(engine.world_size, engine.device.type != "cpu")
     if engine.rank == 0:
         write_report(cfg.output_dir, facts)
         print(summary(cfg.output_dir, ARCHITECTURE))

@@ -137,6 +137,17 @@ def test_adapters_cost_what_adapters_cost() -> None:
     assert 16 * trained < of_adapters < 32 * trained
 
 
+def test_a_line_for_the_report() -> None:
+    plan = of_6b(offload_optimizer="cpu", offload_parameters="cpu")
+    held = {place: size / 2**30 for place, size in plan.memory(4).items()}
+    on_both = (
+        f"{held['GPU']:.1f} GiB on the GPU, {held['host']:.1f} GiB on the host planned for a rank, without libraries"
+    )
+    assert plan.memory_line(4, with_gpu=True) == on_both
+    without = f"{held['GPU'] + held['host']:.1f} GiB on the host planned for a rank, without libraries"
+    assert plan.memory_line(4, with_gpu=False) == without
+
+
 def test_disk_and_time() -> None:
     plan = of_6b()
     assert plan.disk() == (12 * N, 2, 2 * N)
