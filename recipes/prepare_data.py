@@ -12,9 +12,8 @@ def main(cfg: PrepareDataConfig) -> None:
     data = prepare(cfg.data, tokenizer, cfg.sequence_length)
     for name, part in data.parts.items():
         print(f"{name}\n" + "\n".join(f"  {fact:<17} {value}" for fact, value in part.facts()))
-    for part in [data.train] if cfg.inspect else []:
-        for window in shown(part, tokenizer, cfg.inspect, cfg.seed):
-            print(window)
+    if cfg.inspect:
+        print("\n".join(shown(data.train, tokenizer, cfg.inspect, cfg.seed)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Sequence
@@ -59,7 +60,7 @@ class Documents:
         return bool(np.any(flags)) and self.lengths[document] > 1
 
 
-class Windows:
+class Windows(ABC):
     """Windows over documents; ``windows[i]`` is put together when asked for.
 
     Attributes:
@@ -72,12 +73,12 @@ class Windows:
         self.documents, self.length, self._fill = documents, length, fill
         self.dropped: Counter[str] = Counter()
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def pieces(self, index: int) -> list[tuple[int, int, int]]:
         """(document, first token, tokens) of what a window holds."""
-        raise NotImplementedError
 
     @property
     def tokens(self) -> int:
