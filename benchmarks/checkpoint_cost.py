@@ -35,10 +35,10 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     from gptj_train.training.checkpoint import Checkpoints, TrainState, load
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
+    from gptj_train.training.optimizer import OptimConfig
     from gptj_train.training.retention import resumable
-    from gptj_train.training.schedule import OptimConfig
     from gptj_train.training.zero_config import EngineConfig
-    from gptj_train.weights.checkpoint import Manifest
+    from gptj_train.weights.manifest import Manifest
 
     config = GPTJConfig(n_embd=width, n_layer=layers, n_positions=LENGTH, n_head=16, rotary_dim=16, vocab_size=8192)
     optim = OptimConfig(

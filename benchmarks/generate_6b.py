@@ -20,7 +20,7 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.tasks.generation import TextGenerator
+from gptj_train.inference.text_generator import TextGenerator
 from gptj_train.weights.hf_writer import write_weights
 
 RESULT = Path(__file__).parent / "results" / "generate_6b.json"

@@ -65,7 +65,7 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.training.engine import deepspeed, join_process_group
     from gptj_train.training.initial_weights import fill_frozen
-    from gptj_train.weights.checkpoint import open_weights
+    from gptj_train.weights.manifest import open_weights
 
     torch.set_num_threads(threads)
     rank, _ = join_process_group()

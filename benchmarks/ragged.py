@@ -38,9 +38,9 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     """A rank's micro-batches, as arguments of the model's forward."""
     import torch
 
-    from gptj_train.data.loader import sample_at
     from gptj_train.data.packing import ContiguousWindows, Documents
     from gptj_train.data.preparation import open_stores
+    from gptj_train.data.sampler import sample_at
     from gptj_train.data.sources import DataConfig
     from gptj_train.data.tokenizer import Tokenizer
 

@@ -64,9 +64,9 @@ def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dic
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.training.engine import deepspeed
-    from gptj_train.training.schedule import OptimConfig
+    from gptj_train.training.optimizer import OptimConfig
     from gptj_train.training.zero_config import EngineConfig, deepspeed_config
-    from gptj_train.weights.hf import HFWeights
+    from gptj_train.weights.hf_reader import HFWeights
 
     optim = OptimConfig(
         **{"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0},

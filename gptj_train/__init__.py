@@ -1,12 +1,8 @@
 """Fine-tune GPT-J 6B with DeepSpeed on the hardware you have."""
 
-from gptj_train.model.config import GPTJConfig
-from gptj_train.weights.pretrained import (
-    GPTJForCausalLM,
-    GPTJForQuestionAnswering,
-    GPTJForSequenceClassification,
-    GPTJModel,
-)
+from gptj_train.model.gptj import GPTJModel
+from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
 
 __all__ = [
     "GPTJConfig",

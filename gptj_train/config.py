@@ -9,14 +9,13 @@ from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.squad import QADataConfig
-from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.data.vocabulary import NewWord
-from gptj_train.model.config import GPTJConfig
-from gptj_train.schema import schema
+from gptj_train.errors import UserError
+from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.lora import LoraConfig
+from gptj_train.schema import PlainText, schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
-from gptj_train.training.adapters import LoraConfig
 from gptj_train.training.trainer import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
@@ -49,6 +48,7 @@ class FinetuneConfig(TrainerConfig):
     """What the fine-tuning recipes share."""
 
     sequence_length: int
+    resume: str
     init_from: str | None
     tokenizer: str | None
     add_tokens: list[str]
@@ -61,14 +61,14 @@ class FinetuneConfig(TrainerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.sequence_length < 2:
-            raise ValueError(f"sequence_length must be at least 2, got {self.sequence_length}")
+            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
 
 
 @schema
 class ClmConfig(FinetuneConfig):
     """recipes/clm.py"""
 
-    sample_prompt: str | None
+    sample_prompt: PlainText | None
     data: DataConfig
 
 
@@ -99,7 +99,7 @@ class PrepareDataConfig(ClmConfig):
 class PlanConfig(FinetuneConfig):
     """recipes/plan.py, for a preset of any task; the last four say how fast the machines are."""
 
-    sample_prompt: str | None
+    sample_prompt: PlainText | None
     data: dict[str, Any]
     task: dict[str, Any]
     gpus_per_node: int
@@ -111,7 +111,7 @@ class PlanConfig(FinetuneConfig):
         super().__post_init__()
         for name in ("gpus_per_node", "tflops_per_gpu", "host_gb_per_second", "nvme_gb_per_second"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
 
 
 @schema
@@ -145,7 +145,7 @@ class EvaluateConfig:
         for name, least in (("batch_size", 1), ("sequence_length", 2)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+                raise UserError(f"{name} must be at least {least}, got {value}")
 
 
 @schema
@@ -164,7 +164,7 @@ class HarnessConfig:
     def __post_init__(self) -> None:
         for name in ("batch_size", "limit"):
             if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise UserError(f"{name} must be at least 1, got {value}")
 
 
 @schema
@@ -173,7 +173,7 @@ class GenerateConfig:
 
     checkpoint: str
     dtype: Literal["bf16", "fp16", "fp32"] | None
-    prompt: str | None
+    prompt: PlainText | None
     prompts: str | None
     batch_size: int
     stop: list[str]
@@ -224,39 +224,13 @@ class ExportConfig:
     dtype: Literal["bf16", "fp16", "fp32"]
 
 
-def shape_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
-    """``init_from``'s own shape, with the dropouts that the config asks for; or the one described.
+def model_config_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
+    """Return ``init_from``'s own shape with the dropout of the config, or the shape that the config describes.
 
     Raises:
-        ValueError: one that does not hold together.
+        UserError: sizes that do not fit together.
     """
     if init_from is not None:
         dropped = {name: getattr(model, name) for name in _DROPOUTS if getattr(model, name) > 0}
         return replace(GPTJConfig.from_pretrained(init_from), **dropped)
     return GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
-
-
-def model_config(model: ModelConfig, init_from: str | None, tokenizer: Tokenizer, sequence_length: int) -> GPTJConfig:
-    """The model to train: ``init_from``'s own shape, or the one described; it ends texts as the tokenizer does.
-
-    Raises:
-        ValueError: a shape that does not hold together, or one too small for tokenizer or sequences.
-    """
-    shape = shape_of(model, init_from)
-    tokenizer.check_fits(shape.vocab_size)
-    if sequence_length > shape.n_positions:
-        raise ValueError(f"sequence_length {sequence_length} exceeds the model's n_positions ({shape.n_positions})")
-    end, pad = tokenizer.end_id, tokenizer.pad_id(shape.vocab_size)
-    return replace(shape, bos_token_id=end, eos_token_id=end, pad_token_id=pad)
-
-
-def vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
-    """The tokenizer with the words that are added, the model to train, and the rows that start as means of others.
-
-    Raises:
-        ValueError: no tokenizer, a model that does not suit it, or words that do not fit.
-    """
-    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
-    model = model_config(cfg.model, cfg.init_from, tokenizer, cfg.sequence_length)
-    tokenizer, new_rows = tokenizer.with_words(map(NewWord.parse, cfg.add_tokens), model.vocab_size)
-    return tokenizer, model, new_rows

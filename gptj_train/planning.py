@@ -13,11 +13,11 @@ from math import prod
 from torch import nn
 
 from gptj_train.config import FinetuneConfig, PlanConfig
-from gptj_train.model.config import GPTJConfig
-from gptj_train.model.lora import is_adapter
+from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
+from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.retention import disk_needed
-from gptj_train.training.zero_config import accumulation_steps
+from gptj_train.weights.stored import is_adapter
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
 _CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of GPUs that there are
@@ -30,7 +30,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Planned:
+class RunPlan:
     """A run's arithmetic.
 
     Args:
@@ -43,11 +43,11 @@ class Planned:
     cfg: FinetuneConfig
 
     @staticmethod
-    def of(module: nn.Module, model: GPTJConfig, cfg: FinetuneConfig) -> Planned:
+    def of(module: nn.Module, model: GPTJConfig, cfg: FinetuneConfig) -> RunPlan:
         """A run that trains this module, which may lie on the meta device."""
         shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
         trained = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
-        return Planned(shapes, trained, model, cfg)
+        return RunPlan(shapes, trained, model, cfg)
 
     def memory(self, ranks: int) -> dict[str, float]:
         """Bytes that each of so many ranks holds at most in a step: on its GPU, the host, NVMe.
@@ -132,11 +132,11 @@ class Planned:
         return seconds
 
 
-def lines(planned: Planned, cfg: PlanConfig) -> Iterator[str]:
+def lines(planned: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """What recipes/plan.py prints.
 
     Raises:
-        ValueError: a global batch that divides on no number of GPUs.
+        UserError: a global batch that divides on no number of GPUs.
     """
     size, most, export = planned.disk()
     tokens = cfg.global_batch_size * cfg.sequence_length
@@ -168,7 +168,7 @@ def lines(planned: Planned, cfg: PlanConfig) -> Iterator[str]:
     )
 
 
-def _row(planned: Planned, cfg: PlanConfig, ranks: int) -> str:
+def _row(planned: RunPlan, cfg: PlanConfig, ranks: int) -> str:
     held, seconds = planned.memory(ranks), planned.step_seconds(ranks, cfg)
     card = next((f"{card} GB" for card in _CARDS if card * 1e9 >= held["GPU"] + _UNCOUNTED), "none")
     on_node = min(ranks, cfg.gpus_per_node)

@@ -6,14 +6,19 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Any, TypeVar, dataclass_transform, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from gptj_train.errors import UserError
+
 T = TypeVar("T")
+
+PlainText = Annotated[str, "plain text"]
+"""Type of a key whose value on the command line is text to the letter: ``${...}`` does not interpolate."""
 
 _SECRET = re.compile(r"(api|access|auth|private|secret)_?key|token$|secret|passw(or)?d|credential", re.IGNORECASE)
 
@@ -28,30 +33,30 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
     """The composed YAML as the recipe's frozen dataclass.
 
     Raises:
-        ValueError: all unknown keys, all missing values, or all wrong values, in one line; or a secret, which
+        UserError: all unknown keys, all missing values, or all wrong values, in one line; or a secret, which
             config.yaml and Weights & Biases would show.
     """
     _refuse_secrets(OmegaConf.to_container(composed, resolve=False))
     try:
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise ValueError(f"config: {str(error).splitlines()[0]}") from None
+        raise UserError(f"config: {str(error).splitlines()[0]}") from None
     assert isinstance(values, dict)
     known = set(keys_of(cls))
     unknown = [key for key in _keys_in(values, cls) if key not in known]
     if unknown:
-        raise ValueError("; ".join(unknown_key_message(key, cls) for key in unknown))
+        raise UserError("; ".join(unknown_key_message(key, cls) for key in unknown))
     missing = [key for key in _keys_in(values, cls) if OmegaConf.is_missing(*_parent(composed, key))]
     if missing:
-        raise ValueError("missing: " + ", ".join(missing) + "; give " + " ".join(f"{key}=..." for key in missing))
+        raise UserError("missing: " + ", ".join(missing) + "; give " + " ".join(f"{key}=..." for key in missing))
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise ValueError("; ".join(_complaint(detail) for detail in error.errors())) from None
+        raise UserError("; ".join(_complaint(detail) for detail in error.errors())) from None
 
 
 def _refuse_secrets(value: Any, key: str = "") -> None:
-    """Raises ValueError for what is named like one, in a key or an environment variable that a value asks for."""
+    """Raises UserError for what is named like one, in a key or an environment variable that a value asks for."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_secrets(inner, f"{key}.{name}".lstrip("."))
@@ -62,7 +67,7 @@ def _refuse_secrets(value: Any, key: str = "") -> None:
         return
     asked_for = re.findall(r"\$\{\s*oc\.env\s*:\s*(\w+)", value) if isinstance(value, str) else []
     if any(_SECRET.search(name) for name in (key.rpartition(".")[2], *asked_for)):
-        raise ValueError(
+        raise UserError(
             f"{key} looks like a secret, and the config is written to config.yaml and Weights & Biases; leave it in "
             "the environment, where the libraries that need it look for it"
         )
@@ -91,12 +96,21 @@ def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
 
 
 def text_keys(cls: type, prefix: str = "") -> set[str]:
-    """Dotted names of the keys whose value is a text, or may be."""
-    hints = get_type_hints(cls)
-    nested = {prefix + name: hint for name, hint in hints.items() if is_dataclass(hint)}
-    kinds = (str, str | None, str | list[str], str | list[str] | None)
-    texts = {prefix + name for name, hint in hints.items() if hint in kinds}
-    return texts.union(*(text_keys(hint, f"{name}.") for name, hint in nested.items()))  # type: ignore[arg-type]
+    """Return the dotted names of the keys whose value is, or may be, a text."""
+    text_types = (str, str | None, str | list[str], str | list[str] | None)
+    keys = set()
+    for name, hint in get_type_hints(cls).items():
+        if hint in text_types:
+            keys.add(prefix + name)
+        elif is_dataclass(hint):
+            keys |= text_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return keys
+
+
+def plain_text_keys(cls: type) -> set[str]:
+    """Return the names of the top-level keys of type ``PlainText``."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {name for name, hint in hints.items() if PlainText in (hint, *get_args(hint))}
 
 
 def _open_keys(cls: Any, prefix: str = "") -> Iterator[str]:

@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
 _LINE_SECONDS = 10
@@ -211,7 +212,7 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
     try:
         run = begin(mode)
     except wandb.errors.UsageError as error:  # no API key
-        raise ValueError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
+        raise UserError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
     except wandb.errors.CommError as error:  # a run is not to end for want of a network
         print(f"Weights & Biases cannot be reached ({error}); it is written offline", file=sys.stderr, flush=True)
         run = begin("offline")

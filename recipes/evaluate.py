@@ -1,11 +1,12 @@
 """Metrics of a checkpoint of any task: deepspeed recipes/evaluate.py checkpoint=DIR data.validation=FILES"""
 
 from gptj_train.config import EvaluateConfig
-from gptj_train.evaluation import build_task, evaluate, write_results
-from gptj_train.launch import rank, recipe, world_size
+from gptj_train.inference.evaluation import build_task, evaluate, write_results
+from gptj_train.launch.host import share_cores
+from gptj_train.launch.ranks import rank, world_size
+from gptj_train.launch.recipe import recipe
+from gptj_train.launch.run_folder import check_run_folder
 from gptj_train.tracking import results_of
-from gptj_train.training.host import share_cores
-from gptj_train.training.run_folder import check_run_folder
 
 
 @recipe(EvaluateConfig)

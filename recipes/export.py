@@ -1,8 +1,8 @@
 """Training checkpoint -> HF folder, on any host: python recipes/export.py run=DIR"""
 
 from gptj_train.config import ExportConfig
-from gptj_train.launch import recipe
-from gptj_train.training.export_checkpoint import export_checkpoint
+from gptj_train.export.from_checkpoint import export_checkpoint
+from gptj_train.launch.recipe import recipe
 
 
 @recipe(ExportConfig, one_process=True)

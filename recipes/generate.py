@@ -3,8 +3,8 @@
 import json
 
 from gptj_train.config import GenerateConfig
-from gptj_train.launch import recipe
-from gptj_train.tasks.generation import TextGenerator, prompts_in, typed_prompts
+from gptj_train.inference.text_generator import TextGenerator, prompts_in, typed_prompts
+from gptj_train.launch.recipe import recipe
 
 
 @recipe(GenerateConfig, one_process=True)

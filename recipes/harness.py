@@ -1,14 +1,14 @@
 """Tasks of the lm-eval harness on a local model: python recipes/harness.py checkpoint=DIR 'tasks=[NAME]'"""
 
 from gptj_train.config import HarnessConfig
-from gptj_train.launch import recipe
-from gptj_train.tasks.generation import TextGenerator
-from gptj_train.training.run_folder import check_run_folder
+from gptj_train.inference.text_generator import TextGenerator
+from gptj_train.launch.recipe import recipe
+from gptj_train.launch.run_folder import check_run_folder
 
 
 @recipe(HarnessConfig, one_process=True)
 def main(cfg: HarnessConfig) -> None:
-    from gptj_train.tasks.harness import run_tasks  # here, so that what is missing is told in a line
+    from gptj_train.inference.lm_eval import run_tasks  # here, so that what is missing is told in a line
 
     if cfg.output_dir is not None:
         check_run_folder(cfg.output_dir)

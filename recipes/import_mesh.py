@@ -6,10 +6,10 @@ from pathlib import Path
 from gptj_train import GPTJConfig
 from gptj_train.config import ImportMeshConfig
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.launch import recipe
+from gptj_train.export.from_mesh_jax import MeshCheckpoint
+from gptj_train.launch.recipe import recipe
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.weights.hf_writer import DTYPES
-from gptj_train.weights.mesh_jax import MeshCheckpoint
 
 
 @recipe(ImportMeshConfig, one_process=True)

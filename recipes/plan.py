@@ -3,17 +3,17 @@
 import torch
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.config import PlanConfig, shape_of
-from gptj_train.launch import recipe
-from gptj_train.planning import Planned, lines
-from gptj_train.training.adapters import adapted
+from gptj_train.config import PlanConfig, model_config_of
+from gptj_train.launch.recipe import recipe
+from gptj_train.model.lora import with_lora
+from gptj_train.planning import RunPlan, lines
 
 
 @recipe(PlanConfig, one_process=True)
 def main(cfg: PlanConfig) -> None:
-    model = shape_of(cfg.model, cfg.init_from)
+    model_config = model_config_of(cfg.model, cfg.init_from)
     with torch.device("meta"):
-        planned = Planned.of(adapted(GPTJForCausalLM(model), cfg.lora), model, cfg)
+        planned = RunPlan.of(with_lora(GPTJForCausalLM(model_config), cfg.lora), model_config, cfg)
     print("\n".join(lines(planned, cfg)))
 
 

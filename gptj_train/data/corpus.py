@@ -14,6 +14,7 @@ from gptj_train.data.preparation import open_stores
 from gptj_train.data.sources import DataConfig
 from gptj_train.data.store import TokenStore
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 FORGETTING = "forgetting"
 """Name of the held-out set that is no part of ``data.validation``."""
@@ -56,16 +57,18 @@ class Part:
 class TextData:
     """What ``prepare`` found: parts by name, ``train`` unless only held-out data were asked for.
 
-    ``weights`` has a share for each component of ``train``, or is None.
+    ``weights`` has a share for each component of ``train``, or is None. With ``isolate`` the documents of a window
+    neither see nor predict each other.
     """
 
     parts: dict[str, Part]
     weights: list[float] | None
+    isolate: bool
 
     @property
     def train(self) -> Part:
         if "train" not in self.parts:
-            raise ValueError("data.train is null; give files to train on")
+            raise UserError("data.train is null; give files to train on")
         return self.parts["train"]
 
     @property
@@ -81,10 +84,10 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
     """Training and held-out windows of ``length`` tokens; the files are all looked for before any is read.
 
     Raises:
-        ValueError: see ``find_files`` and ``open_stores``; or weights of components that are not there.
+        UserError: see ``find_files`` and ``open_stores``; or weights of components that are not there.
     """
     if length < 2:
-        raise ValueError(f"sequence_length must be at least 2, got {length}")
+        raise UserError(f"sequence_length must be at least 2, got {length}")
     paths = {"train": data.train, "validation": data.validation or None, FORGETTING: data.forgetting or None}
     files = {name: find_files(given, f"data.{name}") for name, given in paths.items() if given is not None}
     parts = {}
@@ -92,15 +95,15 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
         stores = open_stores(found, data, tokenizer)
         components = {"train": list(data.weights or ()), "validation": component_names(stores)}.get(name)
         if name == "validation" and FORGETTING in component_names(stores):
-            raise ValueError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
+            raise UserError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
         parts[name] = part = _part(stores, data, tokenizer, length, components)
         empty = [component for component, windows in part.windows.items() if not len(windows)]
         # Held out, a component of few documents may have nothing; but what the weights name must be there.
         if empty and (name == "train" or len(empty) == len(part.windows)):
             known = ", ".join(sorted(component_names(stores)))
             what = (", ".join(empty) or "all of it") + _lost(part.windows.values())
-            raise ValueError(f"data.{name}: nothing to pack of {what}; there are {known}")
-    return TextData(parts, list(data.weights.values()) if data.weights else None)
+            raise UserError(f"data.{name}: nothing to pack of {what}; there are {known}")
+    return TextData(parts, list(data.weights.values()) if data.weights else None, data.isolate)
 
 
 def _lost(of_all: Iterable[Windows]) -> str:

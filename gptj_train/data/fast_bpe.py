@@ -16,7 +16,7 @@ from typing import Any
 import tiktoken
 from tokenizers import Tokenizer as Backend
 
-from gptj_train.data.files import usable_cores
+from gptj_train.launch.host import usable_cores
 
 # What tokenizers' ByteLevel cuts words by, with possessive quantifiers, which need no stack for long runs.
 _WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import zstandard
 
+from gptj_train.errors import UserError
+
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
@@ -35,7 +37,7 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         key: the config key the paths came from, for the message.
 
     Raises:
-        ValueError: a path that matches nothing, no path, or a file of another kind.
+        UserError: a path that matches nothing, no path, or a file of another kind.
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
@@ -43,18 +45,18 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         # A ** matches folders and the files inside them: each file counts once.
         files = dict.fromkeys(file for match in matches for file in _files_at(Path(match), suffixes))
         if not files:
-            raise ValueError(
+            raise UserError(
                 f"{key}: no {', '.join(suffixes)} file at {path!r} (looked from {Path.cwd()}); "
                 "correct the path; a quickstart's corpus is written by its script, see the preset in configs/config"
             )
         found += files
     if not found:
-        raise ValueError(f"{key} is empty; give files, folders or globs")
+        raise UserError(f"{key} is empty; give files, folders or globs")
     for file in found:
         if not file.name.endswith(suffixes):
-            raise ValueError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
+            raise UserError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
         if not file.is_file():
-            raise ValueError(f"{key}: {file} is not a regular file")
+            raise UserError(f"{key}: {file} is not a regular file")
     return found
 
 
@@ -66,11 +68,6 @@ def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     )
 
 
-def usable_cores() -> int:
-    """Of this process, which may be allowed fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
     """The lines of a text file, plain, .gz or .zst, numbered from 1, without their line end.
 
@@ -78,7 +75,7 @@ def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tupl
         progress: told how many bytes of the file have been read since it was last told.
 
     Raises:
-        ValueError: a line beyond ``LONGEST_LINE``, or a compressed file that is cut off, damaged or a bomb.
+        UserError: a line beyond ``LONGEST_LINE``, or a compressed file that is cut off, damaged or a bomb.
     """
     number, parts, size = 1, list[bytes](), 0
     for chunk in chunks(file, progress):
@@ -90,7 +87,7 @@ def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tupl
             size += len(part)
             if size > LONGEST_LINE:
                 limit = f"{LONGEST_LINE / 2**20:g} MiB"
-                raise ValueError(f"{file}:{number}: the line is longer than {limit}; split the record")
+                raise UserError(f"{file}:{number}: the line is longer than {limit}; split the record")
     if size:
         yield number, b"".join(parts)
 
@@ -110,9 +107,9 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
                 while chunk := watched.read(_CHUNK):
                     yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise ValueError(f"{file}: damaged, cut off or not unpacked here ({error}); fetch or pack it again") from None
+        raise UserError(f"{file}: damaged, cut off or not unpacked here ({error}); fetch or pack it again") from None
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 class _Watched:
@@ -140,7 +137,7 @@ def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
                 chunk = frame.decompress(rest)
                 taken, given = taken + len(rest), given + len(chunk)
                 if given > _FREE and given > _LARGEST_RATIO * taken:
-                    raise ValueError(f"{file}: refused, it unpacks to more than {_LARGEST_RATIO} times its size")
+                    raise UserError(f"{file}: refused, it unpacks to more than {_LARGEST_RATIO} times its size")
                 ready += chunk
                 rest = b""
                 if frame.eof:
@@ -150,5 +147,5 @@ def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
                 yield bytes(ready)
                 ready.clear()
     if frame is not None:
-        raise ValueError(f"{file}: cut off in the middle of a zstd frame; fetch it again")
+        raise UserError(f"{file}: cut off in the middle of a zstd frame; fetch it again")
     yield bytes(ready)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from gptj_train.data.corpus import Part
-from gptj_train.data.loader import sample_at
 from gptj_train.data.packing import PADDING, Window
+from gptj_train.data.sampler import sample_at
 from gptj_train.data.tokenizer import Tokenizer
 
 _DIM, _RESET = "\033[2m", "\033[0m"

@@ -10,6 +10,7 @@ import numpy as np
 
 from gptj_train.data.labelled_files import LabelledFields, Record, read_records
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
 _TEXTS_AT_ONCE = 1024
@@ -45,21 +46,21 @@ def prepare_labelled(
         length: most tokens of a row.
 
     Raises:
-        ValueError: no files, or a record without text or without a label that can be used (file and row).
+        UserError: no files, or a record without text or without a label that can be used (file and row).
     """
     if len(data.label_fields) > 1 and problem_type == "single_label_classification":
-        raise ValueError("data.label_field: several fields are for multi_label_classification and regression")
+        raise UserError("data.label_field: several fields are for multi_label_classification and regression")
     records = list(read_records(data.train, "data.train", data))
     held_out = list(read_records(data.validation, "data.validation", data)) if data.validation else []
     if problem_type == "regression":
         width = len(_numbers(records[0]))
         names = [str(name) for name in labels or _names_of_numbers(data, width)]
         if len(names) != width:
-            raise ValueError(f"task.labels has {len(names)} names, but {records[0].where} has {width} numbers")
+            raise UserError(f"task.labels has {len(names)} names, but {records[0].where} has {width} numbers")
     else:
         names = [str(name) for name in labels] if labels else _names_in(records, problem_type, data)
         if len(set(names)) < max(len(names), 1 if problem_type.startswith("multi") else 2):
-            raise ValueError(f"the labels are {names}; two or more different ones are needed: check data.label_field")
+            raise UserError(f"the labels are {names}; two or more different ones are needed: check data.label_field")
     train, validation = (
         LabelledRows(_token_ids(part, tokenizer, length), _targets(part, problem_type, names, data)) if part else None
         for part in (records, held_out)
@@ -79,7 +80,7 @@ def labelled_rows(
     """The rows of ``data.validation``, for a model that knows its labels.
 
     Raises:
-        ValueError: as ``prepare_labelled``; also for a label that is none of ``names``.
+        UserError: as ``prepare_labelled``; also for a label that is none of ``names``.
     """
     records = list(read_records(paths, "data.validation", fields))
     return LabelledRows(_token_ids(records, tokenizer, length), _targets(records, problem_type, names, fields))
@@ -101,7 +102,7 @@ def _given(record: Record, problem_type: str) -> list[Any]:
     if isinstance(record.label, list) != several or isinstance(record.label, (float, dict)):
         wanted = "a list of labels" if several else "a name or a number"
         hint = "; in a csv give a column of 0 and 1 for each label, data.label_field=[a,b,c]" if several else ""
-        raise ValueError(f"{record.where}: the label must be {wanted}, got {record.label!r}{hint}")
+        raise UserError(f"{record.where}: the label must be {wanted}, got {record.label!r}{hint}")
     return record.label if several else [record.label]
 
 
@@ -111,7 +112,7 @@ def _targets(records: list[Record], problem_type: str, names: list[str], data: L
         numbers = [_numbers(record) for record in records]
         for record, own in zip(records, numbers, strict=True):
             if len(own) != len(names):
-                raise ValueError(f"{record.where}: {len(own)} numbers, but {len(names)} in the first row")
+                raise UserError(f"{record.where}: {len(own)} numbers, but {len(names)} in the first row")
         return np.array(numbers, dtype=np.float32)
     if not isinstance(data.label_field, str):
         return np.array([_flags(record) for record in records], dtype=np.float32)
@@ -124,7 +125,7 @@ def _targets(records: list[Record], problem_type: str, names: list[str], data: L
     flags = np.zeros((len(records), len(names)), dtype=np.float32)
     for record, row_flags, labels in zip(records, flags, chosen, strict=True):
         if len(set(labels)) < len(labels):
-            raise ValueError(f"{record.where}: a label twice in {record.label}; list each label that applies once")
+            raise UserError(f"{record.where}: a label twice in {record.label}; list each label that applies once")
         row_flags[labels] = 1
     return flags
 
@@ -134,7 +135,7 @@ def _id_of(label: Any, ids: dict[str, int], names: list[str], record: Record) ->
         return ids[str(label)]
     except KeyError:
         known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise ValueError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels") from None
+        raise UserError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels") from None
 
 
 def _numbers(record: Record) -> list[float]:
@@ -143,7 +144,7 @@ def _numbers(record: Record) -> list[float]:
     except (TypeError, ValueError):
         numbers = []
     if not numbers or not np.isfinite(numbers).all():
-        raise ValueError(f"{record.where}: the label must be a number or numbers, got {record.label!r}")
+        raise UserError(f"{record.where}: the label must be a number or numbers, got {record.label!r}")
     return numbers
 
 
@@ -155,7 +156,7 @@ def _names_of_numbers(data: LabelledFields, width: int) -> list[str]:
 def _flags(record: Record) -> list[float]:
     flags = [str(value).lower() for value in record.label]
     if not set(flags) <= {"0", "1", "true", "false"}:
-        raise ValueError(f"{record.where}: the fields of several labels must hold 0 or 1, got {record.label}")
+        raise UserError(f"{record.where}: the fields of several labels must hold 0 or 1, got {record.label}")
     return [float(flag in ("1", "true")) for flag in flags]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from datasets import ClassLabel, Dataset, IterableDataset, disable_progress_bars, load_dataset
 from datasets import Sequence as ListOf
 
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
 disable_progress_bars()
@@ -48,7 +49,7 @@ def read_records(paths: str | list[str], key: str, data: LabelledFields) -> Iter
     """The rows of all files that the config key names, in a fixed order.
 
     Raises:
-        ValueError: no file, a file that cannot be read, or a row without text or label, named.
+        UserError: no file, a file that cannot be read, or a row without text or label, named.
     """
     empty = True
     for source in _sources(paths, key):
@@ -56,7 +57,7 @@ def read_records(paths: str | list[str], key: str, data: LabelledFields) -> Iter
             empty = False
             yield _record(row, f"{source} row {number}", data)
     if empty:
-        raise ValueError(f"{key}: no rows in {paths}; give files with at least one")
+        raise UserError(f"{key}: no rows in {paths}; give files with at least one")
 
 
 def _sources(paths: str | list[str], key: str) -> list[Path]:
@@ -66,7 +67,7 @@ def _sources(paths: str | list[str], key: str) -> list[Path]:
         matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
         sources = [source for match in matches for source in _sources_at(match)]
         if not sources:
-            raise ValueError(
+            raise UserError(
                 f"{key}: no .jsonl, .csv or .parquet file and no saved dataset at {path!r} (looked from {Path.cwd()}); "
                 "correct the path"
             )
@@ -77,7 +78,7 @@ def _sources(paths: str | list[str], key: str) -> list[Path]:
 def _sources_at(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
         splits = ", ".join(sorted(str(state.parent) for state in path.glob("*/state.json")))
-        raise ValueError(f"{path}: holds several splits; name one of them: {splits}")
+        raise UserError(f"{path}: holds several splits; name one of them: {splits}")
     if (path / "state.json").is_file():
         return [path]
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -96,7 +97,7 @@ def _rows(source: Path, data: LabelledFields) -> Iterator[dict[str, Any]]:
             yield {**row, **named}
     except Exception as error:  # each reader raises its own
         reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source}: cannot be read ({reason}); correct the file") from None
+        raise UserError(f"{source}: cannot be read ({reason}); correct the file") from None
 
 
 def _opened(source: Path, data: LabelledFields) -> Dataset | IterableDataset:
@@ -126,10 +127,10 @@ def _record(row: dict[str, Any], where: str, data: LabelledFields) -> Record:
     texts = [row.get(field) for field in data.text_fields]
     for field, text in zip(data.text_fields, texts, strict=True):
         if not isinstance(text, str) or not text:
-            raise ValueError(f"{where}: no text in {field!r}, filled are {_filled(row)}; set data.text_field or fix it")
+            raise UserError(f"{where}: no text in {field!r}, filled are {_filled(row)}; set data.text_field or fix it")
     label = [row.get(field) for field in data.label_fields]
     if None in label or "" in label:
-        raise ValueError(f"{where}: no {data.label_field!r}, filled are {_filled(row)}; set data.label_field or fix it")
+        raise UserError(f"{where}: no {data.label_field!r}, filled are {_filled(row)}; set data.label_field or fix it")
     return Record(where, texts, label[0] if isinstance(data.label_field, str) else label)  # type: ignore[arg-type]
 
 

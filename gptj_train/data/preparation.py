@@ -25,10 +25,11 @@ from threading import Event, Lock
 from filelock import FileLock
 from tqdm import tqdm
 
-from gptj_train.data.files import usable_cores
 from gptj_train.data.sources import DataConfig, read_segments
 from gptj_train.data.store import FORMAT, TokenStore, write_store
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
+from gptj_train.launch.host import usable_cores
 
 _SMALL = 64 * 2**20  # bytes; so much is done before other processes have started
 _LINE_SECONDS = 10
@@ -51,7 +52,7 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
     for its lock. One that is killed leaves nothing that counts.
 
     Raises:
-        ValueError: a bad record or file, too large a share of bad records, or no document at all.
+        UserError: a bad record or file, too large a share of bad records, or no document at all.
     """
     cache = Path(data.cache_dir)
     folders = _folders(files, data, tokenizer)
@@ -65,7 +66,7 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
                 found = dict(zip(folders, files, strict=True))
                 _make({folder: found[folder] for folder in found if not _usable(folder, data)}, data, tokenizer)
         except OSError as error:
-            raise ValueError(_unwritable(cache, error)) from None
+            raise UserError(_unwritable(cache, error)) from None
     stores = [TokenStore(folder) for folder in folders]
     _check(files, stores, data)
     return stores
@@ -93,12 +94,12 @@ def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> Non
     share = skipped.total() / max(skipped.total() + documents, 1)
     if share > data.max_bad_share:
         reasons = ", ".join(f"{count:,} of {reason}" for reason, count in skipped.most_common())
-        raise ValueError(
+        raise UserError(
             f"{_named(files)}: {share:.2%} of the records are bad ({reasons}), more than data.max_bad_share "
             f"({data.max_bad_share:.2%}); data.bad_records=error tells where the first is"
         )
     if not documents:
-        raise ValueError(f"{_named(files)}: no text in the data, it is empty")
+        raise UserError(f"{_named(files)}: no text in the data, it is empty")
 
 
 def _unwritable(cache: Path, error: OSError) -> str:
@@ -232,7 +233,7 @@ def _follow(process: subprocess.Popen[str], file: Path, progress: Callable[[int]
             raise RuntimeError("stopped: another file cannot be prepared")
         answer = json.loads(line)
         if isinstance(answer, str):
-            raise ValueError(answer)
+            raise UserError(answer)
         if answer is None:
             return
         progress(answer)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, numbered_lines
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
 _PIECE = 2**20  # characters that are tokenized at once
@@ -46,11 +47,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.chat_template.count("{content}") != 1:
-            raise ValueError("data.chat_template must hold {content} once, and {role} where it is to stand")
+            raise UserError("data.chat_template must hold {content} once, and {role} where it is to stand")
         if not 0 <= self.max_bad_share < 1:
-            raise ValueError(f"data.max_bad_share must be from 0 to below 1, got {self.max_bad_share}")
+            raise UserError(f"data.max_bad_share must be from 0 to below 1, got {self.max_bad_share}")
         if self.weights is not None and (not self.weights or min(self.weights.values()) <= 0):
-            raise ValueError(f"data.weights must be above 0, got {self.weights}; leave out what is not wanted")
+            raise UserError(f"data.weights must be above 0, got {self.weights}; leave out what is not wanted")
 
 
 class Segment(NamedTuple):
@@ -89,7 +90,7 @@ def read_segments(
         progress: see ``numbered_lines``.
 
     Raises:
-        ValueError: a bad record, named by file and line or row, or a file that cannot be read.
+        UserError: a bad record, named by file and line or row, or a file that cannot be read.
     """
     if file.name.endswith(_TEXT_SUFFIXES):
         yield from _text_file(file, data, progress)
@@ -100,7 +101,7 @@ def read_segments(
             document = _document(record, name, data)
         except BadRecordError as error:
             if data.bad_records == "error":
-                raise ValueError(f"{where}: {error}, or skip such records with data.bad_records=skip") from None
+                raise UserError(f"{where}: {error}, or skip such records with data.bad_records=skip") from None
             skipped[error.reason] += 1
             continue
         for segment in document:
@@ -116,7 +117,7 @@ def _without_suffix(file: Path) -> str:
 
 def _text_file(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:
     if data.kind != "text":
-        raise ValueError(f"{file}: a .txt file holds no {data.kind} records; give .jsonl, or set data.kind=text")
+        raise UserError(f"{file}: a .txt file holds no {data.kind} records; give .jsonl, or set data.kind=text")
     component = Path(os.path.abspath(file)).parent.name or file.name
     decoder = codecs.getincrementaldecoder("utf-8")()
     held, read, began = "", 0, False
@@ -135,9 +136,9 @@ def _text_file(file: Path, data: DataConfig, progress: Callable[[int], None]) ->
         yield Segment(_checked(held), component)
     except UnicodeDecodeError as error:
         place = read - len(error.object) + error.start
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {place:,}); convert it") from None
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {place:,}); convert it") from None
     except BadRecordError as error:
-        raise ValueError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -176,7 +177,7 @@ def _rows(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iter
                 told = int(size * share)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # also of values that Python has not
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
+        raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
     progress(size - told)
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from gptj_train.data.files import find_files
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
 SUFFIXES = (".json", ".jsonl")
@@ -44,7 +45,7 @@ def read_questions(data: QADataConfig) -> tuple[list[Question], list[Question]]:
     """Training and held-out questions; the files are all looked for before any is read.
 
     Raises:
-        ValueError: a path that matches nothing, or a bad record, named by file and place.
+        UserError: a path that matches nothing, or a bad record, named by file and place.
     """
     train = find_files(data.train, "data.train", SUFFIXES)
     validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
@@ -55,17 +56,17 @@ def read_files(files: list[Path]) -> list[Question]:
     """The questions of SQuAD files, v1 or v2: nested .json, flat .json, or .jsonl with a flat record a line.
 
     Raises:
-        ValueError: as ``read_questions``.
+        UserError: as ``read_questions``.
     """
     questions: dict[str, Question] = {}
     for file in files:
         for record, where in _records(file):
             question = _question(record, where)
             if question.id in questions:
-                raise ValueError(f"{where}: the id {question.id!r} has come before; predictions are kept by id")
+                raise UserError(f"{where}: the id {question.id!r} has come before; predictions are kept by id")
             questions[question.id] = question
     if not questions:
-        raise ValueError(f"{', '.join(map(str, files[:3]))}: no question in the data")
+        raise UserError(f"{', '.join(map(str, files[:3]))}: no question in the data")
     return list(questions.values())
 
 
@@ -74,9 +75,9 @@ def _records(file: Path) -> Iterator[tuple[Any, str]]:
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror})") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
     if file.suffix == ".jsonl":
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
@@ -99,7 +100,7 @@ def _parsed(text: str, where: str) -> Any:
     try:
         return json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}); one record a line goes into a .jsonl file") from None
+        raise UserError(f"{where}: not JSON ({error}); one record a line goes into a .jsonl file") from None
 
 
 def _question(record: Any, where: str) -> Question:
@@ -107,9 +108,9 @@ def _question(record: Any, where: str) -> Question:
     answers = _answers(record, where)
     for text, start in answers:
         if not text.strip():
-            raise ValueError(f"{where}: an answer is empty; a question without an answer has an empty list of them")
+            raise UserError(f"{where}: an answer is empty; a question without an answer has an empty list of them")
         if start < 0 or context[start : start + len(text)] != text:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the answer {text!r} is not at character {start} of its context; "
                 "answer_start counts Unicode characters from 0"
             )
@@ -123,7 +124,7 @@ def _answers(record: Any, where: str) -> list[tuple[str, int]]:
     if isinstance(answers, dict):
         texts, starts = _field(answers, "text", list, where), _field(answers, "answer_start", list, where)
         if len(texts) != len(starts):
-            raise ValueError(f"{where}: {len(texts)} answer texts and {len(starts)} starts; give one for each")
+            raise UserError(f"{where}: {len(texts)} answer texts and {len(starts)} starts; give one for each")
         answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     return [(_field(answer, "text", str, where), _field(answer, "answer_start", int, where)) for answer in answers]
 
@@ -131,19 +132,19 @@ def _answers(record: Any, where: str) -> list[tuple[str, int]]:
 def _field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     fields = _checked(record, dict, where)
     if name not in fields:
-        raise ValueError(f"{where}: the field {name!r} is missing")
+        raise UserError(f"{where}: the field {name!r} is missing")
     return _checked(fields[name], kind, f"{where}: {name!r}")
 
 
 def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        raise ValueError(f"{where} is not a {' or '.join(k.__name__ for k in kinds)}, but {str(value)[:40]!r}")
+        raise UserError(f"{where} is not a {' or '.join(k.__name__ for k in kinds)}, but {str(value)[:40]!r}")
     if isinstance(value, str):
         try:
             value.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"{where}: the text holds a lone surrogate, which is no valid Unicode") from None
+            raise UserError(f"{where}: the text holds a lone surrogate, which is no valid Unicode") from None
     return value
 
 
@@ -177,6 +178,7 @@ class Features(Sequence[Feature]):
         self,
         questions: list[Question],
         tokenizer: Tokenizer,
+        *,
         length: int,
         doc_stride: int,
         max_question_tokens: int,
@@ -191,7 +193,7 @@ class Features(Sequence[Feature]):
             repeat_context: read the context twice, and answer from the second reading.
 
         Raises:
-            ValueError: sizes that would leave context tokens out of all windows.
+            UserError: sizes that would leave context tokens out of all windows.
         """
         self.questions = questions
         self._end_id, self._separator = tokenizer.end_id, tokenizer.encode_with_offsets(SEPARATOR)[0]
@@ -203,7 +205,7 @@ class Features(Sequence[Feature]):
         ]
         smallest = self._room(length, max_question_tokens)
         if smallest < doc_stride:
-            raise ValueError(
+            raise UserError(
                 f"sequence_length {length} leaves {smallest} tokens for the context beside a question of "
                 f"{max_question_tokens}, fewer than task.doc_stride ({doc_stride}): tokens would be skipped; "
                 "raise sequence_length or lower the others"

@@ -21,6 +21,7 @@ import numpy as np
 
 from gptj_train.data.sources import Segment
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 FORMAT = 2
 """Raise when reading or tokenizing changes what it writes, so that no old store is taken for a new one."""
@@ -90,7 +91,7 @@ def write_store(
                     rows.append((end, size, names.setdefault(segment.component, len(names))))
                     size = 0
             if len(names) > _MOST_COMPONENTS:
-                raise ValueError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
+                raise UserError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
             np.array(rows, dtype=_DOCUMENT).tofile(documents)
     if all_targets:
         (folder / "targets.bin").unlink()

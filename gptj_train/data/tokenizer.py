@@ -13,9 +13,10 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from gptj_train.data import vocabulary
+from gptj_train.data import unused_rows
 from gptj_train.data.fast_bpe import FastBPE
-from gptj_train.data.vocabulary import NewWord
+from gptj_train.data.unused_rows import AddedToken
+from gptj_train.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -28,7 +29,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, end_of_text: str = END_OF_TEXT) -> None:
         end_id = backend.token_to_id(end_of_text)
         if end_id is None:
-            raise ValueError(f"the tokenizer has no {end_of_text!r} token to end documents with")
+            raise UserError(f"the tokenizer has no {end_of_text!r} token to end documents with")
         # A tokenizer.json may ask for either; documents are never cut or filled up.
         backend.no_truncation()
         backend.no_padding()
@@ -40,13 +41,13 @@ class Tokenizer:
         """From a tokenizer.json, or a folder with that or with vocab.json and merges.txt.
 
         Raises:
-            ValueError: nothing readable there.
+            UserError: nothing readable there.
         """
         path = Path(path)
         try:
             for file in (path, *(path / name for name in _FILES)):
                 if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited for without end
-                    raise ValueError(f"{file.name} is not a regular file")
+                    raise UserError(f"{file.name} is not a regular file")
             if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
                 return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
             file = path / "tokenizer.json" if path.is_dir() else path
@@ -54,7 +55,7 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the backend raises bare Exceptions, and panics are not even that
-            raise ValueError(
+            raise UserError(
                 f"tokenizer {path}: {error}; give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
             ) from None
 
@@ -62,7 +63,7 @@ class Tokenizer:
     def choose(cls, path: str | None, init_from: str | None) -> Tokenizer:
         """The one named, or the one that came with the initial weights."""
         if path is None and init_from is None:
-            raise ValueError("tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER with one inside")
+            raise UserError("tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER with one inside")
         return cls.load(path if path is not None else str(init_from))
 
     @classmethod
@@ -78,17 +79,17 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
 
-    def with_words(self, words: Iterable[NewWord], rows: int) -> tuple[Tokenizer, dict[int, list[int]]]:
+    def with_added_tokens(self, words: Iterable[AddedToken], rows: int) -> tuple[Tokenizer, dict[int, list[int]]]:
         """The tokenizer with words added in spare rows of an embedding of ``rows``; those it knows stay.
 
         Returns:
             It, and for each row that is to start from the mean of others those others' ids.
 
         Raises:
-            ValueError: more words than spare rows.
+            UserError: more words than spare rows.
         """
         words = list(words)
-        backend, places = vocabulary.with_words(self._backend, [word.name for word in words], rows)
+        backend, places = unused_rows.with_added_tokens(self._backend, [word.name for word in words], rows)
         means = {
             places[word.name]: [number for like in word.like for number in self.encode(like)]
             for word in words
@@ -98,7 +99,7 @@ class Tokenizer:
 
     def pad_id(self, rows: int) -> int:
         """What fills up batches: a row of the embedding that no word uses, or the end of text without one."""
-        spare = vocabulary.pad_row(self._backend, rows)
+        spare = unused_rows.pad_row(self._backend, rows)
         return self.end_id if spare is None else spare
 
     def __len__(self) -> int:
@@ -122,9 +123,9 @@ class Tokenizer:
         return hashlib.sha256((self._backend.to_str() + self.end_of_text).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises ValueError when an id has no row in an embedding of ``vocab_size`` rows."""
+        """Raises UserError when an id has no row in an embedding of ``vocab_size`` rows."""
         if self.largest_id >= vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"the tokenizer has ids up to {self.largest_id}, but the model's vocab_size is {vocab_size}; "
                 "use the model's own tokenizer or raise model.vocab_size"
             )
@@ -153,7 +154,7 @@ class Tokenizer:
         character that is cut into several tokens belongs to each of them.
 
         Raises:
-            ValueError: a tokenizer whose ids do not stand for exactly the bytes of the text.
+            UserError: a tokenizer whose ids do not stand for exactly the bytes of the text.
         """
         self._backend.encode_special_tokens = True
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
@@ -161,7 +162,7 @@ class Tokenizer:
         width_of_character = [len(character.encode()) for character in text]
         character_of_byte = np.arange(len(text)).repeat(width_of_character)
         if len(character_of_byte) != (ends[-1] if len(ids) else 0):
-            raise ValueError(
+            raise UserError(
                 "the tokenizer changes the text or is not byte-level, so that answers cannot be placed; "
                 "use GPT-J's own, or one without normalizer and prefix space"
             )
@@ -203,7 +204,7 @@ class Tokenizer:
             rows: of the model's embedding; each gets an entry, as other runtimes ask for, and a spare one pads.
         """
         self._backend.encode_special_tokens = False
-        backend = self._backend if rows is None else vocabulary.filled(self._backend, rows)
+        backend = self._backend if rows is None else unused_rows.filled(self._backend, rows)
         try:
             backend.save(str(folder / "tokenizer.json"))
         except Exception as error:  # tokenizers has no class of its own for a full disk

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gptj_train.model.config import GPTJConfig
+from gptj_train.errors import UserError
+from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.rotary import rotate
 
@@ -106,20 +107,20 @@ def attention_pattern(
         explicit: the caller computes scores itself, so a dense mask is wanted in any case.
 
     Raises:
-        ValueError: sizes that do not fit, or documents together with a cache.
+        UserError: sizes that do not fit, or documents together with a cache.
     """
     batch, length = hidden.shape[:2]
     if document_ids is not None:
         if past_length:
-            raise ValueError("document_ids cannot be combined with past_key_values")
+            raise UserError("document_ids cannot be combined with past_key_values")
         if document_ids.shape != (batch, length):
-            raise ValueError(f"document_ids must be {(batch, length)}, got {tuple(document_ids.shape)}")
+            raise UserError(f"document_ids must be {(batch, length)}, got {tuple(document_ids.shape)}")
     total = past_length + length
     if attention_mask is not None:
         if attention_mask.dim() == 4:
             return AttentionPattern(mask=_additive(attention_mask, hidden.dtype))
         if attention_mask.shape != (batch, total):
-            raise ValueError(f"attention_mask must be {(batch, total)}, got {tuple(attention_mask.shape)}")
+            raise UserError(f"attention_mask must be {(batch, total)}, got {tuple(attention_mask.shape)}")
         if attention_mask.all():
             attention_mask = None
     if not explicit and attention_mask is None:

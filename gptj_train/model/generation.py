@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gptj_train.errors import UserError
+
 if TYPE_CHECKING:
     from gptj_train.model.attention import KVCache
-    from gptj_train.model.config import GPTJConfig
+    from gptj_train.model.gptj_config import GPTJConfig
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Sampling:
     """How the next token is drawn; the defaults are Transformers'. ``top_k=0`` and ``top_p=1`` switch off.
 
     Raises:
-        ValueError: a value outside its range.
+        UserError: a value outside its range.
     """
 
     do_sample: bool = False
@@ -31,13 +33,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature <= 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature} (do_sample=false is greedy)")
+            raise UserError(f"temperature must be above 0, got {self.temperature} (do_sample=false is greedy)")
         if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or more, got {self.top_k}")
+            raise UserError(f"top_k must be 0 (off) or more, got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+            raise UserError(f"top_p must be in (0, 1], got {self.top_p}")
         if self.repetition_penalty <= 0:
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+            raise UserError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
     def scores(self, logits: Tensor, seen: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits (B, V) in fp32 with repetition penalty, temperature, top-k and top-p applied, in this order.
@@ -109,13 +111,13 @@ class GenerationMixin:
             (B, T + new) ids, prompts included, as ``transformers``' generate.
 
         Raises:
-            ValueError: an empty prompt, padding on the right, a limit beyond ``n_positions``, or a bad option.
+            UserError: an empty prompt, padding on the right, a limit beyond ``n_positions``, or a bad option.
         """
         if num_beams < 1:
-            raise ValueError(f"num_beams must be at least 1, got {num_beams}")
+            raise UserError(f"num_beams must be at least 1, got {num_beams}")
         if num_beams > 1:
             if options.pop("do_sample", False):
-                raise ValueError("beams draw nothing: give do_sample=False, or num_beams=1")
+                raise UserError("beams draw nothing: give do_sample=False, or num_beams=1")
             searching = {name: value for name, value in options.items() if name not in ("seed", "use_cache")}
             return beam_search(self, input_ids, attention_mask, num_beams, **searching)
         options.pop("length_penalty", None)
@@ -271,22 +273,22 @@ def _mask_of(input_ids: Tensor, pad: int | None, ends: list[int]) -> Tensor:
 
 def _check_prompt(input_ids: Tensor, attention_mask: Tensor) -> None:
     if input_ids.dim() != 2 or input_ids.shape[1] == 0:
-        raise ValueError("generate needs at least one prompt token in each row of input_ids (B, T)")
+        raise UserError("generate needs at least one prompt token in each row of input_ids (B, T)")
     if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}")
+        raise UserError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}")
     if not attention_mask[:, -1].all():
-        raise ValueError("prompts must be padded on the left for generation")
+        raise UserError("prompts must be padded on the left for generation")
 
 
 def _length_limit(prompt: int, max_length: int | None, max_new_tokens: int | None, n_positions: int) -> int:
     if max_new_tokens is not None:
         if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         stop = prompt + max_new_tokens
     else:
         stop = min(prompt + 20, n_positions) if max_length is None else max_length
         if stop <= prompt:
-            raise ValueError(f"max_length {stop} leaves no room after the prompt of {prompt} tokens")
+            raise UserError(f"max_length {stop} leaves no room after the prompt of {prompt} tokens")
     if stop > n_positions:
-        raise ValueError(f"prompt plus new tokens ({stop}) exceed the model's n_positions ({n_positions})")
+        raise UserError(f"prompt plus new tokens ({stop}) exceed the model's n_positions ({n_positions})")
     return stop

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.attention import (
     AttentionPattern,
@@ -17,9 +18,10 @@ from gptj_train.model.attention import (
     attention_pattern,
     positions_in_documents,
 )
-from gptj_train.model.config import GPTJConfig
+from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Embedding, Linear
 from gptj_train.model.outputs import BaseModelOutput
+from gptj_train.model.pretrained import PreTrained
 from gptj_train.model.rotary import rotary_angles
 
 
@@ -60,12 +62,11 @@ class GPTJBlock(nn.Module):
         return attended + self.mlp(normed) + hidden, weights
 
 
-class GPTJModel(nn.Module):
+class GPTJModel(PreTrained):
     """The transformer without a head. Numbers and parameter names equal ``transformers.GPTJModel``."""
 
     def __init__(self, config: GPTJConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.wte = Embedding(config.vocab_size, config.n_embd, config.initializer_range)
         self.h = nn.ModuleList(GPTJBlock(config, layer) for layer in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
@@ -102,11 +103,11 @@ class GPTJModel(nn.Module):
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
 
         Raises:
-            ValueError: both or neither of the inputs, positions beyond ``n_positions``, sizes that do not fit.
+            UserError: both or neither of the inputs, positions beyond ``n_positions``, sizes that do not fit.
         """
         config = self.config
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise UserError("give exactly one of input_ids and inputs_embeds")
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return_dict = config.return_dict if return_dict is None else return_dict
@@ -165,7 +166,7 @@ class GPTJModel(nn.Module):
         length = position_ids.shape[1]
         beyond = length > self.config.n_positions
         if beyond or (not position_ids.is_cuda and int(position_ids.max()) >= self.config.n_positions):
-            raise ValueError(f"the sequence is longer than the model's n_positions ({self.config.n_positions})")
+            raise UserError(f"the sequence is longer than the model's n_positions ({self.config.n_positions})")
 
 
 def _layer_head_mask(head_mask: Tensor | None, layer: int) -> Tensor | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from gptj_train.errors import UserError
 from gptj_train.model.attention import KVCache
-from gptj_train.model.config import GPTJConfig
 from gptj_train.model.generation import GenerationMixin
 from gptj_train.model.gptj import GPTJModel
+from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.loss import IGNORE, linear_cross_entropy, next_token_targets
 from gptj_train.model.outputs import CausalLMOutput, Deferred, QuestionAnsweringOutput, SequenceClassifierOutput
+from gptj_train.model.pretrained import PreTrained
 
 
 class LMHead(Linear):
@@ -30,17 +32,11 @@ class LMHead(Linear):
         return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
 
 
-class GPTJWithHead(nn.Module):
-    """The trunk as ``transformer``; subclasses add a head.
-
-    ``new_head_allowed``: weights of another task will do to start from; the head keeps its fresh ones.
-    """
-
-    new_head_allowed = False
+class GPTJWithHead(PreTrained):
+    """The trunk as ``transformer``; subclasses add a head."""
 
     def __init__(self, config: GPTJConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.transformer = GPTJModel(config)
 
     def gradient_checkpointing_enable(self) -> None:
@@ -54,7 +50,11 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.lm_head = LMHead(config.n_embd, config.vocab_size, config.initializer_range)
-        if config.tie_word_embeddings:
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Make ``lm_head`` and the embedding one parameter if ``tie_word_embeddings`` is set."""
+        if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
     def forward(
@@ -152,7 +152,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
             num_items_in_batch: divide the summed loss by this instead of taking its mean.
 
         Raises:
-            ValueError: several rows, and neither a mask nor a pad id to find their ends by.
+            UserError: several rows, and neither a mask nor a pad id to find their ends by.
         """
         base = self.transformer(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **inputs
@@ -182,7 +182,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
         elif rows == 1 or input_ids is None:
             real = torch.ones(rows, length, dtype=torch.bool, device=hidden.device)
         else:
-            raise ValueError(
+            raise UserError(
                 "cannot tell where the rows of the batch end: give attention_mask, or set config.pad_token_id"
             )
         return (real * torch.arange(length, device=hidden.device)).argmax(dim=-1)

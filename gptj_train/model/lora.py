@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TypeVar
 
@@ -11,13 +10,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptj_train.errors import UserError
 from gptj_train.model.layers import Linear
+from gptj_train.schema import schema
+from gptj_train.weights.stored import is_adapter
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
 """Matrices of each block that may be adapted."""
 
 M = TypeVar("M", bound=nn.Module)
-_ADAPTER = re.compile(r"(.+)\.(lora_[AB])\.weight")
+
+
+@schema
+class LoraConfig:
+    """Thin matrices beside frozen weights; with ``rank`` 0 there are none and all weights are trained."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    targets: list[str]
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"lora.rank must be 0 (all weights are trained) or more, got {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
 
 
 class LoRALinear(nn.Module):
@@ -40,27 +57,26 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + self.scale * adapted
 
 
-def add_lora(model: M, rank: int, alpha: float, dropout: float, targets: Iterable[str]) -> M:
-    """Adapt the named matrices of every block; of the rest only a new head, if the model has one, is trained.
+def with_lora(model: M, lora: LoraConfig) -> M:
+    """Add adapters to the target matrices of every block, in place; unchanged if ``lora.rank`` is 0.
 
-    Args:
-        alpha: the product is scaled by ``alpha / rank``.
-        targets: of TARGETS.
+    Everything else is frozen, except a new head.
 
     Raises:
-        ValueError: names that are no targets, or none.
+        UserError: names that are no targets, or none.
     """
-    wanted = set(targets)
+    if not lora.rank:
+        return model
+    wanted = set(lora.targets)
     if not wanted or not wanted <= set(TARGETS):
-        raise ValueError(
-            f"lora.targets must be some of {', '.join(TARGETS)}; got {', '.join(sorted(wanted)) or 'none'}"
-        )
+        raise UserError(f"lora.targets must be some of {', '.join(TARGETS)}; got {', '.join(sorted(wanted)) or 'none'}")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(new_heads(model)))
+    scale = lora.alpha / lora.rank
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if name in wanted and isinstance(child, Linear):
-                setattr(parent, name, LoRALinear(child, rank, alpha / rank, dropout))
+                setattr(parent, name, LoRALinear(child, lora.rank, scale, lora.dropout))
     return model
 
 
@@ -68,11 +84,6 @@ def new_heads(model: nn.Module) -> tuple[str, ...]:
     """Prefixes of the parameters that no pretrained folder has, such as ``score.``."""
     fresh = getattr(model, "new_head_allowed", False)
     return tuple(f"{name}." for name, _ in model.named_children() if fresh and name != "transformer")
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter is one of LoRA's."""
-    return _ADAPTER.fullmatch(name) is not None
 
 
 def merged(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from gptj_train.data.labelled import LabelledRows
-from gptj_train.data.loader import evaluation_batches, micro_batches_at
-from gptj_train.model.config import GPTJConfig
+from gptj_train.data.sampler import Sampler, evaluation_batches
+from gptj_train.errors import UserError
+from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.schema import schema
 from gptj_train.tasks.classification_metrics import classification_metrics
-from gptj_train.weights.pretrained import GPTJForSequenceClassification, architectures_of
+from gptj_train.tasks.task import Batch, EvaluationBatch
 
 
-class Record(NamedTuple):
-    """An evaluation batch without its padding: summed loss, numbers of the rows, logits (R, L) fp32, labels."""
+class LabelledLogits(NamedTuple):
+    """An evaluation batch without its padding: summed loss, row numbers, logits (R, L) fp32, labels."""
 
     loss: float
     rows: list[int]
@@ -38,12 +39,12 @@ class ClassificationTaskConfig:
 
     def __post_init__(self) -> None:
         if self.class_weights is not None and self.problem_type == "regression":
-            raise ValueError("task.class_weights: regression has no classes to weigh; set it to null")
+            raise UserError("task.class_weights: regression has no classes to weigh; set it to null")
         for label in self.labels or ():
             if type(label) not in (str, int):
-                raise ValueError(f'task.labels: {label!r} is neither a name nor a number; put names in quotes: "true"')
+                raise UserError(f'task.labels: {label!r} is neither a name nor a number; put names in quotes: "true"')
         if isinstance(self.class_weights, dict) and min(self.class_weights.values(), default=0) < 0:
-            raise ValueError(f"task.class_weights must not be negative, got {self.class_weights}")
+            raise UserError(f"task.class_weights must not be negative, got {self.class_weights}")
 
 
 def names_of(model: GPTJConfig) -> list[str]:
@@ -55,11 +56,11 @@ def names_of(model: GPTJConfig) -> list[str]:
 def known_labels(config: ClassificationTaskConfig, init_from: str | None) -> list[str] | None:
     """The names asked for; else those of the head that the initial weights come with, which keeps its order."""
     asked = None if config.labels is None else [str(label) for label in config.labels]
-    if init_from is None or GPTJForSequenceClassification.__name__ not in architectures_of(init_from):
+    if init_from is None or "GPTJForSequenceClassification" not in GPTJConfig.from_pretrained(init_from).architectures:
         return asked
     known = names_of(GPTJConfig.from_pretrained(init_from))
     if asked is not None and len(asked) != len(known):
-        raise ValueError(f"task.labels names {len(asked)} labels, the head of {init_from} has {len(known)}")
+        raise UserError(f"task.labels names {len(asked)} labels, the head of {init_from} has {len(known)}")
     return asked or known
 
 
@@ -81,7 +82,7 @@ def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels
         return ((len(labels) - positive) / positive).astype(np.float32)
     named = {str(name): weight for name, weight in given.items()} if isinstance(given, dict) else {}
     if unknown := named.keys() - set(names):
-        raise ValueError(
+        raise UserError(
             f"task.class_weights: no label named {', '.join(sorted(unknown))}; there are {', '.join(names)}"
         )
     return np.array([named.get(name, 1.0) for name in names], dtype=np.float32)
@@ -90,57 +91,68 @@ def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels
 class Classification:
     """Batches, padded on the right, and metrics of ``GPTJForSequenceClassification``.
 
-    Without ``train`` it only evaluates. ``predictions`` are those of the last evaluation, one a row.
+    Args:
+        train: None: the task only evaluates.
+        sampler: order of the training rows.
+        names: of the labels, in the order of their ids.
+        pad_id: token id that fills up rows.
+        batch_size: rows of an evaluation batch.
+
+    Attributes:
+        predictions: of the last evaluation, one for each held-out row in their order.
     """
 
     def __init__(
         self,
-        train: LabelledRows | None,
+        *,
+        train: LabelledRows | None = None,
+        sampler: Sampler | None = None,
         validation: LabelledRows | None,
         names: Sequence[str],
         config: ClassificationTaskConfig,
         pad_id: int,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
+        batch_size: int,
     ) -> None:
-        self._train, self._validation, self._names = train, validation, names
+        self._train, self._validation = train, validation
+        self._sampler = sampler
+        self._names = names
         self._problem_type = config.problem_type
+        self._pad_id = pad_id
+        self._batch_size = batch_size
         self._unweighted = np.ones(len(names), dtype=np.float32)
-        self._weights = self._unweighted if train is None else class_weights(config, names, train.labels)
-        self._pad_id, self._seed = pad_id, seed
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._weights = self._unweighted
+        if train is not None:
+            self._weights = class_weights(config, names, train.labels)
         self.predictions: list[dict[str, Any]] = []
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
-        assert self._train is not None
-        return micro_batches_at(
-            step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
-        )
+        assert self._sampler is not None
+        return self._sampler.windows(step, rank, world_size)
 
-    def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
+    def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         assert self._train is not None
-        return [
-            _Batch(self._train, rows, self._weights, self._pad_id)
-            for rows in self.training_rows(step, rank, world_size)
-        ]
+        batches = []
+        for rows in self.training_rows(step, rank, world_size):
+            batches.append(_collate(self._train, rows, self._weights, self._pad_id))
+        return batches
 
-    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
         if self._validation is None:
             return
-        for rows in evaluation_batches(len(self._validation), self._micro_batch_size, rank, world_size):
-            yield _Batch(self._validation, rows, self._unweighted, self._pad_id)
+        for rows in evaluation_batches(len(self._validation), self._batch_size, rank, world_size):
+            inputs = _collate(self._validation, rows, self._unweighted, self._pad_id)
+            yield EvaluationBatch(inputs, source=rows)
 
-    def targets(self, batch: dict[str, Tensor]) -> int:
-        return batch["labels"][_real(batch)].numel()
+    def targets(self, batch: Batch) -> int:
+        return batch["labels"][_is_real(batch)].numel()
 
-    def records(self, output: Any, batch: dict[str, Tensor]) -> list[Record]:
-        assert isinstance(batch, _Batch)
-        real = _real(batch)
-        rows = [row for row in batch.rows if row is not None]
-        return [Record(output.loss.item(), rows, output.logits.float().cpu()[real], batch["labels"][real])]
+    def records(self, output: Any, batch: EvaluationBatch) -> list[LabelledLogits]:
+        real = _is_real(batch.inputs)
+        rows = [row for row in batch.source if row is not None]
+        logits = output.logits.float().cpu()[real]
+        return [LabelledLogits(output.loss.item(), rows, logits, batch.inputs["labels"][real])]
 
-    def metrics(self, records: list[Record]) -> dict[str, Any]:
+    def metrics(self, records: list[LabelledLogits]) -> dict[str, Any]:
         order = torch.tensor([row for record in records for row in record.rows]).argsort()
         logits = torch.cat([record.logits for record in records])[order]
         labels = torch.cat([record.labels for record in records])[order]
@@ -149,39 +161,44 @@ class Classification:
         return classification_metrics(self._problem_type, loss, logits, labels, self._names)
 
     def write_predictions(self, folder: str | Path) -> None:
-        """predictions.jsonl, a line for each held-out row in their order; nothing if none were made."""
+        """Write predictions.jsonl, a line for each held-out row in their order; nothing without an evaluation."""
         if self.predictions:
             lines = [json.dumps(prediction, ensure_ascii=False) + "\n" for prediction in self.predictions]
             (Path(folder) / "predictions.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
-class _Batch(dict[str, Tensor]):
-    """input_ids and attention_mask, (B, T) int64, padded on the right; labels and loss_weights, (B) or (B, L).
+def _collate(data: LabelledRows, rows: Sequence[int | None], weights: np.ndarray, pad_id: int) -> Batch:
+    """Collate rows into a batch.
 
-    A row of None has no real token, and no weight in the loss. ``rows`` tells them apart.
+    Args:
+        rows: None stands for padding: a row without a real token and without weight in the loss.
+        weights: (L) float32, factor of the loss where a label applies.
+
+    Returns:
+        input_ids and attention_mask (B, T) int64, padded on the right; labels and loss_weights (B) or (B, L).
     """
+    known = [0 if row is None else row for row in rows]
+    padding = torch.tensor([row is None for row in rows])
+    lengths = torch.tensor([len(data.token_ids[row]) for row in known]).masked_fill(padding, 0)
+    # At least one column, so that a batch of padding alone is a valid input of the model.
+    columns = max(1, int(lengths.max()))
+    input_ids = torch.full((len(rows), columns), pad_id)
+    for ids, row, length in zip(input_ids, known, lengths, strict=True):
+        ids[:length] = torch.from_numpy(data.token_ids[row][:length])
+    labels = data.labels[known]
+    factors = weights[labels] if labels.ndim == 1 else np.where(labels == 1, weights, 1)
+    loss_weights = torch.from_numpy(factors.astype(np.float32))
+    loss_weights[padding] = 0
+    return {
+        "input_ids": input_ids,
+        "attention_mask": (torch.arange(columns) < lengths[:, None]).long(),
+        "labels": torch.from_numpy(labels),
+        "loss_weights": loss_weights,
+    }
 
-    def __init__(self, data: LabelledRows, rows: Sequence[int | None], weights: np.ndarray, pad_id: int) -> None:
-        self.rows = rows
-        known = [0 if row is None else row for row in rows]
-        padding = torch.tensor([row is None for row in rows])
-        lengths = torch.tensor([len(data.token_ids[row]) for row in known]).masked_fill(padding, 0)
-        input_ids = torch.full((len(rows), max(1, int(lengths.max()))), pad_id)
-        for ids, row, length in zip(input_ids, known, lengths, strict=True):
-            ids[:length] = torch.from_numpy(data.token_ids[row][:length])
-        labels = data.labels[known]
-        factors = weights[labels] if labels.ndim == 1 else np.where(labels == 1, weights, 1)
-        loss_weights = torch.from_numpy(factors.astype(np.float32))
-        loss_weights[padding] = 0
-        super().__init__(
-            input_ids=input_ids,
-            attention_mask=(torch.arange(input_ids.shape[1]) < lengths[:, None]).long(),
-            labels=torch.from_numpy(labels),
-            loss_weights=loss_weights,
-        )
 
-
-def _real(batch: dict[str, Tensor]) -> Tensor:
+def _is_real(batch: Batch) -> Tensor:
+    """(B) bool: False for the rows that fill up a batch."""
     return batch["attention_mask"].any(dim=1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptj_train.data.loader import evaluation_batches, micro_batches_at
-from gptj_train.data.squad import Features
+from gptj_train.data.sampler import Sampler, evaluation_batches
+from gptj_train.data.squad import Features, Question
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
 from gptj_train.tasks.squad_metrics import squad_scores
+from gptj_train.tasks.task import Batch, EvaluationBatch
 
 
 @schema
@@ -32,7 +35,19 @@ class QATaskConfig:
     def __post_init__(self) -> None:
         for name in ("doc_stride", "max_question_tokens", "max_answer_tokens", "n_best"):
             if getattr(self, name) < 1:
-                raise ValueError(f"task.{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"task.{name} must be at least 1, got {getattr(self, name)}")
+
+
+def build_features(questions: list[Question], tokenizer: Tokenizer, length: int, config: QATaskConfig) -> Features:
+    """Cut the contexts of questions into windows of at most ``length`` tokens, as the config asks for."""
+    return Features(
+        questions,
+        tokenizer,
+        length=length,
+        doc_stride=config.doc_stride,
+        max_question_tokens=config.max_question_tokens,
+        repeat_context=config.repeat_context,
+    )
 
 
 class Span(NamedTuple):
@@ -52,61 +67,72 @@ class FeatureRecord(NamedTuple):
 
 
 class QuestionAnswering:
-    """Start and end of the answer in the context, both on the last token where there is none.
+    """Start and end of the answer in the context; both on the last token if the context holds no answer.
 
-    Without ``train`` it only evaluates. ``predictions`` and ``candidates``, by question id, are those of the last
-    evaluation.
+    Args:
+        train: None: the task only evaluates.
+        sampler: order of the training windows.
+        batch_size: windows of an evaluation batch.
+
+    Attributes:
+        predictions: answer text by question id, of the last evaluation.
+        candidates: likewise, the best answers with their scores.
     """
 
     def __init__(
         self,
-        train: Features | None,
+        *,
+        train: Features | None = None,
+        sampler: Sampler | None = None,
         validation: Features,
         config: QATaskConfig,
-        seed: int,
-        global_batch_size: int,
-        micro_batch_size: int,
+        batch_size: int,
     ) -> None:
-        self._train, self._validation, self._config = train, validation, config
-        self._seed = seed
-        self._global_batch_size, self._micro_batch_size = global_batch_size, micro_batch_size
+        self._train, self._validation = train, validation
+        self._sampler = sampler
+        self._config = config
+        self._batch_size = batch_size
         self.predictions: dict[str, str] = {}
         self.candidates: dict[str, list[dict[str, Any]]] = {}
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
+        assert self._sampler is not None
+        return self._sampler.windows(step, rank, world_size)
+
+    def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         assert self._train is not None
-        return micro_batches_at(
-            step, len(self._train), self._seed, self._global_batch_size, self._micro_batch_size, rank, world_size
-        )
+        return [_collate(self._train, rows) for rows in self.training_rows(step, rank, world_size)]
 
-    def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
-        assert self._train is not None
-        return [_Batch(self._train, rows) for rows in self.training_rows(step, rank, world_size)]
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
+        for rows in evaluation_batches(len(self._validation), self._batch_size, rank, world_size):
+            yield EvaluationBatch(_collate(self._validation, rows), source=rows)
 
-    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
-        for rows in evaluation_batches(len(self._validation), self._micro_batch_size, rank, world_size):
-            yield _Batch(self._validation, rows)
+    def targets(self, batch: Batch) -> int:
+        """Count windows; the loss of each is the mean of its start's and its end's."""
+        length = batch["input_ids"].shape[1]
+        return int((batch["start_positions"] < length).sum())
 
-    def targets(self, batch: dict[str, Tensor]) -> int:
-        """Windows; the loss of each is the mean of its start's and its end's."""
-        return int((batch["start_positions"] < batch["input_ids"].shape[1]).sum())
-
-    def records(self, output: Any, batch: dict[str, Tensor]) -> list[tuple[float, list[FeatureRecord]]]:
-        """Summed loss, and what each window proposes."""
-        assert isinstance(batch, _Batch)
+    def records(self, output: Any, batch: EvaluationBatch) -> list[tuple[float, list[FeatureRecord]]]:
+        """Return the summed loss, and the answers that each window proposes."""
         starts, ends = output.start_logits.float().cpu(), output.end_logits.float().cpu()
-        found = []
-        for row, start, end in zip(batch.rows, starts, ends, strict=True):
-            if row is None:
-                continue
-            feature = self._validation[row]
-            last = len(feature.input_ids) - 1
-            context = slice(feature.context_start, last)
-            spans = best_spans(start[context], end[context], self._config.n_best, self._config.max_answer_tokens)
-            null_score = float(start[last] + end[last])
-            characters = [Span(s, int(feature.offsets[i, 0]), int(feature.offsets[j, 1])) for s, i, j in spans]
-            found.append(FeatureRecord(feature.question, null_score, characters))
-        return [(output.loss.item(), found)]
+        proposals = []
+        for row, start, end in zip(batch.source, starts, ends, strict=True):
+            if row is not None:
+                proposals.append(self._proposals(row, start, end))
+        return [(output.loss.item(), proposals)]
+
+    def _proposals(self, row: int, start: Tensor, end: Tensor) -> FeatureRecord:
+        """Find the best spans of a window from its start and end logits, (T) each."""
+        feature = self._validation[row]
+        last = len(feature.input_ids) - 1
+        context = slice(feature.context_start, last)
+        tokens = best_spans(start[context], end[context], self._config.n_best, self._config.max_answer_tokens)
+        spans = []
+        for score, first_token, last_token in tokens:
+            first, past_end = int(feature.offsets[first_token, 0]), int(feature.offsets[last_token, 1])
+            spans.append(Span(score, first, past_end))
+        null_score = float(start[last] + end[last])
+        return FeatureRecord(feature.question, null_score, spans)
 
     def metrics(self, records: list[tuple[float, list[FeatureRecord]]]) -> dict[str, float]:
         """Loss of a window, exact match and F1 in percent."""
@@ -166,26 +192,27 @@ def chosen(spans: list[tuple[str, float]], null_score: float, threshold: float |
     return spans[0][0]
 
 
-class _Batch(dict[str, Tensor]):
-    """input_ids and attention_mask, (B, T) int64, padded on the right; start_positions and end_positions (B).
+def _collate(features: Features, rows: Sequence[int | None]) -> Batch:
+    """Collate windows into a batch whose length T is the longest window's.
 
-    T is the longest row's length. A row of None stands for no window: it has no target. ``rows`` tells them apart.
+    Args:
+        rows: None stands for padding: a row without a target.
+
+    Returns:
+        input_ids and attention_mask (B, T) int64, padded on the right; start_positions and end_positions (B).
     """
-
-    def __init__(self, features: Features, rows: Sequence[int | None]) -> None:
-        self.rows = rows
-        found = [features[0 if row is None else row] for row in rows]
-        length = max(len(feature.input_ids) for feature in found)
-        input_ids = torch.full((len(rows), length), features.padding_id)
-        mask = torch.zeros_like(input_ids)
-        for row, feature in enumerate(found):
-            input_ids[row, : len(feature.input_ids)] = torch.from_numpy(feature.input_ids)
-            mask[row, : len(feature.input_ids)] = 1
-        positions = torch.tensor([(feature.start, feature.end) for feature in found])
-        positions[[row is None for row in rows]] = length
-        super().__init__(
-            input_ids=input_ids,
-            attention_mask=mask,
-            start_positions=positions[:, 0],
-            end_positions=positions[:, 1],
-        )
+    windows = [features[0 if row is None else row] for row in rows]
+    length = max(len(window.input_ids) for window in windows)
+    input_ids = torch.full((len(rows), length), features.padding_id)
+    mask = torch.zeros_like(input_ids)
+    for row, window in enumerate(windows):
+        input_ids[row, : len(window.input_ids)] = torch.from_numpy(window.input_ids)
+        mask[row, : len(window.input_ids)] = 1
+    positions = torch.tensor([(window.start, window.end) for window in windows])
+    positions[[row is None for row in rows]] = length  # past the end: ignored by the loss
+    return {
+        "input_ids": input_ids,
+        "attention_mask": mask,
+        "start_positions": positions[:, 0],
+        "end_positions": positions[:, 1],
+    }

@@ -16,17 +16,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from gptj_train.errors import UserError
+from gptj_train.training.deepspeed_internals import Section
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.optimizer_state import Section
 from gptj_train.training.retention import remove, retire, step_folder
-from gptj_train.weights.checkpoint import KINDS, Manifest, state_file
+from gptj_train.weights.manifest import KINDS, Manifest, state_file
 from gptj_train.weights.slices import SliceReader, SliceWriter, Written
 
 T = TypeVar("T")
 
 
-class SaveFailedError(ValueError):
+class SaveFailedError(UserError):
     """A checkpoint could not be written; those before it are as they were."""
 
 
@@ -148,7 +149,7 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
         note: takes a line for the user.
 
     Raises:
-        ValueError: none of them is whole, or it is of another model.
+        UserError: none of them is whole, or it is of another model.
     """
     (folders, *_) = engine.gathered([folders])
     for folder, next_best in zip(folders, [*folders[1:], None], strict=True):
@@ -156,13 +157,13 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
         if not damage:
             break
         if next_best is None:
-            raise ValueError(f"cannot resume: {damage}; resume=never starts over")
+            raise UserError(f"cannot resume: {damage}; resume=never starts over")
         note(f"{damage}; trying {next_best.name}")
     manifest = Manifest.read(folder)
     shapes = {name: list(shape) for name, shape in engine.trained.items()}
     if manifest.parameters != shapes:
         other = min(name for name in shapes | manifest.parameters if shapes.get(name) != manifest.parameters.get(name))
-        raise ValueError(f"{folder} is of another model: {other} differs; give another output_dir")
+        raise UserError(f"{folder} is of another model: {other} differs; give another output_dir")
     state = engine.optimizer_state()
     with contextlib.ExitStack() as stack:
         readers = {

@@ -17,21 +17,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gptj_train.training import host
+from gptj_train.launch import host
 
 host.prepare_environment()
 import deepspeed
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
-from gptj_train.model.lora import is_adapter
+from gptj_train.training.accumulation import accumulation_steps
+from gptj_train.training.deepspeed_internals import OptimizerState
 from gptj_train.training.initial_weights import fill_frozen, fill_masters, fill_moments
-from gptj_train.training.optimizer_state import OptimizerState
-from gptj_train.training.schedule import OptimConfig, decay_groups
-from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
-from gptj_train.weights.checkpoint import open_weights
-from gptj_train.weights.hf import StoredWeights
+from gptj_train.training.optimizer import OptimConfig, decay_groups
+from gptj_train.training.zero_config import EngineConfig, deepspeed_config
+from gptj_train.weights.checkpoint_weights import open_weights
+from gptj_train.weights.mean_rows import WithMeanRows
 from gptj_train.weights.moments import StoredMoments, moments_beside
-from gptj_train.weights.new_rows import WithNewRows
+from gptj_train.weights.stored import StoredWeights, is_adapter
 
 _TIMEOUT = timedelta(hours=1)  # of a collective: the others wait while one rank writes tens of GB
 
@@ -65,6 +65,7 @@ class Engine:
 
     def __init__(
         self,
+        *,
         build: Callable[[], nn.Module],
         init_from: str | None,
         engine: EngineConfig,
@@ -72,7 +73,7 @@ class Engine:
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
-        new_rows: Mapping[int, Sequence[int]] | None = None,
+        mean_rows: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         """Build the model where it will live and wrap it.
 
@@ -81,10 +82,10 @@ class Engine:
             init_from: HF folder to take the weights from, and Adam's moments if it has them; None keeps the
                 fresh weights.
             seed: decides the fresh weights, whatever the number of ranks.
-            new_rows: rows of the folder's vocabulary that start as the mean of others.
+            mean_rows: embedding row -> rows whose mean initializes it.
 
         Raises:
-            ValueError: batch sizes that do not divide, or weights that are not this model's.
+            UserError: batch sizes that do not divide, or weights that are not this model's.
         """
         self.rank, self.world_size = join_process_group()
         self.device = torch.device(deepspeed.get_accelerator().current_device_name())
@@ -108,7 +109,7 @@ class Engine:
             moments: StoredMoments | None = None
             stored: dict[str, str] = {}
             if init_from is not None:  # known to be this model's before memory is taken for it
-                weights = stack.enter_context(WithNewRows(open_weights(init_from), new_rows or {}))
+                weights = stack.enter_context(WithMeanRows(open_weights(init_from), mean_rows or {}))
                 stored = self._match(weights, bool(plan.new_head_allowed))
                 if self.trained == self.shapes:
                     moments = stack.enter_context(moments_beside(init_from, self.shapes, bool(plan.new_head_allowed)))

@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import deque
 
+from gptj_train.errors import UserError
 from gptj_train.training.checkpoint import TrainState
 
 _WINDOW = 50  # steps whose losses a new one is compared with
@@ -26,7 +27,7 @@ class Health:
         """What to say of the step that ``state`` now counts, whose numbers these are; None of a good one.
 
         Raises:
-            ValueError: too many skipped steps in a row, with what to do.
+            UserError: too many skipped steps in a row, with what to do.
         """
         if math.isfinite(grad_norm):
             state.skipped_in_a_row = 0
@@ -37,7 +38,7 @@ class Health:
         state.skipped_in_a_row += 1
         found = f"loss {loss:g}, gradient norm {grad_norm:g}"
         if state.skipped_in_a_row >= self._max_skipped_steps:
-            raise ValueError(
+            raise UserError(
                 f"step {state.step}: {found}, and so for {state.skipped_in_a_row} steps in a row (max_skipped_steps): "
                 f"no update since step {state.step - state.skipped_in_a_row}; lower optim.lr, raise "
                 "optim.warmup_steps, set engine.precision to bf16 or fp32, or correct the data named above, and the "

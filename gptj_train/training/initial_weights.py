@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import nn
 
-from gptj_train.training.optimizer_state import OptimizerState
-from gptj_train.weights.hf import StoredWeights
+from gptj_train.training.deepspeed_internals import OptimizerState
 from gptj_train.weights.moments import StoredMoments
+from gptj_train.weights.stored import StoredWeights
 
 
 def fill_masters(state: OptimizerState, weights: StoredWeights, stored: Mapping[str, str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.model.config import GPTJConfig
+from gptj_train.model.gptj_config import GPTJConfig
 
 
 @dataclass(frozen=True)

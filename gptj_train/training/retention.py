@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from gptj_train.weights.checkpoint import KINDS, MANIFEST, Manifest
+from gptj_train.errors import UserError
+from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
@@ -25,13 +26,13 @@ def resumable(output_dir: str | Path, resume: str) -> list[Path]:
     ``auto`` offers all of ``output_dir``, ``never`` none, anything else is the path of one.
 
     Raises:
-        ValueError: no whole checkpoint where there should be one.
+        UserError: no whole checkpoint where there should be one.
     """
     if resume == "never":
         return []
     if resume != "auto":
         if wrong := complaint(Path(resume)):
-            raise ValueError(
+            raise UserError(
                 f"resume={resume}: no complete checkpoint there; "
                 f"give a checkpoints/step_... folder, or resume=auto ({wrong})"
             )
@@ -39,7 +40,7 @@ def resumable(output_dir: str | Path, resume: str) -> list[Path]:
     folders = _steps(Path(output_dir) / "checkpoints")[::-1]
     wrongs = [wrong for folder in folders if (wrong := complaint(folder))]
     if folders and len(wrongs) == len(folders):
-        raise ValueError(f"none of the checkpoints can be used: {wrongs[0]}; resume=never starts over")
+        raise UserError(f"none of the checkpoints can be used: {wrongs[0]}; resume=never starts over")
     return folders
 
 
@@ -47,7 +48,7 @@ def newest_whole(run: str | Path) -> Path:
     """The newest complete checkpoint of a run, or ``run`` itself if it is one.
 
     Raises:
-        ValueError: there is none.
+        UserError: there is none.
     """
     if (Path(run) / MANIFEST).exists():
         return Path(run)
@@ -56,7 +57,7 @@ def newest_whole(run: str | Path) -> Path:
         wrong = complaint(folder)
         if not wrong:
             return folder
-    raise ValueError(f"{run}: {wrong}")
+    raise UserError(f"{run}: {wrong}")
 
 
 def complaint(folder: Path) -> str:
@@ -101,7 +102,7 @@ def check_space(
         steps: that are still to be done, from 0.
 
     Raises:
-        ValueError: it will not.
+        UserError: it will not.
     """
     folder = Path(output_dir) / "checkpoints"
     trained = sum(shape.numel() for shape in shapes.values())
@@ -112,7 +113,7 @@ def check_space(
     freed = sum(file.stat().st_size for path in leftover for file in path.rglob("*") if file.is_file())
     there = shutil.disk_usage(place).free + freed
     if most * size > there:
-        raise ValueError(
+        raise UserError(
             f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
             f"{there / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
         )
@@ -152,7 +153,7 @@ def _steps(folder: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:  # not to be taken for a folder without any
-        raise ValueError(f"{folder} cannot be looked into: {error.strerror}") from None
+        raise UserError(f"{folder} cannot be looked into: {error.strerror}") from None
     return sorted(folder / name for name in names if re.fullmatch(r"step_\d+", name))
 
 

@@ -1,40 +1,10 @@
-"""Learning rate as a pure function of the step, and the settings of the optimizer."""
+"""The learning rate as a pure function of the step, so that resuming restores one integer."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
 
-from torch import nn
-
-from gptj_train.schema import schema
-
-
-@schema
-class OptimConfig:
-    """AdamW (arXiv 1711.05101) on fp32 master weights, and its learning-rate schedule.
-
-    Steps are optimizer steps. ``decay_steps`` belongs to ``wsd``: the length of its final decay.
-    """
-
-    lr: float
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
-    clip_norm: float
-    schedule: Literal["cosine", "linear", "constant", "wsd"]
-    warmup_steps: int
-    decay_steps: int
-    final_lr_ratio: float
-
-    def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr must be above 0, got {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
-        for name in ("warmup_steps", "decay_steps", "clip_norm", "weight_decay", "final_lr_ratio"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+from gptj_train.training.optimizer import OptimConfig
 
 
 def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
@@ -53,13 +23,3 @@ def lr_at(step: int, max_steps: int, optim: OptimConfig) -> float:
     progress = min(max((step - first) / max(last - first, 1), 0.0), 1.0)
     remaining = (1 + math.cos(math.pi * progress)) / 2 if optim.schedule == "cosine" else 1 - progress
     return optim.lr * (optim.final_lr_ratio + (1 - optim.final_lr_ratio) * remaining)
-
-
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained, with weight decay for matrices only: norms and biases are one-dimensional."""
-    matrices: list[nn.Parameter] = []
-    vectors: list[nn.Parameter] = []
-    for parameter in (parameter for parameter in model.parameters() if parameter.requires_grad):
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        (matrices if len(shape) > 1 else vectors).append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -13,17 +13,19 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor
 
-from gptj_train.data.loader import fingerprint
+from gptj_train.data.sampler import fingerprint
+from gptj_train.errors import UserError
+from gptj_train.launch.preemption import Preempted, StopRequest
+from gptj_train.launch.watchdog import Watchdog
 from gptj_train.schema import schema
+from gptj_train.tasks.task import Task
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health
-from gptj_train.training.preemption import Preempted, StopRequest
+from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.retention import check_space, later_than
-from gptj_train.training.schedule import OptimConfig, lr_at
-from gptj_train.training.task import Task
-from gptj_train.training.watchdog import Watchdog
+from gptj_train.training.schedule import lr_at
 
 _UNKNOWN_SAVE = 300.0  # seconds to reserve for a save before one has been timed
 
@@ -42,7 +44,6 @@ class TrainerConfig:
     keep_checkpoints: int
     keep_every: int
     failed_save: Literal["continue", "stop"]
-    resume: str
     max_hours: float | None
     max_skipped_steps: int
     hang_timeout: float
@@ -51,19 +52,19 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "micro_batch_size", "keep_checkpoints", "max_skipped_steps"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "seed"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("eval_every", "save_every"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 (only at the end) or more, got {getattr(self, name)}")
+                raise UserError(f"{name} must be 0 (only at the end) or more, got {getattr(self, name)}")
         if self.keep_every < 0:
-            raise ValueError(f"keep_every must be 0 (none) or more, got {self.keep_every}")
+            raise UserError(f"keep_every must be 0 (none) or more, got {self.keep_every}")
         if self.max_hours is not None and self.max_hours <= 0:
-            raise ValueError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
+            raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
         if self.hang_timeout < 0:
-            raise ValueError(f"hang_timeout must be 0 (never) or more, got {self.hang_timeout}")
+            raise UserError(f"hang_timeout must be 0 (never) or more, got {self.hang_timeout}")
 
 
 class Trainer:
@@ -88,7 +89,7 @@ class Trainer:
 
         Raises:
             Preempted: asked to end before that.
-            ValueError: too many steps in a row whose numbers are not finite, or weights that are not.
+            UserError: too many steps in a row whose numbers are not finite, or weights that are not.
         """
         config = self.config
         with self._request, self._watchdog:
@@ -125,11 +126,11 @@ class Trainer:
         """Go on from the first of some checkpoints that is whole. Collective.
 
         Raises:
-            ValueError: none is whole, or the data are not those it was trained on.
+            UserError: none is whole, or the data are not those it was trained on.
         """
         self.state = load(self.engine, list(folders), self.tracker.note)
         if self.state.next_batch != self._next_batch():
-            raise ValueError(
+            raise UserError(
                 f"step {self.state.step} would see other data than the checkpoint says; restore data (files, weights, "
                 "packing, isolate), tokenizer, seed, sequence_length and global_batch_size, or begin a new run with "
                 "init_from=<that checkpoint> and another output_dir"
@@ -153,7 +154,7 @@ class Trainer:
         batches = task.training_batches(step, engine.rank, engine.world_size)
         (targets,) = engine.summed([sum(task.targets(batch) for batch in batches)])
         if not targets:
-            raise ValueError(f"step {step}: no token of the whole batch is a training target; check the data")
+            raise UserError(f"step {step}: no token of the whole batch is a training target; check the data")
         lr = lr_at(step, self.config.max_steps, self.config.optim)
         # Dropout as a function of the step: a resumed run needs no random state.
         torch.manual_seed(hash((self.config.seed, step, engine.rank)))
@@ -194,7 +195,8 @@ class Trainer:
         records: list[Any] = []
         with self.engine.evaluating():
             for batch in self.task.evaluation_batches(self.engine.rank, self.engine.world_size):
-                records += self.task.records(self.engine.forward(batch, 1.0), batch)
+                output = self.engine.forward(batch.inputs, 1.0)
+                records += self.task.records(output, batch)
                 self._watchdog.beat()
                 (asked,) = self.engine.summed([self._asked()])
                 if asked > 0:
@@ -223,11 +225,11 @@ class Trainer:
         """Write a checkpoint; one that fails is told, and is the end only if the config says so. Collective.
 
         Raises:
-            ValueError: weights or moments that are not finite: no checkpoint holds such.
+            UserError: weights or moments that are not finite: no checkpoint holds such.
         """
         state = self.state
         if not self.engine.holds_only_finite():
-            raise ValueError(
+            raise UserError(
                 f"step {state.step}: weights or moments are no longer finite, so that they are not saved; lower "
                 "optim.lr or set optim.clip_norm, and the same command goes on from the last checkpoint"
             )

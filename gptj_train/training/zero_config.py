@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from gptj_train.errors import UserError
 from gptj_train.schema import schema
-from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.optimizer import OptimConfig
 
 _OWNED = {
     "train_batch_size": "global_batch_size",
@@ -39,16 +40,16 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         if self.offload_parameters != "none" and self.stage != 3:
-            raise ValueError(f"engine.offload_parameters={self.offload_parameters} needs engine.stage=3")
+            raise UserError(f"engine.offload_parameters={self.offload_parameters} needs engine.stage=3")
         if self.offload_optimizer == "cpu" and self.stage == 0:
-            raise ValueError("engine.offload_optimizer=cpu needs engine.stage=1, 2 or 3")
+            raise UserError("engine.offload_optimizer=cpu needs engine.stage=1, 2 or 3")
         if self.offload_optimizer == "nvme" and self.stage != 3:
-            raise ValueError("engine.offload_optimizer=nvme needs engine.stage=3")
+            raise UserError("engine.offload_optimizer=nvme needs engine.stage=3")
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
-            raise ValueError("engine.nvme_path must name a folder on the NVMe disk to offload to")
+            raise UserError("engine.nvme_path must name a folder on the NVMe disk to offload to")
         for key, ours in _OWNED.items():
             if _holds(self.deepspeed, key):
-                raise ValueError(f"engine.deepspeed.{key} is set by {ours}; set it there")
+                raise UserError(f"engine.deepspeed.{key} is set by {ours}; set it there")
 
 
 def _holds(settings: Any, dotted: str) -> bool:
@@ -59,24 +60,6 @@ def _holds(settings: Any, dotted: str) -> bool:
             return False
         settings = settings[part]
     return True
-
-
-def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
-    """Micro-batches a rank works through in one optimizer step.
-
-    Raises:
-        ValueError: sizes that do not divide.
-    """
-    if min(global_batch_size, micro_batch_size) < 1:
-        raise ValueError("global_batch_size and micro_batch_size must be at least 1")
-    share = micro_batch_size * world_size
-    if global_batch_size % share:
-        nearest = max(share, round(global_batch_size / share) * share)
-        raise ValueError(
-            f"global_batch_size {global_batch_size} does not divide into micro_batch_size {micro_batch_size} "
-            f"x {world_size} ranks; the nearest that does is global_batch_size={nearest}"
-        )
-    return global_batch_size // share
 
 
 def deepspeed_config(

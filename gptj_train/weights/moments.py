@@ -10,7 +10,8 @@ from pathlib import Path
 
 from torch import Size
 
-from gptj_train.weights.hf import HFWeights
+from gptj_train.errors import UserError
+from gptj_train.weights.hf_reader import HFWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """First and second, as torch's Adam names them."""
@@ -38,7 +39,7 @@ def moments_beside(folder: str | Path, shapes: Mapping[str, Size], new_head: boo
         shapes: of the parameters to train. new_head: the folder's may be another task's.
 
     Raises:
-        ValueError: files that are not moments, or not of these parameters.
+        UserError: files that are not moments, or not of these parameters.
     """
     place = Path(folder) / "adam"
     if not (place / "state.json").exists():
@@ -60,7 +61,7 @@ def _read_steps(path: Path) -> int:
     try:
         steps = json.loads(path.read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); without the folder adam training starts anew") from None
+        raise UserError(f"{path} cannot be read ({error}); without the folder adam training starts anew") from None
     if type(steps) is not int or not 0 <= steps <= _MOST_STEPS:
-        raise ValueError(f"{path}: step must be a whole number up to {_MOST_STEPS:,}, got {steps!r}")
+        raise UserError(f"{path}: step must be a whole number up to {_MOST_STEPS:,}, got {steps!r}")
     return steps

@@ -14,6 +14,8 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from gptj_train.errors import UserError
+
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _CHUNK = 1 << 24  # elements that are converted or checked at once
 
@@ -37,16 +39,16 @@ def open_plain(path: Path) -> int:
     """File descriptor to read an ordinary file, and nothing else: no link, no pipe, no device.
 
     Raises:
-        ValueError: anything else, or a file that cannot be opened.
+        UserError: anything else, or a file that cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
         reason = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise ValueError(f"{path}: cannot be read ({reason})") from None
+        raise UserError(f"{path}: cannot be read ({reason})") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError(f"{path}: refused, it is not an ordinary file")
+        raise UserError(f"{path}: refused, it is not an ordinary file")
     return descriptor
 
 
@@ -77,14 +79,14 @@ class SliceWriter:
         """The next slice, (numel), of any float dtype and on any device.
 
         Raises:
-            ValueError: a value that is not finite; such a state is not worth keeping.
+            UserError: a value that is not finite; such a state is not worth keeping.
         """
         name, start, numel = next(self._expected)
         assert tensor.numel() == numel, f"{name}:{start} has {tensor.numel()} elements, {numel} were announced"
         for chunk in tensor.detach().split(_CHUNK):
             values = chunk.to("cpu", torch.float32).contiguous()
             if not values.sum().isfinite() and not values.isfinite().all():
-                raise ValueError(f"{name} holds values that are not finite")
+                raise UserError(f"{name} holds values that are not finite")
             self._write(values.numpy().data.cast("B"))
 
     def finish(self) -> Written:
@@ -118,7 +120,7 @@ class SliceReader:
     """Parameters whose slices lie in some files, read straight into buffers of whatever size.
 
     Raises:
-        ValueError: a file that is not what SliceWriter writes.
+        UserError: a file that is not what SliceWriter writes.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -138,7 +140,7 @@ class SliceReader:
         """Fill ``into``, one-dimensional and contiguous, with the parameter's elements from ``start`` on.
 
         Raises:
-            ValueError: elements that no file holds.
+            UserError: elements that no file holds.
         """
         if into.device.type != "cpu" or into.dtype != torch.float32:
             for chunk in into.split(_CHUNK):
@@ -157,7 +159,7 @@ class SliceReader:
                 _read_fully(place.descriptor, part, place.offset + 4 * (first - place.start), name)
                 found += last - first
         if found != into.numel():
-            raise ValueError(f"the checkpoint holds {found} of the elements {start} to {end} of {name}")
+            raise UserError(f"the checkpoint holds {found} of the elements {start} to {end} of {name}")
 
     def close(self) -> None:
         """Let go of the files."""
@@ -176,7 +178,7 @@ def _read_fully(descriptor: int, target: memoryview, offset: int, what: object) 
     while target:
         count = os.preadv(descriptor, [target], offset)
         if not count:
-            raise ValueError(f"{what}: the file ends too early")
+            raise UserError(f"{what}: the file ends too early")
         target, offset = target[count:], offset + count
 
 
@@ -187,7 +189,7 @@ def _header(path: Path, descriptor: int) -> list[tuple[Slice, int]]:
     _read_fully(descriptor, memoryview(length), 0, path)
     try:
         if int.from_bytes(length, "little") > min(size, _LARGEST_HEADER):
-            raise ValueError("its header would be longer than the file")
+            raise UserError("its header would be longer than the file")
         text = bytearray(int.from_bytes(length, "little"))
         _read_fully(descriptor, memoryview(text), 8, path)
         found = []
@@ -195,8 +197,8 @@ def _header(path: Path, descriptor: int) -> list[tuple[Slice, int]]:
             name, _, start = key.rpartition(":")
             (numel,), (begin, end) = entry["shape"], entry["data_offsets"]
             if entry["dtype"] != "F32" or end - begin != 4 * numel or begin < 0 or 8 + len(text) + end > size:
-                raise ValueError(f"{key} is not where the header says")
+                raise UserError(f"{key} is not where the header says")
             found.append((Slice(name, int(start), numel), 8 + len(text) + begin))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}: not a file of parameter slices ({error})") from None
+        raise UserError(f"{path}: not a file of parameter slices ({error})") from None
     return found

@@ -11,7 +11,7 @@ from torch.nn.utils import clip_grad_norm_
 from toy import GLOBAL_BATCH, SEED, WINDOWS, batch_of, count_targets, optim_config, toy_config
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.data.loader import micro_batches_at
+from gptj_train.data.sampler import micro_batches_at
 from gptj_train.model.loss import IGNORE, next_token_targets
 from gptj_train.training.schedule import lr_at
 

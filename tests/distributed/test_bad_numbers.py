@@ -10,7 +10,7 @@ from ranks import NOT_OFFLOADED, ON_HOST, Results, launch
 from toy import GLOBAL_BATCH, SEED, WINDOWS
 from worker import DEFAULTS
 
-from gptj_train.data.loader import micro_batches_at
+from gptj_train.data.sampler import micro_batches_at
 
 pytestmark = pytest.mark.distributed
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import GLOBAL_BATCH, SEED, VOCAB, WINDOWS, optim_config
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.data.loader import sample_at
+from gptj_train.data.sampler import sample_at
 
 pytestmark = pytest.mark.distributed
 

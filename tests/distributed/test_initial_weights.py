@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from toy import toy_config
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.weights.checkpoint import Manifest
+from gptj_train.weights.manifest import Manifest
 from gptj_train.weights.moments import MOMENTS
 from gptj_train.weights.slices import SliceReader
 

@@ -11,8 +11,8 @@ from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
 from torch import Tensor
 from toy import GLOBAL_BATCH, SEED, WINDOWS
 
-from gptj_train.data.loader import sample_at
-from gptj_train.weights.checkpoint import KINDS, Manifest
+from gptj_train.data.sampler import sample_at
+from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceReader
 
 pytestmark = pytest.mark.distributed

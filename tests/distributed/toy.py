@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from gptj_train import GPTJConfig
-from gptj_train.data.loader import evaluation_batches, micro_batches_at
+from gptj_train.data.sampler import evaluation_batches, micro_batches_at
 from gptj_train.model.loss import IGNORE, next_token_targets
-from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.trainer import TrainerConfig
 
 VOCAB, LENGTH, WINDOWS = 97, 24, 21

@@ -18,11 +18,11 @@ from toy import ToyTask, optim_config, toy_config, trainer_config
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.export.from_engine import export
+from gptj_train.model.lora import LoraConfig, with_lora
 from gptj_train.tracking import Tracker, TrackingConfig
-from gptj_train.training.adapters import LoraConfig, adapted
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
-from gptj_train.training.export import export
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resumable
 from gptj_train.training.trainer import Trainer
@@ -50,7 +50,7 @@ def do(job: dict[str, Any], out: Path) -> None:
         **{"rank": 0, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "fc_out"], **job.get("lora", {})}
     )
     engine = Engine(
-        lambda: adapted(GPTJForCausalLM(model), lora),
+        lambda: with_lora(GPTJForCausalLM(model), lora),
         job.get("init_from"),
         EngineConfig(**(DEFAULTS | job["engine"])),
         optim_config(),

@@ -11,14 +11,15 @@ import torch
 from pair import assert_close, build_pair, random_ids
 from torch import Tensor, nn
 
-from gptj_train.model.lora import TARGETS, add_lora, is_adapter, merged, new_heads
-from gptj_train.weights.adapters import save_adapter
+from gptj_train.export.adapters import save_adapter
+from gptj_train.model.lora import TARGETS, add_lora, merged, new_heads
+from gptj_train.weights.stored import is_adapter
 
 RANK, ALPHA = 3, 7.0
 KINDS = ["GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAnswering"]
 
 
-def adapted(kind: str, targets: tuple[str, ...], **changes: Any) -> tuple[nn.Module, nn.Module]:
+def with_lora(kind: str, targets: tuple[str, ...], **changes: Any) -> tuple[nn.Module, nn.Module]:
     """(ours with LoRA whose B is not zero, Transformers' without)."""
     model, reference = build_pair(kind, pad_token_id=0, **changes)
     add_lora(model, RANK, ALPHA, 0.0, targets)
@@ -53,7 +54,7 @@ def save(model: nn.Module, folder: Path, kind: str, targets: tuple[str, ...]) ->
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS], ids=["two", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, ...]) -> None:
-    model, reference = adapted(kind, targets)
+    model, reference = with_lora(kind, targets)
     save(model, tmp_path / "adapter", kind, targets)
     ids = random_ids()
     expected = logits(model(ids))
@@ -66,7 +67,7 @@ def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_weights_equal_peft_s_and_compute_the_same(tmp_path: Path, kind: str) -> None:
-    model, reference = adapted(kind, TARGETS)
+    model, reference = with_lora(kind, TARGETS)
     adapters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
     whole = {name: tensor.detach() for name, tensor in merged(model.named_parameters(), adapters, ALPHA / RANK)}
     save(model, tmp_path / "adapter", kind, TARGETS)
@@ -96,7 +97,7 @@ def test_only_adapters_and_new_heads_are_trained(kind: str) -> None:
 
 
 def test_gradients_equal_peft_s(tmp_path: Path) -> None:
-    model, reference = adapted("GPTJForCausalLM", TARGETS)
+    model, reference = with_lora("GPTJForCausalLM", TARGETS)
     save(model, tmp_path / "adapter", "GPTJForCausalLM", TARGETS)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True).eval()
     ids = random_ids()

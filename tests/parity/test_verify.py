@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import gptj_train
 from gptj_train import GPTJConfig
-from gptj_train.weights.hf import HFWeights
-from gptj_train.weights.verify import ExportError, streamed_logits, verify_folder
+from gptj_train.export.verify import ExportError, streamed_logits, verify_folder
+from gptj_train.weights.hf_reader import HFWeights
 
 SHARDED, WHOLE = 10_000, 10**9
 
@@ -109,7 +109,7 @@ def test_slices_are_read_into_any_dtype(
     tmp_path: Path, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a limit that maps the file anew at every turn."""
-    monkeypatch.setattr("gptj_train.weights.hf._MOST_MAPPED", 100)
+    monkeypatch.setattr("gptj_train.weights.hf_reader._MOST_MAPPED", 100)
     state = {"a": torch.randn(7, 5).to(dtype), "b": torch.randn(6, 4).to(dtype).T}
     if form.endswith(".bin"):
         torch.save(state, tmp_path / form)

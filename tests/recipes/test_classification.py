@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from gptj_train import GPTJForSequenceClassification
 from gptj_train.config import EvaluateConfig
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.evaluation import build_task, evaluate
+from gptj_train.inference.evaluation import build_task, evaluate
 from gptj_train.schema import validated
 
 REPOSITORY = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.training.export_checkpoint import export_checkpoint
+from gptj_train.export.from_checkpoint import export_checkpoint
 from gptj_train.training.retention import newest_whole
 
 pytestmark = pytest.mark.distributed

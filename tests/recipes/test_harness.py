@@ -16,8 +16,8 @@ from lm_eval.tasks import TaskManager
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.tasks.generation import TextGenerator
-from gptj_train.tasks.harness import HarnessModel
+from gptj_train.inference.lm_eval import HarnessModel
+from gptj_train.inference.text_generator import TextGenerator
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"{number} cats and {number} dogs are {2 * number} animals, " * (1 + number % 5) for number in range(9)]

@@ -29,7 +29,7 @@ from drill_worker import POINTS, SAVE_EVERY
 from torch import Tensor
 
 from gptj_train.tracking import read_metrics
-from gptj_train.weights.checkpoint import KINDS, Manifest
+from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceReader
 
 KILLS_A_ROUND = 10

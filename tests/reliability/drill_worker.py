@@ -30,7 +30,7 @@ from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import EngineConfig
-from gptj_train.weights.checkpoint import Manifest
+from gptj_train.weights.manifest import Manifest
 from gptj_train.weights.slices import SliceWriter
 
 SAVE_EVERY = 3

@@ -15,13 +15,14 @@ import torch
 from fake_ranks import CONFIG, on_ranks, save
 from safetensors.torch import load_file
 
-import gptj_train.weights.checkpoint as weights_checkpoint
+import gptj_train.weights.manifest as weights_checkpoint
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
 from gptj_train.training.checkpoint import SaveFailedError, load
 from gptj_train.training.retention import check_space, later_than, resumable
-from gptj_train.weights.checkpoint import KINDS, CheckpointWeights, Manifest
+from gptj_train.weights.checkpoint_weights import CheckpointWeights
+from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceWriter
 
 

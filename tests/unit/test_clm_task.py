@@ -14,7 +14,7 @@ from text_data import jsonl, text_data
 from torch.nn import functional as F
 
 from gptj_train.data.corpus import TextData, prepare
-from gptj_train.data.loader import Mixture
+from gptj_train.data.sampler import Mixture
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.loss import IGNORE, next_token_targets
 from gptj_train.tasks.clm import CausalLM, Record

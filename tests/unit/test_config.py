@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from gptj_train.config import ClmConfig, GenerateConfig, model_config
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.launch import _as_typed, _set_rank_variables
+from gptj_train.launch.recipe import _as_typed, _set_rank_variables
 from gptj_train.schema import keys_of, text_keys, validated
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +143,8 @@ def test_model_config(tokenizer: Tokenizer) -> None:
 
 JOB = """
 from gptj_train.config import ClmConfig
-from gptj_train.launch import rank, recipe, world_size
+from gptj_train.launch.ranks import rank, world_size
+from gptj_train.launch.recipe import recipe
 
 @recipe(ClmConfig, primary="clm")
 def main(cfg):

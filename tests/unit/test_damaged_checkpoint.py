@@ -193,7 +193,7 @@ def test_when_none_has_the_right_content(run: Path) -> None:
 
 def test_a_name_that_leaves_the_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even in a manifest that is otherwise as we write it."""
-    from gptj_train.weights.checkpoint import Manifest, Written
+    from gptj_train.weights.manifest import Manifest, Written
 
     checkpoint = run / "checkpoints" / "step_00000010"
     manifest = Manifest.read(checkpoint)

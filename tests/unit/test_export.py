@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gptj_train
 from gptj_train import GPTJConfig
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.training.adapters import LoraConfig
-from gptj_train.training.export import export
+from gptj_train.export.from_engine import export
+from gptj_train.export.verify import ExportError
+from gptj_train.model.lora import LoraConfig
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.weights.verify import ExportError
 
 FULL = LoraConfig(rank=0, alpha=1.0, dropout=0.0, targets=[])
 FACTS = {"data": "12 documents", "batch": "4 windows | all of them"}

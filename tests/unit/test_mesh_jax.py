@@ -15,8 +15,8 @@ from mesh_checkpoints import Tree, random_parameters, write_checkpoint
 from torch import Tensor
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.weights.hf import HFWeights
-from gptj_train.weights.mesh_jax import MeshCheckpoint, _leaves
+from gptj_train.export.from_mesh_jax import MeshCheckpoint, _leaves
+from gptj_train.weights.hf_reader import HFWeights
 
 LAYERS, WIDTH, VOCAB = 11, 16, 40  # eleven layers: the tree has layer_10 between layer_1 and layer_2
 CONFIG = GPTJConfig(vocab_size=VOCAB, n_positions=16, n_embd=WIDTH, n_layer=LAYERS, n_head=4, rotary_dim=2)

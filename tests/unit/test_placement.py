@@ -9,7 +9,7 @@ import torch
 from accelerate import dispatch_model
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.weights.placement import device_map, place
+from gptj_train.inference.placement import device_map, place
 
 GIB = 2**30
 SHAPE = {"vocab_size": 60, "n_positions": 32, "n_embd": 32, "n_layer": 4, "n_head": 2, "rotary_dim": 8}

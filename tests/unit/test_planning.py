@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.planning import Planned
-from gptj_train.training.adapters import LoraConfig, adapted
+from gptj_train.model.lora import LoraConfig, with_lora
+from gptj_train.planning import RunPlan
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
@@ -27,18 +27,18 @@ def engine(**changes: Any) -> EngineConfig:
     return EngineConfig(**(values | changes))  # type: ignore[arg-type]
 
 
-def small(model: GPTJForCausalLM, **changes: Any) -> Planned:
+def small(model: GPTJForCausalLM, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**changes), global_batch_size=BATCH, micro_batch_size=BATCH, sequence_length=LENGTH
     )
-    return Planned.of(model, SMALL, cfg)  # type: ignore[arg-type]
+    return RunPlan.of(model, SMALL, cfg)  # type: ignore[arg-type]
 
 
-def of_6b(lora: int = 0, **changes: Any) -> Planned:
+def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
     shape = GPTJConfig()
     with torch.device("meta"):
         adapters = LoraConfig(rank=lora, alpha=32, dropout=0, targets=["q_proj", "v_proj"])
-        model = adapted(GPTJForCausalLM(shape), adapters)
+        model = with_lora(GPTJForCausalLM(shape), adapters)
     cfg = SimpleNamespace(
         engine=engine(**({"activation_checkpointing": True} | changes)),
         global_batch_size=32,
@@ -50,14 +50,14 @@ def of_6b(lora: int = 0, **changes: Any) -> Planned:
         keep_every=0,
         export_dtype="bf16",
     )
-    return Planned.of(model, shape, cfg)  # type: ignore[arg-type]
+    return RunPlan.of(model, shape, cfg)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recomputed", [False, True])
 @pytest.mark.parametrize("lora", [0, 4])
 def test_operations_are_those_torch_counts(recomputed: bool, lora: int) -> None:
     """Torch does not count attention on the CPU; the last token of each row is no target of the head."""
-    model = adapted(GPTJForCausalLM(SMALL), LoraConfig(rank=lora, alpha=8, dropout=0, targets=["q_proj"])).bfloat16()
+    model = with_lora(GPTJForCausalLM(SMALL), LoraConfig(rank=lora, alpha=8, dropout=0, targets=["q_proj"])).bfloat16()
     if recomputed:
         model.gradient_checkpointing_enable()
     ids = torch.randint(SMALL.vocab_size, (BATCH, LENGTH))
@@ -92,7 +92,7 @@ def kept_by_autograd(layers: int, recomputed: bool) -> tuple[int, float]:
     cfg = SimpleNamespace(
         engine=engine(activation_checkpointing=recomputed), micro_batch_size=BATCH, sequence_length=LENGTH
     )
-    return sum(sizes.values()), Planned.of(model, config, cfg).activations()  # type: ignore[arg-type]
+    return sum(sizes.values()), RunPlan.of(model, config, cfg).activations()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

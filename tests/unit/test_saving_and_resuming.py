@@ -13,10 +13,10 @@ from fake_ranks import CONFIG, TOKENIZER, on_ranks
 
 from gptj_train.tracking import Tracker, TrackingConfig
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError
+from gptj_train.training.deepspeed_internals import OptimizerState
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.optimizer_state import OptimizerState
+from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.retention import resumable
-from gptj_train.training.schedule import OptimConfig
 from gptj_train.training.trainer import Trainer, TrainerConfig
 from gptj_train.weights.slices import SliceWriter
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gptj_train.training.schedule import OptimConfig, lr_at
+from gptj_train.training.optimizer import OptimConfig
+from gptj_train.training.schedule import lr_at
 
 BASE: dict[str, Any] = {
     "lr": 2.0,

@@ -9,7 +9,7 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.tasks.generation import TextGenerator, prompts_in, sample_from
+from gptj_train.inference.text_generator import TextGenerator, prompts_in, sample_from
 
 PROMPTS = ["Once", "upon a time, a bé", "naïve 🙂 text"]
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from gptj_train.launch.preemption import Preempted
 from gptj_train.tracking import Tracker, TrackingConfig
 from gptj_train.training.checkpoint import TrainState
-from gptj_train.training.preemption import Preempted
-from gptj_train.training.schedule import OptimConfig
+from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.trainer import Trainer, TrainerConfig
 
 OPTIM = OptimConfig(

@@ -10,7 +10,7 @@ from test_tokenizer import gpt2_folder
 from transformers import AutoTokenizer
 
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.data.vocabulary import NewWord
+from gptj_train.data.unused_rows import AddedToken
 
 ROWS = 300
 
@@ -62,8 +62,8 @@ def test_gpt_j_s_own_names(tmp_path: Path) -> None:
 
 
 def test_new_words_take_the_first_spare_rows(gpt2: Tokenizer, tmp_path: Path) -> None:
-    words = [NewWord("<|user|>", ("hello", "world")), NewWord("<|bot|>")]
-    more, means = gpt2.with_words(words, ROWS)
+    words = [AddedToken("<|user|>", ("hello", "world")), AddedToken("<|bot|>")]
+    more, means = gpt2.with_added_tokens(words, ROWS)
     assert means == {267: [*gpt2.encode("hello"), *gpt2.encode("world")]}
     (ids,) = more.encode_documents(["<|user|>hello<|bot|>"])
     assert ids == [267, *gpt2.encode("hello"), 268, gpt2.end_id]
@@ -78,39 +78,39 @@ def test_new_words_take_the_first_spare_rows(gpt2: Tokenizer, tmp_path: Path) ->
 
 def test_words_that_are_there_stay(gpt2: Tokenizer, tmp_path: Path) -> None:
     """An export goes on training with the same setting: neither renamed again nor started anew."""
-    words = [NewWord("<|user|>", ("hello",))]
-    gpt2.with_words(words, ROWS)[0].save(tmp_path, ROWS)
+    words = [AddedToken("<|user|>", ("hello",))]
+    gpt2.with_added_tokens(words, ROWS)[0].save(tmp_path, ROWS)
     again = Tokenizer.load(tmp_path)
-    more, means = again.with_words([*words, NewWord("<|bot|>", ("hello",))], ROWS)
+    more, means = again.with_added_tokens([*words, AddedToken("<|bot|>", ("hello",))], ROWS)
     assert means == {268: gpt2.encode("hello")}
     assert [more.encode(word) for word in ("<|user|>", "<|bot|>")] == [[267], [268]]
-    assert again.with_words(words, ROWS)[0].digest == again.digest
+    assert again.with_added_tokens(words, ROWS)[0].digest == again.digest
 
 
 def test_one_row_stays_for_padding(gpt2: Tokenizer) -> None:
-    words = [NewWord(f"<|{n}|>") for n in range(33)]
-    full, _ = gpt2.with_words(words[:32], ROWS)
+    words = [AddedToken(f"<|{n}|>") for n in range(33)]
+    full, _ = gpt2.with_added_tokens(words[:32], ROWS)
     assert full.pad_id(ROWS) == 299
     with pytest.raises(ValueError, match="33 new words, but the vocabulary of 300 has 32 spare rows"):
-        gpt2.with_words(words, ROWS)
+        gpt2.with_added_tokens(words, ROWS)
     with pytest.raises(ValueError, match="1 new words, but the vocabulary of 267 has 0 spare rows"):
-        gpt2.with_words(words[:1], 267)
+        gpt2.with_added_tokens(words[:1], 267)
     assert gpt2.pad_id(267) == gpt2.end_id
 
 
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("<|user|>", NewWord("<|user|>")),
-        ("<|user|> = user person", NewWord("<|user|>", ("user", "person"))),
-        ("a=b", NewWord("a=b")),
+        ("<|user|>", AddedToken("<|user|>")),
+        ("<|user|> = user person", AddedToken("<|user|>", ("user", "person"))),
+        ("a=b", AddedToken("a=b")),
     ],
 )
-def test_how_a_word_is_written(text: str, word: NewWord) -> None:
-    assert NewWord.parse(text) == word
+def test_how_a_word_is_written(text: str, word: AddedToken) -> None:
+    assert AddedToken.parse(text) == word
 
 
 @pytest.mark.parametrize("text", ["", " ", " = user"])
 def test_a_word_without_a_name(text: str) -> None:
     with pytest.raises(ValueError, match="has no name"):
-        NewWord.parse(text)
+        AddedToken.parse(text)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gptj_train.launch.preemption import Preempted
+from gptj_train.launch.watchdog import Watchdog
 from gptj_train.training import watchdog
-from gptj_train.training.preemption import Preempted
-from gptj_train.training.watchdog import Watchdog
 
 LIMIT = 0.5
 

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from gptj_train.training.schedule import OptimConfig
-from gptj_train.training.zero_config import EngineConfig, accumulation_steps, deepspeed_config
+from gptj_train.training.accumulation import accumulation_steps
+from gptj_train.training.optimizer import OptimConfig
+from gptj_train.training.zero_config import EngineConfig, deepspeed_config
 
 OPTIM = OptimConfig(
     lr=1e-5,

@@ -1,0 +1,153 @@
+"""A fine-tuning run around a recipe's data and task: checks before the start, training, export and report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+
+from gptj_train.config import FinetuneConfig, model_config_of
+from gptj_train.data.sampler import Sampler
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.unused_rows import AddedToken
+from gptj_train.errors import UserError
+from gptj_train.export.from_engine import export
+from gptj_train.inference.text_generator import sample_from
+from gptj_train.launch.ranks import rank, world_size
+from gptj_train.launch.run_folder import check_run_folder
+from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.heads import GPTJWithHead
+from gptj_train.model.lora import with_lora
+from gptj_train.planning import RunPlan
+from gptj_train.report import summary, write_report
+from gptj_train.tasks.task import Task
+from gptj_train.tracking import Tracker
+from gptj_train.training.accumulation import accumulation_steps
+from gptj_train.training.checkpoint import Checkpoints
+from gptj_train.training.engine import Engine
+from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.retention import resumable
+from gptj_train.training.trainer import Trainer
+
+_SHOWN_AT_START = ("data", "labels", "batch", "epochs")
+
+
+class Finetune:
+    """One run of a fine-tuning recipe.
+
+    The constructor finds mistakes in the request before the ranks meet and before anything is written.
+
+    Attributes:
+        tokenizer: of ``tokenizer`` or ``init_from``, with ``add_tokens``.
+        model_config: the model to train, with the tokenizer's special-token ids.
+
+    Raises:
+        UserError: batch sizes that do not divide, an output_dir that cannot be used, no checkpoint where ``resume``
+            names one, no tokenizer, or a model that is too small for the tokenizer or the sequences.
+    """
+
+    def __init__(self, cfg: FinetuneConfig) -> None:
+        self._cfg = cfg
+        self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
+        check_run_folder(cfg.output_dir)
+        self._resume_from = resumable(cfg.output_dir, cfg.resume)
+        self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
+
+    def sampler(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Sampler:
+        """Return the order of the training samples, of one or several components."""
+        return Sampler(
+            sizes,
+            weights=weights,
+            seed=self._cfg.seed,
+            global_batch_size=self._cfg.global_batch_size,
+            micro_batch_size=self._cfg.micro_batch_size,
+        )
+
+    def batch_facts(self, samples: str) -> str:
+        """Describe the global batch for the screen, report and model card; ``samples`` names its elements."""
+        cfg = self._cfg
+        return (
+            f"{cfg.global_batch_size} {samples} = {world_size()} ranks x {cfg.micro_batch_size} x "
+            f"{self._accumulation} accumulated"
+        )
+
+    def train(
+        self,
+        model_class: type[GPTJWithHead],
+        task: Task,
+        facts: Mapping[str, str],
+        model_config: GPTJConfig | None = None,
+        sample_prompt: str | None = None,
+    ) -> None:
+        """Train, export the model, and write the report. Collective.
+
+        Args:
+            facts: about data and batch, by short name, for the screen, report and model card.
+            model_config: in place of ``self.model_config``, for a head of other labels.
+            sample_prompt: text for the exported model to continue at the end.
+        """
+        cfg, model_config = self._cfg, model_config or self.model_config
+        tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
+        tracker.note("\n".join(f"{name:<6} {facts[name]}" for name in _SHOWN_AT_START if name in facts))
+        engine = Engine(
+            build=lambda: with_lora(model_class(model_config), cfg.lora),
+            init_from=cfg.init_from,
+            engine=cfg.engine,
+            optim=cfg.optim,
+            global_batch_size=cfg.global_batch_size,
+            micro_batch_size=cfg.micro_batch_size,
+            seed=cfg.seed,
+            mean_rows=self._mean_rows,
+        )
+        model_files = ModelFiles(model_config, model_class.__name__, self.tokenizer)
+        checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
+        Trainer(cfg, engine, task, checkpoints, tracker).train(self._resume_from)
+        folder = export(
+            engine,
+            model_files,
+            f"{cfg.output_dir}/export",
+            dtype=cfg.export_dtype,
+            facts=facts,
+            lora=cfg.lora,
+            base=cfg.init_from,
+        )
+        tracker.finish()
+        if engine.rank != 0:
+            return
+        plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
+        memory = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
+        report = {**facts, "memory": memory}
+        write_report(cfg.output_dir, report)
+        sample = None
+        if sample_prompt is not None:
+            # After the first report: generating from 6B takes minutes, and the report should not wait or be lost.
+            sample = sample_from(folder, sample_prompt, cfg.seed)
+            write_report(cfg.output_dir, report, sample)
+        print(summary(cfg.output_dir, model_class.__name__, sample))
+
+
+def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
+    """Return tokenizer, model config and mean rows of a run.
+
+    The tokenizer knows the added tokens; the model config has its BOS, EOS and PAD ids. The mean rows map the
+    embedding row of an added token to the rows whose mean initializes it.
+
+    Raises:
+        UserError: no tokenizer, fewer embedding rows than it has ids, fewer positions than ``sequence_length``, or
+            more added tokens than unused rows.
+    """
+    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
+    model_config = model_config_of(cfg.model, cfg.init_from)
+    tokenizer.check_fits(model_config.vocab_size)
+    if cfg.sequence_length > model_config.n_positions:
+        raise UserError(
+            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions})"
+        )
+    model_config = replace(
+        model_config,
+        bos_token_id=tokenizer.end_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id(model_config.vocab_size),
+    )
+    added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]
+    tokenizer, mean_rows = tokenizer.with_added_tokens(added_tokens, model_config.vocab_size)
+    return tokenizer, model_config, mean_rows

@@ -1,0 +1,121 @@
+"""Metrics and predictions of a checkpoint of any task, by one process or shared by several ranks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from gptj_train.config import EvaluateConfig
+from gptj_train.data.corpus import prepare
+from gptj_train.data.files import find_files
+from gptj_train.data.labelled import labelled_rows
+from gptj_train.data.squad import SUFFIXES, read_files
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
+from gptj_train.inference.placement import place
+from gptj_train.model.auto import class_of
+from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, names_of
+from gptj_train.tasks.clm import CausalLM
+from gptj_train.tasks.question_answering import QuestionAnswering, build_features
+from gptj_train.tasks.task import Task
+from gptj_train.weights.hf_writer import DTYPES
+
+_TIMEOUT = timedelta(hours=6)  # for the ranks that are done first
+
+
+def build_task(cfg: EvaluateConfig) -> Task:
+    """Build the task that the checkpoint's config.json names, on the held-out data.
+
+    Raises:
+        UserError: a folder without tokenizer or one of our task heads, or data that does not suit the task.
+    """
+    model_config = GPTJConfig.from_pretrained(cfg.checkpoint)
+    tokenizer = Tokenizer.load(cfg.checkpoint)
+    tokenizer.check_fits(model_config.vocab_size)
+    length = model_config.n_positions if cfg.sequence_length is None else cfg.sequence_length
+    if length > model_config.n_positions:
+        raise UserError(f"sequence_length {length} exceeds the model's n_positions ({model_config.n_positions})")
+    cls = class_of(cfg.checkpoint)
+    if cls is GPTJForCausalLM:
+        return _causal_lm(cfg, tokenizer, length)
+    if cls is GPTJForSequenceClassification:
+        return _classification(cfg, model_config, tokenizer, length)
+    if cls is GPTJForQuestionAnswering:
+        return _question_answering(cfg, tokenizer, length)
+    raise UserError(f"{cfg.checkpoint}: {cls.__name__} has no head to evaluate")
+
+
+def _causal_lm(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
+    data = prepare(cfg.data, tokenizer, length)
+    return CausalLM(
+        held_out=data.held_out,
+        tokenizer=tokenizer,
+        isolate=data.isolate,
+        batch_size=cfg.batch_size,
+    )
+
+
+def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: Tokenizer, length: int) -> Task:
+    problem = model_config.problem_type
+    if problem is None:
+        # Transformers leaves it open in folders it writes itself, and decides by the number of labels.
+        problem = "regression" if model_config.num_labels == 1 else "single_label_classification"
+    names = names_of(model_config)
+    config = ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=None)  # type: ignore[arg-type]
+    return Classification(
+        validation=labelled_rows(cfg.data.validation, cfg.data.labelled, problem, names, tokenizer, length),
+        names=names,
+        config=config,
+        pad_id=tokenizer.end_id,
+        batch_size=cfg.batch_size,
+    )
+
+
+def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
+    questions = read_files(find_files(cfg.data.validation, "data.validation", SUFFIXES))
+    features = build_features(questions, tokenizer, length, cfg.task)
+    return QuestionAnswering(validation=features, config=cfg.task, batch_size=cfg.batch_size)
+
+
+@torch.no_grad()
+def evaluate(checkpoint: str, dtype: str | None, task: Task, rank: int, world_size: int) -> dict[str, Any]:
+    """Run a checkpoint's model over all held-out data; the metrics, on every rank.
+
+    Each rank holds the whole model and takes its share of the data.
+
+    Args:
+        dtype: of the weights, a key of ``DTYPES``; None keeps what is stored.
+    """
+    model = class_of(checkpoint).from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
+    device = place(model)
+    records: list[Any] = []
+    batches = task.evaluation_batches(rank, world_size)
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=rank > 0 or not sys.stderr.isatty()):
+        moved = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        records += task.records(model(**moved, use_cache=False, num_items_in_batch=1.0), batch)
+    return task.metrics(_gathered(records, world_size))
+
+
+def _gathered(rows: list[Any], world_size: int) -> list[Any]:
+    if world_size == 1:
+        return rows
+    dist.init_process_group("gloo", timeout=_TIMEOUT)
+    of_rank: list[list[Any]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(of_rank, rows)
+    return [row for rows in of_rank for row in rows]
+
+
+def write_results(folder: str | Path, metrics: dict[str, Any], task: Task) -> None:
+    """metrics.json and what the task predicted."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    task.write_predictions(folder)

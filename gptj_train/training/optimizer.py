@@ -1,0 +1,49 @@
+"""AdamW's settings, and which parameters decay."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from gptj_train.errors import UserError
+from gptj_train.schema import schema
+
+
+@schema
+class OptimConfig:
+    """AdamW (arXiv 1711.05101) on fp32 master weights, and its learning-rate schedule.
+
+    Steps are optimizer steps. ``decay_steps`` belongs to ``wsd``: the length of its final decay.
+    """
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    clip_norm: float
+    schedule: Literal["cosine", "linear", "constant", "wsd"]
+    warmup_steps: int
+    decay_steps: int
+    final_lr_ratio: float
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise UserError(f"lr must be above 0, got {self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"betas must be in [0, 1), got {self.betas}")
+        for name in ("warmup_steps", "decay_steps", "clip_norm", "weight_decay", "final_lr_ratio"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: weight decay for matrices, none for one-dimensional norms and biases."""
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
+        (matrices if len(shape) > 1 else vectors).append(parameter)
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
