@@ -47,7 +47,7 @@ MAY_IMPORT = {
 
 ONLY_IN = {
     "deepspeed": ["gptj_train/training/engine.py"],
-    "hydra": ["gptj_train/launch/recipe.py"],
+    "hydra": ["gptj_train/launch/command_line.py"],
     "transformers": [],
     "pickle": [],
 }
@@ -190,7 +190,9 @@ def test_schema_and_yaml_have_the_same_keys(primary: str, cls: type) -> None:
 
 def test_every_choice_of_every_group_has_keys_of_a_schema() -> None:
     known = [set(keys_of(cls)) for _, cls in SCHEMAS]
-    for group in sorted(path for path in (ROOT / "gptj_train" / "configs").iterdir() if path.name in set().union(*known)):
+    for group in sorted(
+        path for path in (ROOT / "gptj_train" / "configs").iterdir() if path.name in set().union(*known)
+    ):
         for choice in sorted(group.glob("*.yaml")):
             values = yaml.safe_load(choice.read_text())
             values.pop("defaults", None)
@@ -236,7 +238,9 @@ def test_every_key_is_explained_where_its_value_stands() -> None:
     assert unexplained == []
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "gptj_train" / "configs" / "config").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "gptj_train" / "configs" / "config").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_presets_are_valid_once_their_blanks_are_filled(preset: Path) -> None:
     """A preset belongs to at least one recipe."""
     complaints = []
@@ -253,7 +257,9 @@ def test_presets_are_valid_once_their_blanks_are_filled(preset: Path) -> None:
     pytest.fail("\n".join(complaints))
 
 
-@pytest.mark.parametrize("preset", sorted((ROOT / "gptj_train" / "configs" / "config").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "preset", sorted((ROOT / "gptj_train" / "configs" / "config").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_presets_say_what_they_are_for(preset: Path) -> None:
     first, second, *_ = preset.read_text().splitlines()
     assert first == "# @package _global_"
