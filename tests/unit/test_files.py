@@ -15,6 +15,7 @@ from text_data import jsonl
 
 from gptj_train.data import files
 from gptj_train.data.files import SUFFIXES, find_files, numbered_lines
+from gptj_train.errors import UserError
 
 LINES = [b"line %d of a text, " % number + b"word " * (number % 50) for number in range(2000)]
 CONTENT = b"\n".join(LINES) + b"\n"
@@ -38,7 +39,7 @@ def zst(content: bytes, **options: bool) -> bytes:
 def refusal(file: Path) -> str:
     with pytest.raises(ValueError, match=r"\S") as caught:
         lines_of(file)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     message = str(caught.value)
     assert message.startswith(str(file))
     assert "\n" not in message

@@ -17,6 +17,7 @@ from text_data import jsonl, text_data
 from gptj_train.data import files, sources
 from gptj_train.data.sources import Segment, read_segments
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 
 def segments_of(file: Path, **changes: Any) -> list[Segment]:
@@ -39,7 +40,7 @@ def refusal(file: Path, **changes: Any) -> str:
     with pytest.raises(ValueError, match=r"\S") as caught:
         segments_of(file, **changes)
     message = str(caught.value)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     assert message.startswith(str(file))
     assert "\n" not in message
     return message.removeprefix(str(file))
