@@ -1,4 +1,4 @@
-"""Adapters beside PEFT's: the same numbers from the same files, merged or not."""
+"""LoRA adapters equal PEFT's: the same numbers from the same files, merged or not."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, 
     save(model, tmp_path / "adapter", kind, targets)
     ids = random_ids()
     expected = logits(model(ids))
-    assert (logits(reference(ids)) - expected).abs().max() > 0.1  # the adapters do something
+    assert (logits(reference(ids)) - expected).abs().max() > 0.1  # The adapters have an effect.
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     assert_close(expected, logits(theirs(ids)))
     stored = peft.utils.load_peft_weights(str(tmp_path / "adapter"))
@@ -71,7 +71,7 @@ def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_equal_peft_s_and_compute_the_same(tmp_path: Path, kind: str) -> None:
+def test_merged_weights_equal_pefts_and_give_the_same_logits(tmp_path: Path, kind: str) -> None:
     model, reference = build_lora_pair(kind, TARGETS)
     adapters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
     whole = {name: tensor.detach() for name, tensor in merged(model.named_parameters(), adapters, ALPHA / RANK)}
@@ -92,16 +92,16 @@ def test_only_adapters_and_new_heads_are_trained(kind: str) -> None:
     before = logits(model(ids := random_ids()))
     names = {name for name, _ in model.named_parameters()}
     with_lora(model, lora(["k_proj", "fc_out"], dropout=0.5))
-    assert torch.equal(logits(model(ids)), before)  # B is zero, and dropout off
+    assert torch.equal(logits(model(ids)), before)  # B is zero, and dropout is off.
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sides = {f"{side}.weight" for side in ("lora_A", "lora_B")}
     blocks = [f"transformer.h.{layer}.{module}" for layer in (0, 1) for module in ("attn.k_proj", "mlp.fc_out")]
     heads = {"GPTJForCausalLM": set(), KINDS[1]: {"score.weight"}, KINDS[2]: {"qa_outputs.weight", "qa_outputs.bias"}}
     assert trained == {f"{block}.{side}" for block in blocks for side in sides} | heads[kind]
-    assert names <= {name for name, _ in model.named_parameters()}  # the frozen keep their names
+    assert names <= {name for name, _ in model.named_parameters()}  # Frozen parameters keep their names.
 
 
-def test_gradients_equal_peft_s(tmp_path: Path) -> None:
+def test_gradients_equal_pefts(tmp_path: Path) -> None:
     model, reference = build_lora_pair("GPTJForCausalLM", TARGETS)
     save(model, tmp_path / "adapter", "GPTJForCausalLM", TARGETS)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True).eval()
@@ -119,8 +119,8 @@ def test_gradients_equal_peft_s(tmp_path: Path) -> None:
         assert_close(found[name], gradient, 1e-4)
 
 
-def test_the_start_of_a_is_peft_s() -> None:
-    """Uniform there, normal here, of one spread."""
+def test_initial_a_has_the_standard_deviation_of_pefts() -> None:
+    """PEFT draws from a uniform distribution, we from a normal one."""
     model, reference = build_pair(n_embd=256, n_head=4)
     with_lora(model, lora(["q_proj"], rank=64))
     theirs = peft.get_peft_model(reference, peft.LoraConfig(r=64, target_modules=["q_proj"]))
@@ -132,7 +132,7 @@ def test_the_start_of_a_is_peft_s() -> None:
 
 
 @pytest.mark.parametrize("targets", [[], ["lm_head"], ["q_proj", "wte"]])
-def test_what_cannot_be_adapted(targets: list[str]) -> None:
+def test_unknown_targets_are_refused(targets: list[str]) -> None:
     model, _ = build_pair()
     with pytest.raises(ValueError, match=r"lora.targets must be some of q_proj, k_proj"):
         with_lora(model, lora(targets))
