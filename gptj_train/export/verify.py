@@ -122,7 +122,7 @@ def streamed_logits(weights: StoredWeights, config: GPTJConfig, input_ids: Tenso
     for position, row in enumerate(input_ids[0].tolist()):
         weights.read("transformer.wte.weight", row * width, hidden[0, position])
     angles = rotary_angles(torch.arange(input_ids.shape[1])[None], config.n_positions, config.rotary_size)
-    pattern = attention_pattern(hidden, 0, None, None, explicit=False)
+    pattern = attention_pattern(hidden)
     for layer in range(config.n_layer):
         with torch.device("meta"):
             block = GPTJBlock(config, layer).eval()
