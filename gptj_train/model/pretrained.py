@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Self
 
 import torch
 from torch import nn
 
+from gptj_train.atomic_write import scratch_folder
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.weights.checkpoint_weights import open_weights
-from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
+from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
 
 
 class PreTrained(nn.Module):
@@ -68,17 +68,14 @@ class PreTrained(nn.Module):
             dtype: of the written tensors; None keeps the parameters' own.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
         parameters = dict(self.named_parameters())
         dtype = dtype or next(iter(parameters.values())).dtype
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            finished = Path(scratch) / target.name
-            finished.mkdir()
-            shapes = {name: parameter.shape for name, parameter in parameters.items()}
-            write_weights(finished, parameters.items(), shapes, dtype, max_shard_bytes)
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        with scratch_folder(target) as finished:
+            write_weights(finished, parameters.items(), shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(finished, architecture=type(self).__name__)
-            install_files(finished, target)
+            install_model(finished, target)
 
 
 def _initialise_head(model: nn.Module, names: set[str], std: float, dtype: torch.dtype) -> None:
