@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -79,8 +80,8 @@ def write_file(
     """Write the next tensors of a stream, as many as there are shapes, into one file; return its sha256."""
     # Transformers refuses a file without this format in its metadata.
     with SafetensorsWriter(path, shapes, dtype=dtype, metadata={"format": "pt"}) as file:
-        for _ in shapes:
-            file.add(*next(tensors))
+        for name, tensor in islice(tensors, len(shapes)):
+            file.add(name, tensor)
         return file.finish().sha256
 
 
