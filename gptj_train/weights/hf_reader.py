@@ -133,7 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
 def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt").__enter__()
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as weights ({error})") from None
 
 
