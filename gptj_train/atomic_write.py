@@ -28,6 +28,7 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, path)
     finally:
+        # Only there if something failed before the rename.
         scratch.unlink(missing_ok=True)
     sync_folder(path.parent)
 
@@ -69,6 +70,7 @@ def install_folder(finished: Path, target: Path) -> None:
     replaced = _replaced_name(target)
     sync_folder(finished)
     if target.exists():
+        # A leftover of an earlier process, which died after its second rename.
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
     finished.rename(target)
@@ -105,6 +107,7 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
+    # fsync takes any descriptor of the file or folder, also one that may only read.
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

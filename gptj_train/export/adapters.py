@@ -67,9 +67,7 @@ class MergedWeights(StoredWeights):
         precision: dtype of the base weights during training.
     """
 
-    def __init__(
-        self, base: StoredWeights, trained: StoredWeights, *, scale: float, precision: torch.dtype
-    ) -> None:
+    def __init__(self, base: StoredWeights, trained: StoredWeights, *, scale: float, precision: torch.dtype) -> None:
         self.folder = trained.folder
         self._base, self._trained, self._scale, self._precision = base, trained, scale, precision
         self._adapters = {name for name in trained.names() if is_adapter(name)}

@@ -168,7 +168,8 @@ def _live_logits(engine: Engine, config: GPTJConfig) -> Tensor:
         output = engine.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1.0)
         if hasattr(output, "start_logits"):
             return torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1).cpu()
-        return output.logits.flatten(0, -2).cpu()
+        logits: Tensor = output.logits
+        return logits.flatten(0, -2).cpu()
 
 
 def _write_adapter_folder(

@@ -1,9 +1,9 @@
 """Import original checkpoints of mesh-transformer-jax, read with NumPy: ``shard_0..N/``, each of numbered .npz files.
 
-Every shard holds the leaves of one JAX tree, in the tree's own order. A full checkpoint has the optimizer state (count,
-first moments, second moments, count), the parameters, and the step; a slim one has only the parameters and the step. The
-names are stored nowhere: order and cuts follow from mesh_transformer/transformer_shard.py, layers.py and checkpoint.py
-of github.com/kingoflolz/mesh-transformer-jax.
+Every shard holds the leaves of one JAX tree, in the tree's own order. A full checkpoint has the optimizer state
+(count, first moments, second moments, count), the parameters, and the step; a slim one has only the parameters and
+the step. The names are stored nowhere: order and cuts follow from mesh_transformer/transformer_shard.py, layers.py
+and checkpoint.py of github.com/kingoflolz/mesh-transformer-jax.
 """
 
 from __future__ import annotations

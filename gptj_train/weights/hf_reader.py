@@ -83,7 +83,8 @@ class HFWeights(StoredWeights):
 
     def tensor(self, name: str) -> Tensor:
         handle = self._handle(self._file_of[name])
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return tensor
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         flat = self.tensor(name).reshape(-1)
@@ -121,7 +122,7 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise UserError("it is too large for one")
-        weight_map = json.loads(path.read_text())["weight_map"]
+        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
         plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable weight index ({error})") from None
@@ -132,7 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 def _open_safetensors(path: Path) -> Any:
     try:
-        return safe_open(path, framework="pt").__enter__()
+        return safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
     except (OSError, SafetensorError, RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as weights ({error})") from None
 

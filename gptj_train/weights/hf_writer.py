@@ -34,7 +34,9 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> d
         used += size
     if len(groups) == 1:
         return {"model.safetensors": groups[0]}
-    return {f"model-{i:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups, start=1)}
+    # Transformers' own names, which other tools look for.
+    count = len(groups)
+    return {f"model-{number:05}-of-{count:05}.safetensors": group for number, group in enumerate(groups, start=1)}
 
 
 def write_weights(
@@ -57,6 +59,7 @@ def write_weights(
     """
     sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
+    # One stream through all files: each tensor may exist only while it is at its head.
     stream = iter(tensors)
     hashes = {}
     for file, names in shards.items():
@@ -69,7 +72,9 @@ def write_weights(
 
 def _write_index(folder: Path, shards: Mapping[str, list[str]], *, total_size: int, dtype: torch.dtype) -> None:
     metadata = {"total_size": total_size, "total_parameters": total_size // dtype.itemsize}
-    weight_map = {name: file for file, names in shards.items() for name in names}
+    weight_map: dict[str, str] = {}
+    for file, names in shards.items():
+        weight_map |= dict.fromkeys(names, file)
     text = json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2)
     (folder / "model.safetensors.index.json").write_text(text + "\n")
 

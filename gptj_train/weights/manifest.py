@@ -77,7 +77,7 @@ class Manifest:
         return manifest
 
     def _check_values(self) -> None:
-        # world_size first: state_files counts up to it.
+        # world_size first: of_kind counts up to it.
         if type(self.world_size) is not int or not 1 <= self.world_size <= len(self.files):
             raise UserError(f"world_size is {self.world_size!r}")
         for shape in self.parameters.values():
@@ -112,7 +112,7 @@ class Manifest:
 
 def _checked_body(text: bytes) -> dict[str, Any]:
     """Parse a manifest and return the fields of ``Manifest``."""
-    body = json.loads(text)
+    body: dict[str, Any] = json.loads(text)
     if body.pop("sha256") != _hash_of(body):
         raise UserError("its own sha256 does not match")
     if body.pop("format") != _FORMAT:

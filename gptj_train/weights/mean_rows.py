@@ -31,21 +31,23 @@ class WithMeanRows(StoredWeights):
     def tensor(self, name: str) -> Tensor:
         # A copy: the stored tensor may be mapped from a file.
         whole = self._weights.tensor(name).clone()
-        flat = whole.view(-1)
-        for row, mean in self._means(name):
-            begin = row * len(mean)
-            flat[begin : begin + len(mean)] = mean
+        self._replace_rows(name, 0, whole.view(-1))
         return whole
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         self._weights.read(name, start, into)
-        end = start + len(into)
+        self._replace_rows(name, start, into)
+
+    def _replace_rows(self, name: str, start: int, part: Tensor) -> None:
+        """Put the means into a part of a flattened table, from its element ``start`` on."""
+        end = start + len(part)
         for row, mean in self._means(name):
-            row_start, row_end = row * len(mean), (row + 1) * len(mean)
+            row_start = row * len(mean)
             # A rank's slice may begin or end inside a row.
-            first, last = max(row_start, start), min(row_end, end)
+            first = max(row_start, start)
+            last = min(row_start + len(mean), end)
             if first < last:
-                into[first - start : last - start] = mean[first - row_start : last - row_start]
+                part[first - start : last - start] = mean[first - row_start : last - row_start]
 
     def close(self) -> None:
         self._weights.close()

@@ -21,7 +21,7 @@ from torch import Tensor
 from gptj_train.errors import UserError
 
 CHUNK = 1 << 24
-"""Elements that are moved to the CPU, converted and written at once."""
+"""Elements that are moved to the CPU, converted and written at a time."""
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
 _DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -78,7 +78,7 @@ class SafetensorsWriter:
         expected = next(self._announced, "no tensor")
         assert name == expected, f"{name} came where {expected} was announced"
         assert tensor.shape == torch.Size(self._shapes[name]), f"{name} has another shape than announced"
-        for chunk in tensor.detach().reshape(-1).split(CHUNK):
+        for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
             stored = chunk.to("cpu", self._dtype).contiguous()
             self._write(stored.view(torch.uint8).numpy().data)
 

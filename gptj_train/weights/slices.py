@@ -60,7 +60,7 @@ class SliceWriter:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    for chunk in tensor.detach().split(CHUNK):
+    for chunk in torch.split(tensor.detach(), CHUNK):
         # The sum needs no memory and is finite in all but strange cases; only then each element is looked at.
         if not chunk.sum().isfinite() and not chunk.isfinite().all():
             raise UserError(f"{name} contains NaN or infinity")
@@ -108,7 +108,7 @@ class SliceReader:
             self._read_fp32(name, start, into)
             return
         # By way of a small buffer: a GPU's memory, or another dtype, cannot be read into from a file.
-        for chunk in into.split(CHUNK):
+        for chunk in torch.split(into, CHUNK):
             buffer = torch.empty(len(chunk), dtype=torch.float32)
             self._read_fp32(name, start, buffer)
             chunk.copy_(buffer)

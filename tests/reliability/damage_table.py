@@ -21,7 +21,7 @@ from fake_ranks import on_ranks, save
 from test_damaged_checkpoint import CASES, DAMAGES
 
 from gptj_train.training.checkpoint import load
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 
 
 def outcome(good: Path, kind: str, file: str) -> tuple[str, int]:
@@ -35,10 +35,10 @@ def outcome(good: Path, kind: str, file: str) -> tuple[str, int]:
         def resume(rank: Any) -> tuple[str, int]:
             said = "accepted"
             try:
-                load(rank, resumable(run, str(damaged)), lambda _: None)
+                load(rank, resume_candidates(run, str(damaged)), lambda _: None)
             except ValueError as error:
                 said = str(error)
-            return said, load(rank, resumable(run, "auto"), lambda _: None).step
+            return said, load(rank, resume_candidates(run, "auto"), lambda _: None).step
 
         with contextlib.redirect_stdout(sys.stderr):
             said, step = on_ranks(2, resume, seed=1)[0]

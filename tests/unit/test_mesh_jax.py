@@ -248,4 +248,4 @@ def test_the_recipe(tmp_path: Path) -> None:
     assert GPTJForCausalLM.from_pretrained(tmp_path / "hf").lm_head.weight.dtype == torch.bfloat16
     again = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert again.returncode == 2
-    assert "is there already; give another output_dir" in again.stderr
+    assert "exists and is not empty; give another output_dir" in again.stderr

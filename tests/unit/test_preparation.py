@@ -16,8 +16,8 @@ from text_data import VALUES, jsonl, text_data
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
-from gptj_train.config import EvaluationDataConfig
 from gptj_train.atomic_write import SCRATCH_PATTERN
+from gptj_train.config import EvaluationDataConfig
 from gptj_train.data import preparation, store
 from gptj_train.data.corpus import prepare
 from gptj_train.data.preparation import open_stores
