@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TypeVar
 from zipfile import BadZipFile, ZipFile
@@ -81,11 +82,13 @@ class _Shard:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._members: list[tuple[Path, str]] = []  # of each leaf: the .npz file and its array in there
-        number = 0
-        while (piece := folder / f"{number}.npz").is_file():
-            count = len(_guarded(piece, ZipFile.namelist))
-            self._members += [(piece, f"arr_{i}.npy") for i in range(count)]
-            number += 1
+        # 0.npz, 1.npz, ... in this order, and the arrays of each by number: the tree's leaves one after the other.
+        for number in count():
+            piece = folder / f"{number}.npz"
+            if not piece.is_file():
+                break
+            arrays = len(_guarded(piece, ZipFile.namelist))
+            self._members += [(piece, f"arr_{i}.npy") for i in range(arrays)]
 
     def __len__(self) -> int:
         return len(self._members)
@@ -160,6 +163,7 @@ class MeshCheckpoint:
         self._begin = {"weights": 0}
         if self.is_full:
             self._begin = {"exp_avg": 1, "exp_avg_sq": 1 + parameters, "weights": 2 + 2 * parameters}
+        # All of them now, so that nothing is written from a checkpoint that does not fit.
         for tree in self._begin:
             for leaf in self._leaves:
                 self._check_shape(tree, leaf)
@@ -167,10 +171,14 @@ class MeshCheckpoint:
 
     def _open_shards(self) -> list[_Shard]:
         shards: list[_Shard] = []
-        while (folder := self.folder / f"shard_{len(shards)}").is_dir():
-            shards.append(_Shard(folder))
-            if not len(shards[-1]):
+        for number in count():
+            folder = self.folder / f"shard_{number}"
+            if not folder.is_dir():
+                break
+            shard = _Shard(folder)
+            if len(shard) == 0:
                 raise UserError(f"{folder}: no 0.npz here; the download is not complete")
+            shards.append(shard)
         if not shards:
             raise UserError(f"{self.folder}: no shard_0 here; give the step_... folder of a mesh-transformer-jax run")
         return shards
@@ -198,23 +206,26 @@ class MeshCheckpoint:
         """Return a leaf's shape with all shards joined, as Transformers has it."""
         return (self.config.n_embd,) if leaf.name == _EMBEDDING_BIAS else tuple(self.shapes[leaf.name])
 
-    def _check_shape(self, tree: str, leaf: _Leaf) -> None:
-        expected = list(self._shape(leaf))
+    def _shape_in_shard(self, leaf: _Leaf) -> tuple[int, ...]:
+        whole = self._shape(leaf)
+        shape = list(whole)
+        shards = len(self._shards)
         if leaf.cut is not None:
-            if expected[leaf.cut] % len(self._shards):
+            if shape[leaf.cut] % shards:
                 raise UserError(
-                    f"{self.folder}: {leaf.name} of {tuple(expected)} does not divide into "
-                    f"{len(self._shards)} shards; check the model's shape and the download"
+                    f"{self.folder}: {leaf.name} of {whole} does not divide into {shards} shards; "
+                    "check the model's shape and the download"
                 )
-            expected[leaf.cut] //= len(self._shards)
-        if leaf.transposed:
-            expected.reverse()
+            shape[leaf.cut] //= shards
+        return tuple(reversed(shape)) if leaf.transposed else tuple(shape)
+
+    def _check_shape(self, tree: str, leaf: _Leaf) -> None:
+        expected = self._shape_in_shard(leaf)
+        place = self._place(tree, leaf)
         for shard in self._shards:
-            found = shard.shape(self._place(tree, leaf))
-            if found != tuple(expected):
-                raise UserError(
-                    f"{shard.folder}: {leaf.name} has shape {found}, the model's shape asks for {tuple(expected)}"
-                )
+            found = shard.shape(place)
+            if found != expected:
+                raise UserError(f"{shard.folder}: {leaf.name} has shape {found}, the model's shape asks for {expected}")
 
     def tensors(self, tree: str = "weights") -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter's weights or moments, by Transformers name in the model's order.
@@ -226,9 +237,11 @@ class MeshCheckpoint:
             tree: "weights", or of a full checkpoint "exp_avg" or "exp_avg_sq".
         """
         by_name = {leaf.name: leaf for leaf in self._leaves}
+        # disable=None: a bar on a terminal only.
         for name in tqdm(self.shapes, desc=tree, unit="tensor", disable=None):
             tensor = self._joined(tree, by_name[name])
             if tree == "weights" and name == "transformer.wte.weight":
+                # In fp32: the sum of two bf16 numbers seldom is one.
                 tensor = tensor.float()
                 tensor += self._joined(tree, by_name[_EMBEDDING_BIAS])
             yield name, tensor

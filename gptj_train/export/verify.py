@@ -46,24 +46,20 @@ def verify_folder(
             whose bytes are not those that were sent.
     """
     try:
-        with HFWeights(folder) as weights:
-            weights.match(shapes)
-            for name, shape in shapes.items():
-                assert shape.numel(), f"{name} is empty"
-                _check_tensor(weights.tensor(name), name, dtype)
+        _check_tensors(folder, shapes, dtype)
         size = sum(count_tensor_bytes(file) for file in folder.glob("*.safetensors"))
     except ValueError as error:
         # To the readers a bad folder is the user's mistake; this one is ours.
         raise ExportError(str(error)) from None
-    # A tensor in a file that no index names is seen by its bytes alone.
     count = sum(shape.numel() for shape in shapes.values())
+    # A tensor in a file that no index names is seen by its bytes alone.
     if size != count * dtype.itemsize:
         raise ExportError(f"{folder}: {size:,} bytes of weights, {count:,} parameters in {dtype} have another size")
     files = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256_of(file)}
-    for name, digest in written.items():
-        if files[name]["sha256"] != digest:
+    for name, expected_hash in written.items():
+        if files[name]["sha256"] != expected_hash:
             raise ExportError(f"{folder / name}: the disk does not hold the bytes that were written; check the disk")
     return {
         "parameters": count,
@@ -72,6 +68,15 @@ def verify_folder(
         "tensors": len(shapes),
         "files": files,
     }
+
+
+def _check_tensors(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> None:
+    with HFWeights(folder) as weights:
+        weights.match(shapes)
+        for name, shape in shapes.items():
+            # Under ZeRO-3 a parameter that was not gathered is an empty tensor.
+            assert shape.numel(), f"{name} is empty"
+            _check_tensor(weights.tensor(name), name, dtype)
 
 
 def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
@@ -129,18 +134,23 @@ def streamed_logits(weights: StoredWeights, config: GPTJConfig, input_ids: Tenso
         (T, rows of the head): logits of the vocabulary, of the labels, or of start and end. And, scalar, the size
         that logits of such weights have by chance: a head of few rows may happen to give far smaller ones.
     """
-    width, length = config.n_embd, input_ids.shape[1]
+    width = config.n_embd
+    length = input_ids.shape[1]
     hidden = torch.empty(1, length, width)
+    # Only the prompt's rows are read: the embedding of 6B would take 0.8 GB.
     for position, row in enumerate(input_ids[0].tolist()):
         weights.read("transformer.wte.weight", row * width, hidden[0, position])
     angles = rotary_angles(torch.arange(length)[None], config.n_positions, config.rotary_size)
     pattern = attention_pattern(hidden, 0, None, None, explicit=False)
     for layer in range(config.n_layer):
+        # On the meta device: fresh weights would be made only to be replaced.
         with torch.device("meta"):
             block = GPTJBlock(config, layer).eval()
-        hidden, _ = _filled(block, weights, f"transformer.h.{layer}.")(hidden, angles, pattern)
+        block = _filled(block, weights, prefix=f"transformer.h.{layer}.")
+        hidden, _ = block(hidden, angles, pattern)
     norm = nn.LayerNorm(width, config.layer_norm_epsilon, device="meta")
-    hidden = _filled(norm, weights, "transformer.ln_f.")(hidden)
+    norm = _filled(norm, weights, prefix="transformer.ln_f.")
+    hidden = norm(hidden)
     return _head_logits(hidden[0], weights)
 
 
@@ -159,11 +169,14 @@ def _head_logits(hidden: Tensor, weights: StoredWeights) -> tuple[Tensor, Tensor
     logits = torch.empty(len(hidden), rows)
     squares = 0.0
     for start in range(0, rows, _HEAD_ROWS):
-        part = torch.empty(min(_HEAD_ROWS, rows - start), width)
+        end = min(start + _HEAD_ROWS, rows)
+        part = torch.empty(end - start, width)
         weights.read(matrices[0], start * width, part.view(-1))
         squares += part.pow(2).sum().item()
-        logits[:, start : start + len(part)] = F.linear(hidden, part)
+        logits[:, start:end] = F.linear(hidden, part)
     for name in in_head:
         if name.endswith("bias"):
             logits += weights.tensor(name).float()
-    return logits, _rms(hidden) * (squares / rows) ** 0.5
+    # A row's product with a hidden state, were their signs random: the size of the one times that of the other.
+    chance_size = _rms(hidden) * (squares / rows) ** 0.5
+    return logits, chance_size

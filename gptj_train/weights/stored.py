@@ -73,6 +73,7 @@ class StoredWeights(ABC):
             UserError: missing or unexpected tensors, all of them listed; another shape; quantized weights.
         """
         found = {name for name in self.names() if not _LEGACY_BUFFER.fullmatch(name)} - tied
+        # Names first: a wrong model shows in them, and all its faults fit into one message.
         stored_names, relevant = _pair_names(shapes, found, new_head)
         self._check_complete(set(stored_names.values()), relevant)
         for name, stored_name in stored_names.items():

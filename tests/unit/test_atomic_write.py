@@ -1,4 +1,4 @@
-"""Files and folders appear whole: a process is killed before each call that changes the disk, and what is left is read."""
+"""Files and folders appear whole: a process is killed before each call that changes the disk."""
 
 from __future__ import annotations
 
@@ -70,7 +70,8 @@ def content(folder: Path) -> dict[str, str]:
     return {str(file.relative_to(folder)): file.read_text() for file in folder.rglob("*") if file.is_file()}
 
 
-OLD, NEW = ({name: text for name in ("a", "b", "sub/c")} for text in ("old", "new"))
+OLD = dict.fromkeys(("a", "b", "sub/c"), "old")
+NEW = dict.fromkeys(OLD, "new")
 
 
 @pytest.fixture
@@ -113,9 +114,14 @@ def test_a_folder_is_never_lost(target: Path) -> None:
 
 def test_a_body_that_fails_leaves_the_old_folder(target: Path) -> None:
     begin_with_old(target)()
-    with pytest.raises(ValueError, match="no"), new_folder(target) as scratch:
-        write_model(scratch, "new")
-        raise ValueError("no")
+
+    def fail() -> None:
+        with new_folder(target) as scratch:
+            write_model(scratch, "new")
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
     assert content(target) == OLD
     assert [path.name for path in target.parent.iterdir()] == ["export"]
 
