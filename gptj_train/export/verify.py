@@ -163,7 +163,7 @@ def _filled(module: nn.Module, weights: StoredWeights, prefix: str) -> Any:
 
 def _head_logits(hidden: Tensor, weights: StoredWeights) -> tuple[Tensor, Tensor]:
     in_head = [name for name in weights.names() if not name.startswith("transformer.")]
-    # A tied head has no weight of its own: it is the embedding.
+    # A tied head is the embedding, which is stored once.
     matrices = [name for name in in_head if name.endswith("weight")] or ["transformer.wte.weight"]
     (rows, width), _ = weights.shape_and_dtype(matrices[0])
     logits = torch.empty(len(hidden), rows)

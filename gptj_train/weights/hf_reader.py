@@ -127,7 +127,7 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a readable weight index ({error})") from None
     if not plain:
-        raise UserError(f"{path}: weight_map may name files of its own folder only")
+        raise UserError(f"{path}: weight_map names a file outside the folder of the index")
     return weight_map
 
 

@@ -101,8 +101,8 @@ class StoredWeights(ABC):
 
 def _pair_names(shapes: Mapping[str, Any], found: set[str], new_head: bool) -> tuple[dict[str, str], set[str]]:
     """Return parameter -> stored name, and the stored names that these should be all of."""
-    in_trunk = set(filter(_is_in_trunk, found))
-    head = set(shapes) - set(filter(_is_in_trunk, shapes))
+    in_trunk = {name for name in found if name.startswith(_PREFIX)}
+    head = {name for name in shapes if not name.startswith(_PREFIX)}
     if len(head) == len(shapes):
         # A trunk's own names have no prefix; a folder that holds a trunk inside a model has.
         prefix = _PREFIX if in_trunk else ""
@@ -111,10 +111,6 @@ def _pair_names(shapes: Mapping[str, Any], found: set[str], new_head: bool) -> t
     if new_head and head.isdisjoint(found):
         return {name: name for name in shapes if name not in head}, in_trunk
     return dict(zip(shapes, shapes, strict=True)), found
-
-
-def _is_in_trunk(name: str) -> bool:
-    return name.startswith(_PREFIX)
 
 
 def _shortened(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Kind of damage x file: found before a weight is touched, named, and the checkpoint before it is taken instead."""
+"""Each kind of damage to each file is found before a weight is touched, and the previous checkpoint is used."""
 
 from __future__ import annotations
 
@@ -139,9 +139,9 @@ def check(run: Path, file: str, straight: list[torch.Tensor]) -> None:
 
     for rank in on_ranks(2, resume, seed=1):
         assert all(map(torch.equal, straight, rank.model.parameters()))
-    told, resumed = lines
-    assert told.startswith(str(damaged / file))
-    assert told.endswith("; trying step_00000005")
+    passed_over, resumed = lines
+    assert passed_over.startswith(str(damaged / file))
+    assert passed_over.endswith("; trying step_00000005")
     assert resumed == f"resuming from {damaged.with_name('step_00000005')}"
 
 
@@ -155,7 +155,7 @@ def test_damage_is_found_and_the_step_before_taken(
 
 @pytest.mark.parametrize("file", FILES)
 def test_permission_denied(run: Path, straight: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    """Told by the call that opens: for root, who may run these tests, a mode would forbid nothing."""
+    """Raised by a patched os.open: a file mode would not stop root, who may run these tests."""
     forbidden, opened = run / "checkpoints" / "step_00000010" / file, os.open
 
     def refuse(path: Any, *arguments: Any, **more: Any) -> int:

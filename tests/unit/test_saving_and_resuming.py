@@ -46,7 +46,7 @@ def no_space(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_failed_save_is_told_and_the_run_goes_on(
+def test_a_failed_save_prints_a_line_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SliceWriter, "add", no_space)
@@ -60,7 +60,7 @@ def test_a_failed_save_is_told_and_the_run_goes_on(
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_failed_save_ends_the_run_if_so_wished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_ends_the_run_with_failed_save_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SliceWriter, "add", no_space)
     cfg = settings(tmp_path, "failed_save=stop")
     with pytest.raises(SaveFailedError, match="No space left on device"):
@@ -76,7 +76,7 @@ def test_other_data_are_an_error(tmp_path: Path) -> None:
         on_ranks(1, lambda rank: trainer(cfg, rank, first_batch=1).resume(found))
 
 
-def test_other_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cfg = settings(tmp_path)
     on_ranks(1, lambda rank: trainer(cfg, rank).save())
     found = resume_candidates(tmp_path, "auto")
