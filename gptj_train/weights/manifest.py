@@ -71,7 +71,7 @@ class Manifest:
             manifest = cls(**_checked_body(text))
             manifest._check_values()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: not a whole manifest ({error})") from None
+            raise UserError(f"{path}: not a valid manifest ({error})") from None
         for name, entry in manifest.files.items():
             _check_size(folder / name, entry.bytes)
         return manifest

@@ -267,7 +267,7 @@ def test_a_manifest_is_data_of_a_stranger(tmp_path: Path, lie: dict[str, Any]) -
     body = json.loads(path.read_text()) | lie
     del body["sha256"]
     path.write_text(json.dumps(body | {"sha256": manifest_file._hash_of(body)}))
-    with pytest.raises(ValueError, match="not a whole manifest"):
+    with pytest.raises(ValueError, match="not a valid manifest"):
         Manifest.read(newest(tmp_path))
 
 
