@@ -132,16 +132,16 @@ def test_every_nth_stays_for_good(tmp_path: Path) -> None:
 
 
 def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path: Path) -> None:
-    save(tmp_path, 100, 200)
-    save(tmp_path, 10)
-    assert names(tmp_path) == ["step_00000010"]
+    save(tmp_path, 10, 20)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_what_stays_for_good_stays_when_a_run_is_begun_anew(tmp_path: Path) -> None:
-    save(tmp_path, 100, 200, 250, keep_every=100)
-    save(tmp_path, 10, keep_every=100)
-    assert names(tmp_path) == ["step_00000010", "step_00000100", "step_00000200"]
-    assert [folder.name for folder in later_than(tmp_path, 10)] == ["step_00000100", "step_00000200"]
+    save(tmp_path, 10, 20, 25, keep_every=10)
+    save(tmp_path, 1, keep_every=10)
+    assert names(tmp_path) == ["step_00000001", "step_00000010", "step_00000020"]
+    assert [folder.name for folder in later_than(tmp_path, 1)] == ["step_00000010", "step_00000020"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
