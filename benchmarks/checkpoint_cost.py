@@ -36,7 +36,7 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
     from gptj_train.training.optimizer import OptimConfig
-    from gptj_train.training.retention import resumable
+    from gptj_train.training.retention import resume_candidates
     from gptj_train.training.zero_config import EngineConfig
     from gptj_train.weights.manifest import Manifest
 
@@ -63,7 +63,7 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
         engine.step(1e-4)
 
     if name == "resumed":
-        (checkpoint,) = resumable(folder, "auto")
+        (checkpoint,) = resume_candidates(folder, "auto")
         manifest = Manifest.read(checkpoint)
         found["verify_s"] = seconds_of(lambda: manifest.damage(checkpoint, manifest.files))
         found["verify_and_load_s"] = seconds_of(lambda: load(engine, [checkpoint], lambda _: None))
@@ -75,7 +75,9 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     found["trained_gib"] = engine.peak_memory()
     if name == "fresh":
         files = ModelFiles(config, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
-        found["save_s"] = seconds_of(lambda: Checkpoints(folder, 1, 0, files).save(engine, TrainState(step=2)))
+        found["save_s"] = seconds_of(
+            lambda: Checkpoints(folder, keep=1, keep_every=0, model_files=files).save(engine, TrainState(step=2))
+        )
         found["saved_gib"] = engine.peak_memory()
         found["parameters"] = sum(shape.numel() for shape in engine.shapes.values())
     torch.distributed.destroy_process_group()

@@ -43,7 +43,7 @@ def write_checkpoint(folder: Path) -> None:
             )
 
     folder.mkdir(parents=True)
-    write_weights(folder, tensors(), shapes, torch.bfloat16)
+    write_weights(folder, tensors(), shapes, dtype=torch.bfloat16)
     config.save_pretrained(folder, "GPTJForCausalLM")
     Tokenizer.train([Path(__file__).read_text()], 400).save(folder)
 

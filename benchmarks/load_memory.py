@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, layers: int, width: int) -> int:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPTJForCausalLM(config).named_parameters()}
     tensors = ((name, torch.randn(size, dtype=torch.bfloat16)) for name, size in shapes.items())
-    write_weights(folder, tensors, shapes, torch.bfloat16)
+    write_weights(folder, tensors, shapes, dtype=torch.bfloat16)
     config.save_pretrained(folder, "GPTJForCausalLM")
     return sum(size.numel() for size in shapes.values())
 

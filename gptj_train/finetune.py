@@ -25,7 +25,7 @@ from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 
 _SHOWN_AT_START = ("data", "labels", "batch", "epochs")
@@ -49,7 +49,7 @@ class Finetune:
         self._cfg = cfg
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
         check_run_folder(cfg.output_dir)
-        self._resume_from = resumable(cfg.output_dir, cfg.resume)
+        self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
 
     def sampler(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Sampler:
@@ -99,7 +99,9 @@ class Finetune:
             mean_rows=self._mean_rows,
         )
         model_files = ModelFiles(model_config, model_class.__name__, self.tokenizer)
-        checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
+        checkpoints = Checkpoints(
+            cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
+        )
         Trainer(cfg, engine, task, checkpoints, tracker).train(self._resume_from)
         folder = export(
             engine,

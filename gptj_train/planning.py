@@ -95,7 +95,11 @@ class RunPlan:
         """Bytes of a checkpoint, checkpoints at a time, bytes of the export."""
         cfg = self.cfg
         size, most = disk_needed(
-            _count(self.trained), range(cfg.max_steps), cfg.save_every, cfg.keep_checkpoints, cfg.keep_every
+            _count(self.trained),
+            steps=range(cfg.max_steps),
+            save_every=cfg.save_every,
+            keep=cfg.keep_checkpoints,
+            keep_every=cfg.keep_every,
         )
         exported = {name: shape for name, shape in self.shapes.items() if not is_adapter(name)}
         return size, most, _WIDTH[cfg.export_dtype] * _count(exported)

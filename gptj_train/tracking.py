@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from gptj_train.atomic_write import write_text
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
@@ -68,10 +69,8 @@ class Tracker:
         path = self._folder / "metrics.jsonl"
         known = read_metrics(self._folder)
         kept = [line for line in known if 0 < line["step"] <= step or step > 0 == line["step"]]
-        if len(kept) < len(known) or not _ends_whole(path):  # a new file takes its place: none is ever half there
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(_line(entry) for entry in kept))
-            os.replace(scratch, path)
+        if len(kept) < len(known) or not _ends_whole(path):
+            write_text(path, "".join(_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         if step == 0:
             (self._folder / _ID_FILE).unlink(missing_ok=True)  # of a run that was given up

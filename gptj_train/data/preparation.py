@@ -11,12 +11,10 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -25,6 +23,7 @@ from threading import Event, Lock
 from filelock import FileLock
 from tqdm import tqdm
 
+from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
 from gptj_train.data.sources import DataConfig, read_segments
 from gptj_train.data.store import FORMAT, TokenStore, write_store
 from gptj_train.data.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / "preparing.lock"):
-                for leftover in cache.glob(".making-*"):  # of a process that was killed
+                for leftover in cache.glob(SCRATCH_PATTERN):  # of a process that was killed
                     shutil.rmtree(leftover, ignore_errors=True)
                 # By folder: a file that is listed twice is made once.
                 found = dict(zip(folders, files, strict=True))
@@ -117,7 +116,7 @@ def _make(files: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> No
     with _Progress(sum(sizes.values())) as progress:
         if workers == 1:
             for folder, file in files.items():
-                with _appearing(folder) as scratch:
+                with new_folder(folder) as scratch:
                     _write(scratch, file, data, tokenizer, progress)
             return
         work: SimpleQueue[tuple[Path, Path]] = SimpleQueue()
@@ -134,22 +133,6 @@ def _make(files: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> No
                     job.result()
             finally:
                 stop.set()
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A scratch folder that gets this name when all is written, and goes away when it is not."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".making-"))
-    try:
-        yield scratch
-        for path in (*scratch.iterdir(), scratch):  # a name that outlives a power cut must not stand for less
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _write(scratch: Path, file: Path, data: DataConfig, tokenizer: Tokenizer, progress: Callable[[int], None]) -> None:
@@ -216,7 +199,7 @@ def _in_another_process(
                     folder, file = work.get_nowait()
                 except Empty:
                     return
-                with _appearing(folder) as scratch:
+                with new_folder(folder) as scratch:
                     print(json.dumps([str(scratch), str(file)]), file=process.stdin, flush=True)
                     _follow(process, file, progress, stop)
     except BrokenPipeError:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
+from gptj_train.atomic_write import scratch_folder
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.outputs import ModelOutput
 from gptj_train.weights.checkpoint_weights import open_weights
-from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
+from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
 
 OutputT = TypeVar("OutputT", bound=ModelOutput)
 
@@ -89,19 +89,14 @@ class PreTrained(nn.Module):
             OSError: no space left, or the folder cannot be written; it then keeps its earlier files.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
         parameters = dict(self.named_parameters())
+        dtype = dtype or next(iter(parameters.values())).dtype
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
-        if dtype is None:
-            dtype = next(iter(parameters.values())).dtype
-        # Beside the target, not in /tmp: files move into place only within one file system.
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            complete = Path(scratch) / target.name
-            complete.mkdir()
-            write_weights(complete, parameters.items(), shapes, dtype, max_shard_bytes)
+        with scratch_folder(target) as finished:
+            write_weights(finished, parameters.items(), shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
-            self.config.save_pretrained(complete, architecture=type(self).__name__)
-            install_files(complete, target)
+            self.config.save_pretrained(finished, architecture=type(self).__name__)
+            install_model(finished, target)
 
     def _as_requested(self, output: OutputT, return_dict: bool | None) -> OutputT | tuple[Any, ...]:
         """Return the output itself or its tuple; None asks the config."""

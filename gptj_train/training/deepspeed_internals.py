@@ -57,6 +57,11 @@ class Section:
             on_tensor = isinstance(self.adam, torch.optim.AdamW)
             state["step"] = torch.tensor(float(steps), device=self.master.device) if on_tensor else steps
 
+    def pieces(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Slice, dict[str, Tensor]]]:
+        """Yield each slice with the view of each buffer (master, exp_avg, exp_avg_sq) that holds it."""
+        for piece, offset in zip(self.slices, self.offsets, strict=True):
+            yield piece, {kind: buffer.narrow(0, offset, piece.numel) for kind, buffer in buffers.items()}
+
     def share(self, rank: int, world_size: int) -> Iterator[tuple[Slice, int]]:
         """The slices, and their offsets in the buffer, that a rank has to save."""
         for (name, start, numel), offset in zip(self.slices, self.offsets, strict=True):

@@ -24,7 +24,7 @@ from gptj_train.tracking import Tracker, TrackingConfig
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.zero_config import EngineConfig
 
@@ -63,7 +63,7 @@ def do(job: dict[str, Any], out: Path) -> None:
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
-    if found := resumable(folder, job.get("resume", "auto")):
+    if found := resume_candidates(folder, job.get("resume", "auto")):
         trainer.resume(found)
     began = trainer.state.step
     task.handed_out.clear()

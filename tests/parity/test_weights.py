@@ -193,7 +193,7 @@ def test_failed_save_leaves_the_old_folder(tmp_path: Path, monkeypatch: pytest.M
     def full_disk(*_: Any, **__: Any) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("gptj_train.weights.hf_writer.os.fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
         build_pair()[0].save_pretrained(tmp_path / "export")
     assert [path.name for path in tmp_path.iterdir()] == ["export"]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.export.from_checkpoint import export_checkpoint
-from gptj_train.training.retention import newest_whole
+from gptj_train.training.retention import newest_complete
 
 pytestmark = pytest.mark.distributed
 
@@ -236,11 +236,11 @@ def test_what_cannot_be_exported(corpus: Path) -> None:
 
 def test_an_export_replaces_nothing_of_the_user_s(corpus: Path) -> None:
     """output_dir is a run's folder elsewhere; here it would be taken away."""
-    with pytest.raises(ValueError, match=rf"output_dir={corpus / 'run'} is there already"):
+    with pytest.raises(ValueError, match=rf"output_dir={corpus / 'run'} exists and is not empty"):
         export_checkpoint(corpus / "run", corpus / "run", "bf16")
     assert (corpus / "run" / "checkpoints").is_dir()
     copied = corpus / "copied"
-    shutil.copytree(newest_whole(corpus / "run"), copied)
-    with pytest.raises(ValueError, match="is in no run's checkpoints; say where to write by output_dir"):
+    shutil.copytree(newest_complete(corpus / "run"), copied)
+    with pytest.raises(ValueError, match="is not in a run's checkpoints folder; give output_dir"):
         export_checkpoint(copied, None, "bf16")
     assert export_checkpoint(copied, corpus / "of_copied", "bf16") == corpus / "of_copied"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from toy import ToyTask, optim_config, toy_config, trainer_config
 from worker import DEFAULTS, SILENT
 
-from gptj_train import GPTJForCausalLM
+from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tracking import Tracker
 from gptj_train.training import checkpoint, retention
@@ -37,17 +37,17 @@ SAVE_EVERY = 3
 
 # What a save does, in its order; each is a point before and a point after.
 STAGES: dict[str, tuple[Any, str]] = {
-    "temporary folder": (checkpoint, "_make_room"),
+    "temporary folder": (checkpoint, "_make_scratch"),
     "opening of a file": (SliceWriter, "__init__"),
     "writing of a slice": (SliceWriter, "add"),
     "flush of a file": (SliceWriter, "finish"),
     "rank's part": (checkpoint, "_write_part"),
     "manifest": (Manifest, "write"),
     "rename": (Path, "rename"),
-    "flush of the parent": (checkpoint, "_sync_folder"),
-    "verification": (checkpoint, "_damage"),
-    "retirement": (checkpoint, "retire"),
-    "removal of an old one": (retention, "remove"),
+    "flush of a folder": (atomic_write, "sync_folder"),
+    "verification": (checkpoint, "_find_damage"),
+    "pruning": (checkpoint, "prune"),
+    "removal of an old one": (retention, "remove_folder"),
 }
 POINTS = [f"{side} {stage}" for stage in STAGES for side in ("before", "after")]
 
@@ -129,7 +129,7 @@ def main() -> None:
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     tracker = Tracker(SILENT, folder, {}, engine.rank)
     trainer = Trainer(config, engine, ToyTask(1), checkpoints, tracker)
-    found = retention.resumable(folder, "auto")
+    found = retention.resume_candidates(folder, "auto")
     if found:
         trainer.resume(found)
     if engine.rank == 0:

@@ -16,6 +16,7 @@ from text_data import VALUES, jsonl, text_data
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+from gptj_train.atomic_write import SCRATCH_PATTERN
 from gptj_train.config import EvaluationDataConfig
 from gptj_train.data import preparation, store
 from gptj_train.data.corpus import prepare
@@ -324,7 +325,7 @@ def test_killed_at_any_time_and_run_again(
         process.communicate("go\n", timeout=120)
         assert process.returncode == -signal.SIGKILL
         (leftover,) = folders(cache)
-        assert leftover.name.startswith(".making-")
+        assert leftover.match(SCRATCH_PATTERN)
         assert (leftover / "tokens.bin").exists()
     opened(file)
     assert contents(cache) == contents(tmp_path / "straight")
