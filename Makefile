@@ -24,6 +24,7 @@ lint: $(VENV)/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
+	codespell
 
 loss-compare: $(VENV)/installed
 	@test -n '$(BASE)' || { echo 'error: name the revision to compare with: make loss-compare BASE=main' >&2; exit 2; }
