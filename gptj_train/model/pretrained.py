@@ -98,7 +98,7 @@ class PreTrained(nn.Module):
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
             complete = Path(scratch) / target.name
             complete.mkdir()
-            write_weights(complete, parameters.items(), shapes, dtype, max_shard_bytes)
+            write_weights(complete, parameters.items(), shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(complete, architecture=type(self).__name__)
             install_files(complete, target)
