@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 from ranks import NOT_OFFLOADED, ON_HOST, Results, launch
-from toy import GLOBAL_BATCH, SEED, WINDOWS
-from worker import DEFAULTS
-
-from gptj_train.data.sampler import micro_batches_at
+from toy import sampler
 
 pytestmark = pytest.mark.distributed
 
 PLACES = {
-    f"stage {stage} {place} {precision}": DEFAULTS | {"stage": stage, "precision": precision} | settings
+    f"stage {stage} {place} {precision}": {"stage": stage, "precision": precision} | settings
     for stage in range(4)
     for place, settings in (("gpu", NOT_OFFLOADED), ("cpu", ON_HOST), ("both", {}))
     for precision in ("bf16", "fp32")
@@ -56,7 +53,7 @@ def test_a_moment_that_is_not_finite_is_found_from_every_rank(said: tuple[Result
 
 
 def test_rank_0_names_the_bad_batch_wherever_it_is(said: tuple[Results, str]) -> None:
-    rows = [micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, 1, 1, 2)[-1] for step in (2, 3)]
+    rows = [sampler(1).windows(step, rank=1, world_size=2)[-1] for step in (2, 3)]
     for line in (
         f"step 3: loss nan on rank 1 in rows {rows[0]} of the training data",
         "step 3: loss nan, gradient norm inf: no update",

@@ -123,5 +123,5 @@ def test_a_source_that_is_not_this_model_s_is_told_before_anything(starts: Resul
     wider = toy_config()
     wider.n_layer = 3
     GPTJForCausalLM(wider).save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match=r"ValueError: .*unexpected: transformer\.h\.2"):
+    with pytest.raises(AssertionError, match=r"UserError: .*unexpected: transformer\.h\.2"):
         launch(1, tmp_path, [job("refused", micro=1, steps=0, init_from=str(tmp_path))])

@@ -28,7 +28,7 @@ PLACES = {
     "stage 3 weights on the host": {"offload_optimizer": "none", "offload_parameters": "cpu"},
     "fp32": {"precision": "fp32"},
 }
-NEW_ROWS = {"5": [1, 2, 3], "90": [7]}
+MEAN_ROWS = {"5": [1, 2, 3], "90": [7]}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
         job("first half", run="interrupted", save=True, **(common | {"steps": 3})),
         job("second half", run="interrupted", **common),
         job("before", engine=PLACES["fp32"], **(common | {"steps": 0})),
-        job("new rows", init_from=str(folder / "base"), steps=0, new_rows=NEW_ROWS),
-        job("new rows, adapted", **(common | {"steps": 0}), new_rows=NEW_ROWS),
+        job("new rows", init_from=str(folder / "base"), steps=0, mean_rows=MEAN_ROWS),
+        job("new rows, adapted", **(common | {"steps": 0}), mean_rows=MEAN_ROWS),
     ]
     launch(2, folder, jobs)
     return Results(folder)
@@ -143,7 +143,7 @@ def test_new_rows_are_means(runs: Results, name: str) -> None:
     for parameter, tensor in base(runs).items():
         expected = tensor.clone()
         if parameter in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias"):
-            for row, others in NEW_ROWS.items():
+            for row, others in MEAN_ROWS.items():
                 expected[int(row)] = tensor[others].mean(dim=0)
         expected = expected.bfloat16().float() if "adapted" in name else expected
         assert (weights[parameter] - expected).abs().max() <= 1e-7, parameter

@@ -9,9 +9,8 @@ import pytest
 import torch
 from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
 from torch import Tensor
-from toy import GLOBAL_BATCH, SEED, WINDOWS
+from toy import windows_in_order
 
-from gptj_train.data.sampler import sample_at
 from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceReader
 
@@ -140,7 +139,6 @@ def test_other_ranks_go_on_alike(runs: Results, ranks: int, precision: str, tole
     assert runs.column(other, "loss") == pytest.approx(runs.column(straight, "loss")[HALF:], rel=tolerance)
     assert runs.column(other, "tokens") == runs.column(straight, "tokens")[HALF:]
     of_rank = [runs.of(other, rank)["rows"] for rank in range(ranks)]
-    for step in range(HALF, STEPS):
-        turns = zip(*(rows[step - HALF] for rows in of_rank), strict=True)
-        seen = [row for turn in turns for micro in turn for row in micro]
-        assert seen == [sample_at(step * GLOBAL_BATCH + i, WINDOWS, SEED) for i in range(GLOBAL_BATCH)]
+    for turn, windows in enumerate(windows_in_order(HALF, STEPS - HALF)):
+        turns = zip(*(rows[turn] for rows in of_rank), strict=True)
+        assert [row for micros in turns for micro in micros for row in micro] == windows

@@ -14,7 +14,7 @@ import pytest
 
 from gptj_train.launch.preemption import Preempted
 from gptj_train.launch.watchdog import Watchdog
-from gptj_train.training import watchdog
+from gptj_train.launch import watchdog
 
 LIMIT = 0.5
 
