@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from toy import ToyTask, engine_config, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, optim_config, toy_config, trainer_config
 from worker import SILENT
 
 from gptj_train import GPTJForCausalLM
@@ -40,13 +40,14 @@ def trainer_of(job: dict[str, Any], out: Path) -> Trainer:
         init_from=None,
         engine=engine_config(job["engine"]),
         optim=optim_config(),
-        global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
+        accumulation=accumulation(config.micro_batch_size),
         seed=config.seed,
     )
     model_files = ModelFiles(toy_config(), "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(out, keep=1, keep_every=0, model_files=model_files)
-    return Trainer(config, engine, ToyTask(1), checkpoints, Tracker(SILENT, out, {}, engine.rank))
+    tracker = Tracker(SILENT, out, {}, engine.rank)
+    return Trainer(config=config, engine=engine, task=ToyTask(1), checkpoints=checkpoints, tracker=tracker)
 
 
 def state_of(engine: Engine) -> list[Any]:

@@ -14,10 +14,12 @@ from torch import Tensor
 import gptj_train
 from gptj_train import GPTJConfig
 from gptj_train.data.sampler import Sampler, evaluation_batches
+from gptj_train.launch.ranks import world_size
 from gptj_train.model.loss import IGNORE, next_token_targets
 from gptj_train.tasks.task import EvaluationBatch
+from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.optimizer import OptimConfig
-from gptj_train.training.trainer import TrainerConfig
+from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
 VOCAB, LENGTH, WINDOWS = 97, 24, 21
@@ -77,6 +79,11 @@ def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_
         "optim": optim_config(),
     }
     return TrainerConfig(**values)
+
+
+def accumulation(micro_batch_size: int) -> int:
+    """Micro-batches per optimizer step on each of the launcher's ranks."""
+    return accumulation_steps(GLOBAL_BATCH, micro_batch_size, world_size())
 
 
 def sampler(micro_batch_size: int) -> Sampler:

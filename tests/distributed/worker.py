@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from toy import ToyTask, engine_config, from_yaml, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, from_yaml, optim_config, toy_config, trainer_config
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
@@ -42,15 +42,16 @@ def do(job: dict[str, Any], out: Path) -> None:
         init_from=job.get("init_from"),
         engine=engine_config(job["engine"]),
         optim=optim_config(),
-        global_batch_size=config.global_batch_size,
         micro_batch_size=micro,
+        accumulation=accumulation(micro),
         seed=config.seed,
         mean_rows={int(row): others for row, others in job.get("mean_rows", {}).items()},
     )
     task = ToyTask(micro)
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
-    trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
+    tracker = Tracker(SILENT, folder, {}, engine.rank)
+    trainer = Trainer(config=config, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker)
     if found := resumable(folder, job.get("resume", "auto")):
         trainer.resume(found)
     began = trainer.state.step

@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import torch.distributed as dist
-from toy import ToyTask, engine_config, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, optim_config, toy_config, trainer_config
 from worker import SILENT
 
 from gptj_train import GPTJForCausalLM
@@ -112,8 +112,8 @@ def main() -> None:
         init_from=None,
         engine=engine_config({}),
         optim=optim_config(),
-        global_batch_size=config.global_batch_size,
         micro_batch_size=config.micro_batch_size,
+        accumulation=accumulation(config.micro_batch_size),
         seed=config.seed,
     )
     reaper = Reaper(folder, engine.rank, engine.world_size)
@@ -127,7 +127,7 @@ def main() -> None:
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     tracker = Tracker(SILENT, folder, {}, engine.rank)
-    trainer = Trainer(config, engine, ToyTask(1), checkpoints, tracker)
+    trainer = Trainer(config=config, engine=engine, task=ToyTask(1), checkpoints=checkpoints, tracker=tracker)
     found = retention.resumable(folder, "auto")
     if found:
         trainer.resume(found)
