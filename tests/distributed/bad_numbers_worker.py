@@ -1,9 +1,9 @@
-"""One rank that trains through steps whose numbers are not finite, in every place that holds the state.
+"""One rank that trains through non-finite steps, for every place of the training state.
 
 deepspeed --num_gpus N bad_numbers_worker.py OUT_DIR JOBS_JSON
 
-For each job writes what changed at each bad step, and how the next good step compares with that of a run which
-never saw them.
+For each job it writes what each bad step changed, and how the next good step compares with a run without bad
+steps.
 """
 
 from __future__ import annotations

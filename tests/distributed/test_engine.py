@@ -125,7 +125,7 @@ def test_the_export_is_the_master(results: Results, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", ["from fp32", "from fp32 to bf16"])
 def test_training_starts_from_the_folder_s_weights(results: Results, name: str) -> None:
-    """The master takes the file's fp32 as it is, whatever the precision of compute."""
+    """The master keeps the file's fp32 bits, whatever the precision of the forward pass."""
     stored = load_file(results.folder / "fp32" / "export_fp32" / "model.safetensors")
     for parameter, tensor in results.weights(name).items():
         assert torch.equal(tensor, stored[parameter]), parameter

@@ -1,4 +1,4 @@
-"""LoRA through the engine: what is trained, what stays, what comes out, on every stage and in every place."""
+"""LoRA through the engine: trained, frozen and exported weights, on every stage and place of offload."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def is_adapter(name: str) -> bool:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_the_base_stays(runs: Results, name: str) -> None:
-    """Frozen in the precision of compute; only adapters move, and they all do."""
+    """Frozen in low precision; only the adapters change, and all of them do."""
     weights = runs.weights(name)
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
     for parameter, tensor in base(runs).items():
@@ -138,7 +138,7 @@ def test_a_checkpoint_holds_the_adapters_alone(runs: Results) -> None:
 
 @pytest.mark.parametrize("name", ["new rows", "new rows, adapted"])
 def test_new_rows_are_means(runs: Results, name: str) -> None:
-    """In fp32 in the masters; in the precision of compute where they are frozen. Nothing else changes."""
+    """In fp32 in the masters; in low precision where they are frozen. Nothing else changes."""
     weights = runs.weights(name)
     for parameter, tensor in base(runs).items():
         expected = tensor.clone()

@@ -102,12 +102,12 @@ def check_bitwise(runs: Results, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_the_same_ranks_go_on_bit_for_bit(runs: Results, mode: str) -> None:
+def test_the_same_ranks_resume_bit_for_bit(runs: Results, mode: str) -> None:
     check_bitwise(runs, mode)
 
 
 @needs_libaio
-def test_moments_on_nvme_go_on_bit_for_bit(runs: Results) -> None:
+def test_moments_on_nvme_resume_bit_for_bit(runs: Results) -> None:
     check_bitwise(runs, "nvme")
     swapped = list((runs.folder / "nvme").rglob("exp_avg*.swp"))
     assert len(swapped) >= 4, "nothing was on the disk"
@@ -116,7 +116,7 @@ def test_moments_on_nvme_go_on_bit_for_bit(runs: Results) -> None:
 @pytest.mark.parametrize(
     "converted", [*(f"converted {mode}" for mode in MODES), "1 ranks converted", "4 ranks converted"]
 )
-def test_every_mode_takes_over_every_bit(runs: Results, converted: str) -> None:
+def test_every_mode_loads_every_bit(runs: Results, converted: str) -> None:
     """Read from a checkpoint of ZeRO-3 with offload on 2 ranks, and written again without a step between."""
     name = f"checkpoints/step_{HALF:08}"
     before = content(runs.folder / "stage 3 sub-groups" / name)
@@ -132,7 +132,7 @@ def test_every_mode_takes_over_every_bit(runs: Results, converted: str) -> None:
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("bf16", 2e-3)])
 @pytest.mark.parametrize("ranks", [1, 4])
-def test_other_ranks_go_on_alike(runs: Results, ranks: int, precision: str, tolerance: float) -> None:
+def test_other_rank_counts_resume_within_rounding(runs: Results, ranks: int, precision: str, tolerance: float) -> None:
     """Sums are made in another order: 1e-5 of the loss in fp32, 2e-3 in bf16, whose gradients have 8 bits."""
     straight = "straight stage 3 fp32" if precision == "fp32" else "straight stage 3 sub-groups"
     other = f"{ranks} ranks {precision}"

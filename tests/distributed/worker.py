@@ -1,4 +1,4 @@
-"""One rank of the engine tests: does the jobs it is told, one Engine after another, and writes what came out.
+"""One rank of the engine tests: runs a list of jobs, one Engine after another, and writes their results.
 
 deepspeed --num_gpus N worker.py OUT_DIR JOBS_JSON
 """
