@@ -47,14 +47,6 @@ class Section:
                 self.set_steps(0)
             yield {"master": self.master.data.view(-1)} | {moment: state[moment].view(-1) for moment in MOMENTS}
 
-    def pieces(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Slice, dict[str, Tensor]]]:
-        """Yield each slice with the view of each buffer that holds it."""
-        for piece, offset in zip(self.slices, self.offsets, strict=True):
-            views = {}
-            for name, buffer in buffers.items():
-                views[name] = buffer.narrow(0, offset, piece.numel)
-            yield piece, views
-
     @property
     def steps(self) -> int:
         """Updates that AdamW has made."""
@@ -68,6 +60,11 @@ class Section:
         # torch's AdamW counts in a tensor, DeepSpeed's optimizers in an int.
         on_tensor = isinstance(self.adam, torch.optim.AdamW)
         state["step"] = torch.tensor(float(steps), device=self.master.device) if on_tensor else steps
+
+    def pieces(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Slice, dict[str, Tensor]]]:
+        """Yield each slice with the view of each buffer (master, exp_avg, exp_avg_sq) that holds it."""
+        for piece, offset in zip(self.slices, self.offsets, strict=True):
+            yield piece, {kind: buffer.narrow(0, offset, piece.numel) for kind, buffer in buffers.items()}
 
     def share(self, rank: int, world_size: int) -> Iterator[tuple[Slice, int]]:
         """Yield the slices that a rank has to save, with their offsets in the buffer."""
@@ -90,6 +87,7 @@ class OptimizerState:
         self._optimizer = optimizer
         self._names: Mapping[Any, str] = names
         self._rank = rank
+        # Each stage has a class of its own; the name of its fp32 buffers tells which it is.
         if hasattr(optimizer, "fp32_partitioned_groups_flat"):
             self.sections = list(self._stage_3(optimizer))
         elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -105,7 +103,7 @@ class OptimizerState:
             slices, offsets, offset = [], [], 0
             for parameter in group:
                 start, numel = _partition_of(parameter, self._rank)
-                if numel > 0:
+                if numel > 0:  # a rank may hold nothing but padding of a small parameter
                     slices.append(Slice(self._names[parameter], start, numel))
                     offsets.append(offset)
                 offset += parameter.partition_numel()
@@ -117,7 +115,8 @@ class OptimizerState:
             slices, offsets = [], []
             for parameter in group:
                 mapping = parameter._hp_mapping
-                if mapping is not None:
+                if mapping is not None:  # otherwise the parameter lies on other ranks
+                    # Its elements here ("lp", low precision) and where they are in the flat fp32 buffer ("hp").
                     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
                     slices.append(Slice(self._names[parameter], here.start, here.numel))
                     offsets.append(there.start)

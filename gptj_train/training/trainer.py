@@ -82,7 +82,12 @@ class Trainer:
     def _check_space(self) -> None:
         config, steps = self.config, range(self.state.step, self.config.max_steps)
         check_space(
-            config.output_dir, self.engine.trained, steps, config.save_every, config.keep_checkpoints, config.keep_every
+            config.output_dir,
+            self.engine.trained,
+            steps=steps,
+            save_every=config.save_every,
+            keep=config.keep_checkpoints,
+            keep_every=config.keep_every,
         )
 
     def _announce_abandoned(self) -> None:
