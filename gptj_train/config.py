@@ -16,7 +16,7 @@ from gptj_train.schema import PlainText, schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
-from gptj_train.training.trainer import TrainerConfig
+from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
 T = TypeVar("T")

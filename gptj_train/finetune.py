@@ -93,8 +93,8 @@ class Finetune:
             init_from=cfg.init_from,
             engine=cfg.engine,
             optim=cfg.optim,
-            global_batch_size=cfg.global_batch_size,
             micro_batch_size=cfg.micro_batch_size,
+            accumulation=self._accumulation,
             seed=cfg.seed,
             mean_rows=self._mean_rows,
         )
@@ -102,7 +102,8 @@ class Finetune:
         checkpoints = Checkpoints(
             cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
         )
-        Trainer(cfg, engine, task, checkpoints, tracker).train(self._resume_from)
+        trainer = Trainer(config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker)
+        trainer.train(self._resume_from)
         folder = export(
             engine,
             model_files,

@@ -117,7 +117,7 @@ def start(place: Path) -> Iterator[Callable[..., Run]]:
 def stopped_as_told(run: Run, said: str, why: str) -> None:
     message = [line for line in said.splitlines() if line.startswith("stopped: ")]
     assert len(message) == 1, said
-    found = re.fullmatch(rf"stopped: {why}: ended after step (?P<step>\d+) of 1000000, saved", message[0])
+    found = re.fullmatch(rf"stopped: {why}: preempted after step (?P<step>\d+) of 1000000, saved", message[0])
     assert found, message
     assert "Traceback" not in said
     assert int(found["step"]) == run.checkpoint() == run.steps() > run.began_after
@@ -140,9 +140,9 @@ def test_a_stop_file_stops_all_and_bars_the_next_start(start: Callable[..., Run]
     try:
         code, said = run.end()
         assert code == PREEMPTED
-        stopped_as_told(run, said, f"{stop} is there; remove it before you start again")
+        stopped_as_told(run, said, f"found {stop}; remove it before you rerun")
         code, said = start("python").end()
-        assert (code, said) == (2, f"error: {stop} says that this run is to stop; remove it to go on\n")
+        assert (code, said) == (2, f"error: {stop} stops this run; remove it to resume\n")
     finally:
         stop.unlink()
 
@@ -150,9 +150,9 @@ def test_a_stop_file_stops_all_and_bars_the_next_start(start: Callable[..., Run]
 @pytest.mark.parametrize(
     ("level", "number", "code", "why"),
     [
-        (0, signal.SIGTERM, -signal.SIGTERM, "the launcher of rank 0 has gone"),
+        (0, signal.SIGTERM, -signal.SIGTERM, "the launcher of rank 0 has exited"),
         (1, signal.SIGTERM, 1, "SIGTERM reached rank [01]"),
-        (1, signal.SIGKILL, 0, "the launcher of rank 0 has gone"),
+        (1, signal.SIGKILL, 0, "the launcher of rank 0 has exited"),
     ],
     ids=["deepspeed", "its child", "its child killed"],
 )
@@ -196,7 +196,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(start: Callable[..., Run], numbe
     assert code not in (0, PREEMPTED)
     assert "train_step" in (run.folder / "stacks" / "rank_0.txt").read_text()
     if number == signal.SIGSTOP:
-        assert f"error: rank 0 made no progress for 5 s (hang_timeout); where it was: {run.folder}/stacks/" in said
+        assert f"error: rank 0 made no progress for 5 s (hang_timeout); its stacks: {run.folder}/stacks/" in said
 
 
 def test_a_run_of_one_rank_hears_slurm_s_end_and_keeps_secrets_to_itself(start: Callable[..., Run]) -> None:
@@ -207,7 +207,7 @@ def test_a_run_of_one_rank_hears_slurm_s_end_and_keeps_secrets_to_itself(start: 
     run = start("python", "tracking.wandb=offline", "resume=never", SLURM_JOB_END_TIME=soon, **secrets)
     code, said = run.end()
     assert code == PREEMPTED
-    assert re.fullmatch(r"stopped: the Slurm job ends in \d+ s: ended after step 1 of 1000000, saved\n", said)
+    assert re.fullmatch(r"stopped: the Slurm job ends in \d+ s: preempted after step 1 of 1000000, saved\n", said)
     files = [file for file in run.folder.rglob("*") if file.is_file()]
     assert any(file.suffix == ".wandb" for file in files)
     assert [file for file in files if canary.encode() in file.read_bytes()] == []
