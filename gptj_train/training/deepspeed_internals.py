@@ -66,11 +66,6 @@ class Section:
         for piece, offset in zip(self.slices, self.offsets, strict=True):
             yield piece, {kind: buffer.narrow(0, offset, piece.numel) for kind, buffer in buffers.items()}
 
-    def pieces(self, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Slice, dict[str, Tensor]]]:
-        """Yield each slice with the view of each buffer (master, exp_avg, exp_avg_sq) that holds it."""
-        for piece, offset in zip(self.slices, self.offsets, strict=True):
-            yield piece, {kind: buffer.narrow(0, offset, piece.numel) for kind, buffer in buffers.items()}
-
     def share(self, rank: int, world_size: int) -> Iterator[tuple[Slice, int]]:
         """Yield the slices that a rank has to save, with their offsets in the buffer."""
         for piece, offset in zip(self.slices, self.offsets, strict=True):
