@@ -7,7 +7,7 @@ from gptj_train.inference.text_generator import TextGenerator, prompts_in, typed
 from gptj_train.launch.recipe import recipe
 
 
-@recipe(GenerateConfig, one_process=True)
+@recipe(GenerateConfig, primary="generate", one_process=True)
 def main(cfg: GenerateConfig) -> None:
     batches = prompts_in(cfg.prompts, cfg.batch_size) if cfg.prompts is not None else []
     writer = TextGenerator(cfg.checkpoint, cfg.dtype)

@@ -6,7 +6,7 @@ from gptj_train.launch.recipe import recipe
 from gptj_train.launch.run_folder import check_run_folder
 
 
-@recipe(HarnessConfig, one_process=True)
+@recipe(HarnessConfig, primary="harness", one_process=True)
 def main(cfg: HarnessConfig) -> None:
     from gptj_train.inference.lm_eval import run_tasks  # here, so that what is missing is told in a line
 

@@ -9,7 +9,7 @@ from gptj_train.model.lora import with_lora
 from gptj_train.planning import RunPlan, lines
 
 
-@recipe(PlanConfig, one_process=True)
+@recipe(PlanConfig, primary="plan", one_process=True)
 def main(cfg: PlanConfig) -> None:
     model_config = model_config_of(cfg.model, cfg.init_from)
     with torch.device("meta"):
