@@ -23,7 +23,7 @@ from gptj_train.inference.placement import place
 from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
-from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, names_of
+from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, label_names
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.question_answering import QuestionAnswering, build_features
 from gptj_train.tasks.task import Task
@@ -69,7 +69,7 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
     if problem is None:
         # Transformers leaves it open in folders it writes itself, and decides by the number of labels.
         problem = "regression" if model_config.num_labels == 1 else "single_label_classification"
-    names = names_of(model_config)
+    names = label_names(model_config)
     config = ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=None)  # type: ignore[arg-type]
     return Classification(
         validation=labelled_rows(cfg.data.validation, cfg.data.labelled, problem, names, tokenizer, length),
