@@ -143,9 +143,9 @@ class CausalLM:
 def _padding_window(length: int) -> Window:
     """Return a window without targets: every rank needs as many batches of the same shape."""
     return Window(
-        tokens=np.zeros(length, dtype=np.int64),
-        document_ids=np.zeros(length, dtype=np.int64),
-        is_target=np.zeros(length, dtype=np.bool_),
+        np.zeros(length, dtype=np.int64),
+        np.zeros(length, dtype=np.int64),
+        np.zeros(length, dtype=np.bool_),
     )
 
 
