@@ -52,7 +52,7 @@ class Reads(ast.NodeVisitor):
         self._types: Types = {}
         self.found: set[Field] = set()
 
-    def visit_ClassDef(self, node: ast.ClassDef) -> None:  # noqa: N802
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
         outer, self._types = self._types, dict(self._types)
         if node.name in self._schemas:
             self._types["self"] = self._schemas[node.name]
@@ -65,7 +65,7 @@ class Reads(ast.NodeVisitor):
             self.visit(statement)
         self._types = outer
 
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:  # noqa: N802
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
         if node.name == "__post_init__":
             return  # a schema's check of its own values uses none of them
         outer, self._types = self._types, dict(self._types)
@@ -77,7 +77,7 @@ class Reads(ast.NodeVisitor):
         attributes = {name: cls for name, cls in self._types.items() if name.startswith("self.")}
         self._types = outer | attributes if node.name == "__init__" else outer
 
-    def visit_Assign(self, node: ast.Assign) -> None:  # noqa: N802
+    def visit_Assign(self, node: ast.Assign) -> None:
         self.generic_visit(node)
         for target in node.targets:
             pairs = [(target, node.value)]
@@ -88,13 +88,13 @@ class Reads(ast.NodeVisitor):
                 if cls is not None:
                     self._types[ast.unparse(name)] = cls
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:  # noqa: N802
+    def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
         cls = self._type_of(node.value)
         if cls is not None and isinstance(node.ctx, ast.Load) and node.attr in get_type_hints(cls):
             self.found.add(owner(cls, node.attr))
 
-    def visit_Call(self, node: ast.Call) -> None:  # noqa: N802
+    def visit_Call(self, node: ast.Call) -> None:
         self.generic_visit(node)
         # dataclasses.fields(x) stands before a getattr of each field.
         if ast.unparse(node.func) == "fields":

@@ -1,4 +1,4 @@
-"""A plan's arithmetic against what torch counts, and against the sizes of GPT-J 6B."""
+"""The plan's arithmetic equals what torch counts and what GPT-J 6B needs."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def kept_by_autograd(layers: int, recomputed: bool) -> tuple[int, float]:
 
     ids = torch.randint(config.vocab_size, (BATCH, LENGTH))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(ids, labels=ids, use_cache=False)  # alive while its storages are told by address
+        output = model(ids, labels=ids, use_cache=False)  # alive, so that no storage reuses an address
     assert output.loss.requires_grad
     cfg = SimpleNamespace(
         engine=engine(activation_checkpointing=recomputed), micro_batch_size=BATCH, sequence_length=LENGTH
