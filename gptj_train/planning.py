@@ -112,11 +112,10 @@ class RunPlan:
         # MLP, what goes into the activation and what comes out.
         block = 6 * hidden + 2 * inner
         layers = self.model_config.n_layer
+        kept = layers * block
         if cfg.engine.activation_checkpointing:
             # The input of every block, and one block whole while it is recomputed.
             kept = layers * hidden + block
-        else:
-            kept = layers * block
         return kept + self._loss_memory(element, tokens)
 
     def _loss_memory(self, element: int, tokens: int) -> float:
@@ -126,7 +125,7 @@ class RunPlan:
         logits = 8 * min(CHUNK, tokens) * vocabulary
         if "lm_head.weight" not in self.trained:
             return logits
-        # The gradient of the head: summed over the chunks in fp32, and one chunk's.
+        # The gradient of the head: summed over the chunks in fp32, then copied to the weights' precision.
         return logits + (4 + element) * self.model_config.n_embd * vocabulary
 
     def disk(self) -> tuple[int, int, int]:
