@@ -1,4 +1,4 @@
-"""The lm-eval harness finds for our model what it finds for Transformers' through its own adapter."""
+"""The lm-eval harness gives the same results for our model as for Transformers' through its own adapter."""
 
 from __future__ import annotations
 
@@ -88,4 +88,4 @@ def test_the_recipe(folder: Path, tmp_path: Path) -> None:
 
     done = subprocess.run([*command[:3], "tasks=[nothing]"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: tasks: the harness knows no nothing;")
+    assert done.stderr.startswith("error: tasks: the harness has no nothing;")

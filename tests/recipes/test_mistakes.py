@@ -14,9 +14,8 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from gptj_train import GPTJConfig
+from gptj_train import GPTJConfig, finetune
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.training import engine
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "clm.py"
@@ -82,10 +81,10 @@ Command = Callable[..., tuple[int, str]]
 def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Runs recipes/clm.py in this process up to its engine; gives exit code and stderr."""
 
-    def started(*_: object) -> None:
+    def started(**_: object) -> None:
         raise StartedError
 
-    monkeypatch.setattr(engine, "Engine", started)
+    monkeypatch.setattr(finetune, "Engine", started)
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -238,7 +237,7 @@ def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], ca
 
 
 def test_told_to_end_before_it_trains_it_ends_at_once(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "Engine", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+    monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGUSR1))
     assert clm() == (85, "")
 
 

@@ -1,4 +1,4 @@
-"""A plan's arithmetic against what torch counts, and against the sizes of GPT-J 6B."""
+"""The plan's arithmetic equals what torch counts and what GPT-J 6B needs."""
 
 from __future__ import annotations
 

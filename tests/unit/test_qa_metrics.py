@@ -1,4 +1,4 @@
-"""Exact match, F1 and the choice of answers follow SQuAD's official scripts."""
+"""Exact match, F1 and the choice of answers equal those of SQuAD's official scripts."""
 
 from __future__ import annotations
 
@@ -126,13 +126,13 @@ def evaluated(threshold: float | None, null: list[float], places: dict[str, floa
         null_threshold=threshold,
         repeat_context=False,
     )
-    task = QuestionAnswering(features, features, config, seed=0, global_batch_size=4, micro_batch_size=4)
+    task = QuestionAnswering(validation=features, config=config, batch_size=4)
     records: list[Any] = []
     seen = 0
     for rank in range(2):
         for batch in task.evaluation_batches(rank, 2):
-            logits = torch.full(batch["input_ids"].shape, -6.0)
-            for row, number in enumerate(batch.rows):  # type: ignore[attr-defined]
+            logits = torch.full(batch.inputs["input_ids"].shape, -6.0)
+            for row, number in enumerate(batch.source):
                 if number is None:
                     continue
                 seen += 1
@@ -172,12 +172,12 @@ def test_predictions_are_written_as_the_official_scripts_read_them(tmp_path: Pat
 def test_rows_that_fill_a_batch_up_have_no_target_and_padding_comes_last() -> None:
     task = evaluated(0.0, [-5.0], {})
     batches = [batch for rank in range(2) for batch in task.evaluation_batches(rank, 2)]
-    assert sum(map(task.targets, batches)) == len(task._validation)
+    assert sum(task.targets(batch.inputs) for batch in batches) == len(task._validation)
     for batch in batches:
-        mask, end = batch["attention_mask"], batch["end_positions"]
+        mask, end = batch.inputs["attention_mask"], batch.inputs["end_positions"]
         assert (mask[:, 1:] <= mask[:, :-1]).all()
         assert mask.any(dim=1).all()
         for row in range(len(mask)):
             length = int(mask[row].sum())
-            assert end[row] < length or (batch.rows[row] is None and end[row] == mask.shape[1])  # type: ignore[attr-defined]
-            assert (batch["input_ids"][row, length:] == task._validation.padding_id).all()
+            assert end[row] < length or (batch.source[row] is None and end[row] == mask.shape[1])
+            assert (batch.inputs["input_ids"][row, length:] == task._validation.padding_id).all()

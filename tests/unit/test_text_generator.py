@@ -9,7 +9,7 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.inference.text_generator import TextGenerator, prompts_in, sample_from
+from gptj_train.inference.text_generator import TextGenerator, read_prompts, sample_from
 
 PROMPTS = ["Once", "upon a time, a bé", "naïve 🙂 text"]
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
@@ -90,12 +90,12 @@ def test_an_empty_prompt_is_told(folder: Path) -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\nthree\n")
-    assert prompts_in(str(file), 2) == [["one", "two"], ["three"]]
+    assert read_prompts(str(file), 2) == [["one", "two"], ["three"]]
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        prompts_in(str(file), 2)
+        read_prompts(str(file), 2)
     with pytest.raises(ValueError, match="cannot be read"):
-        prompts_in(str(tmp_path / "absent"), 2)
+        read_prompts(str(tmp_path / "absent"), 2)
 
 
 def test_beams_come_out_at_once_and_are_the_models(folder: Path) -> None:
