@@ -30,7 +30,7 @@ SIDES = ("gptj_train", "run_clm")
 
 def ours(tokenizer_folder: str, files: list[str], length: int, cache: str) -> dict[str, float]:
     from gptj_train.data.corpus import prepare
-    from gptj_train.data.sources import DataConfig
+    from gptj_train.data.text_config import DataConfig
     from gptj_train.data.tokenizer import Tokenizer
 
     data = DataConfig(

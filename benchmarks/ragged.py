@@ -41,7 +41,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     from gptj_train.data.packing import ContiguousWindows, Documents
     from gptj_train.data.preparation import open_stores
     from gptj_train.data.sampler import sample_at
-    from gptj_train.data.sources import DataConfig
+    from gptj_train.data.text_config import DataConfig
     from gptj_train.data.tokenizer import Tokenizer
 
     data = DataConfig(

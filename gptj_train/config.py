@@ -7,8 +7,8 @@ from typing import Any, Literal, TypeVar
 
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
-from gptj_train.data.sources import DataConfig
 from gptj_train.data.squad import QADataConfig
+from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig

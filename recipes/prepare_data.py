@@ -2,19 +2,22 @@
 
 from gptj_train.config import PrepareDataConfig
 from gptj_train.data.corpus import prepare
-from gptj_train.data.inspection import shown
+from gptj_train.data.inspection import render_windows
 from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.recipe import recipe
 
 
 @recipe(PrepareDataConfig, one_process=True)
 def main(cfg: PrepareDataConfig) -> None:
-    tokenizer, *_ = build_vocabulary(cfg)
+    tokenizer, _, _ = build_vocabulary(cfg)
     data = prepare(cfg.data, tokenizer, cfg.sequence_length)
-    for name, part in data.parts.items():
-        print(f"{name}\n" + "\n".join(f"  {fact:<17} {value}" for fact, value in part.facts()))
-    if cfg.inspect:
-        print("\n".join(shown(data.train, tokenizer, cfg.inspect, cfg.seed)))
+    for name, split in data.splits.items():
+        print(name)
+        for fact, value in split.facts():
+            print(f"  {fact:<17} {value}")
+    if cfg.inspect > 0:
+        for window in render_windows(data.train, tokenizer, count=cfg.inspect, seed=cfg.seed):
+            print(window)
 
 
 if __name__ == "__main__":

@@ -5,127 +5,194 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from gptj_train.data.files import find_files
 from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
 from gptj_train.data.preparation import open_stores
-from gptj_train.data.sources import DataConfig
 from gptj_train.data.store import TokenStore
+from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
 FORGETTING = "forgetting"
-"""Name of the held-out set that is no part of ``data.validation``."""
+"""Name of the held-out set that is not part of ``data.validation``."""
 
-_LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)
+_LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)  # upper limits, in tokens, of the histogram of document lengths
 
 
 @dataclass
-class Part:
-    """Windows of some files, by component; one under the empty name where components are not told apart."""
+class Split:
+    """The windows of ``data.train``, ``data.validation`` or ``data.forgetting``.
+
+    Attributes:
+        windows: by component; a split that is not divided into components has a single entry with an empty name.
+        skipped: reason -> number of bad records left out.
+        unweighted: components that ``data.weights`` does not name, and that are left out for that reason.
+    """
 
     windows: dict[str, Windows]
     skipped: Counter[str]
-    left_out: list[str]  # components that the weights do not name
+    unweighted: list[str]
 
     def facts(self) -> Iterator[tuple[str, str]]:
-        """What went in and what came out, as lines of a table that accounts for every token."""
-        of_all = list(self.windows.values())
-        documents, size = sum(len(w.documents) for w in of_all), sum(w.documents.bytes for w in of_all)
-        tokens, windows = sum(w.tokens for w in of_all), sum(len(w) for w in of_all)
-        places = sum(len(w) * w.length for w in of_all)
-        full = 1 - sum(w.padding for w in of_all) / max(places, 1)
-        packed = f"{tokens:,} tokens{_lost(of_all)} in {windows:,} windows, {full:.2%} full"
-        without = f"; without {', '.join(self.left_out)}, not in data.weights" if self.left_out else ""
+        """Describe what was read and what was packed, as rows of a table that accounts for every token."""
+        documents = size = tokens = windows = positions = padding = 0
+        for component in self.windows.values():
+            documents += len(component.documents)
+            size += component.documents.bytes
+            tokens += component.tokens
+            windows += len(component)
+            positions += len(component) * component.length
+            padding += component.padding
+        full = 1 - padding / max(positions, 1)
+        packed = f"{tokens:,} tokens{_dropped_text(self.windows.values())} in {windows:,} windows, {full:.2%} full"
+        without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
         yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}{without}"
         if self.skipped:
             yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
-        lengths = np.concatenate([w.documents.lengths for w in of_all])
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
-        counts = np.bincount(np.searchsorted(_LENGTHS, lengths), minlength=len(_LENGTHS) + 1)
-        names = [*(f"up to {length:,}" for length in _LENGTHS), f"above {_LENGTHS[-1]:,}"]
-        shown = (f"{name}: {count / documents:.0%}" for name, count in zip(names, counts, strict=True) if count)
-        yield "tokens a document", ", ".join(shown)
+        yield "tokens a document", self._document_lengths()
         if len(self.windows) > 1:
-            shares = ((name, w.tokens / tokens) for name, w in self.windows.items())
-            yield "components", ", ".join(f"{name} {share:.1%}" for name, share in sorted(shares, key=lambda p: -p[1]))
+            yield "components", self._component_shares(tokens)
+
+    def _document_lengths(self) -> str:
+        """Write the histogram of document lengths; empty bins are left out."""
+        lengths = np.concatenate([component.documents.lengths for component in self.windows.values()])
+        # A length that equals a limit falls into the bin below it.
+        bins = np.searchsorted(_LENGTHS, lengths)
+        counts = np.bincount(bins, minlength=len(_LENGTHS) + 1)
+        shares = []
+        for number, count in enumerate(counts):
+            if count:
+                name = f"up to {_LENGTHS[number]:,}" if number < len(_LENGTHS) else f"above {_LENGTHS[-1]:,}"
+                shares.append(f"{name}: {count / len(lengths):.0%}")
+        return ", ".join(shares)
+
+    def _component_shares(self, tokens: int) -> str:
+        """Write each component's share of the tokens, the largest first."""
+        by_size = sorted(self.windows.items(), key=lambda item: -item[1].tokens)
+        return ", ".join(f"{name} {component.tokens / tokens:.1%}" for name, component in by_size)
 
 
 @dataclass
 class TextData:
-    """What ``prepare`` found: parts by name, ``train`` unless only held-out data were asked for.
+    """The prepared text of a run.
 
-    ``weights`` has a share for each component of ``train``, or is None. With ``isolate`` the documents of a window
-    neither see nor predict each other.
+    Attributes:
+        splits: ``train``, ``validation`` and ``forgetting``, as far as the config names files for them.
+        weights: share of each component of ``train``; None: no mixture.
+        isolate: the documents in a window neither see nor predict each other.
     """
 
-    parts: dict[str, Part]
+    splits: dict[str, Split]
     weights: list[float] | None
     isolate: bool
 
     @property
-    def train(self) -> Part:
-        if "train" not in self.parts:
+    def train(self) -> Split:
+        if "train" not in self.splits:
             raise UserError("data.train is null; give files to train on")
-        return self.parts["train"]
+        return self.splits["train"]
 
     @property
     def held_out(self) -> dict[str, Windows]:
-        """Held-out windows by component, the forgetting set among them."""
-        found = dict(self.parts["validation"].windows) if "validation" in self.parts else {}
-        for windows in self.parts[FORGETTING].windows.values() if FORGETTING in self.parts else ():
-            found[FORGETTING] = windows
-        return found
+        """Held-out windows by component, including the forgetting set."""
+        held_out: dict[str, Windows] = {}
+        if "validation" in self.splits:
+            held_out |= self.splits["validation"].windows
+        if FORGETTING in self.splits:
+            (windows,) = self.splits[FORGETTING].windows.values()
+            held_out[FORGETTING] = windows
+        return held_out
 
 
 def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
-    """Training and held-out windows of ``length`` tokens; the files are all looked for before any is read.
+    """Tokenize and pack all files of the config into windows of ``length`` tokens.
 
     Raises:
-        UserError: see ``find_files`` and ``open_stores``; or weights of components that are not there.
+        UserError: see ``find_files`` and ``open_stores``; or a weight of a component that does not exist, or a split
+            of which nothing can be packed.
     """
     if length < 2:
         raise UserError(f"sequence_length must be at least 2, got {length}")
-    paths = {"train": data.train, "validation": data.validation or None, FORGETTING: data.forgetting or None}
-    files = {name: find_files(given, f"data.{name}") for name, given in paths.items() if given is not None}
-    parts = {}
+    weights = list(data.weights.values()) if data.weights else None
+    # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
+    files = _find_all_files(data)
+    splits = {}
     for name, found in files.items():
         stores = open_stores(found, data, tokenizer)
-        components = {"train": list(data.weights or ()), "validation": component_names(stores)}.get(name)
-        if name == "validation" and FORGETTING in component_names(stores):
+        known = component_names(stores)
+        if name == "validation" and FORGETTING in known:
             raise UserError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
-        parts[name] = part = _part(stores, data, tokenizer, length, components)
-        empty = [component for component, windows in part.windows.items() if not len(windows)]
-        # Held out, a component of few documents may have nothing; but what the weights name must be there.
-        if empty and (name == "train" or len(empty) == len(part.windows)):
-            known = ", ".join(sorted(component_names(stores)))
-            what = (", ".join(empty) or "all of it") + _lost(part.windows.values())
-            raise UserError(f"data.{name}: nothing to pack of {what}; there are {known}")
-    return TextData(parts, list(data.weights.values()) if data.weights else None, data.isolate)
-
-
-def _lost(of_all: Iterable[Windows]) -> str:
-    dropped = sum((windows.dropped for windows in of_all), Counter[str]())
-    return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)
+        if name == "train":
+            components = list(data.weights or ())
+        elif name == "validation":
+            components = known
+        else:
+            components = []
+        splits[name] = _pack(stores, data, tokenizer, length=length, components=components)
+        _check_not_empty(name, splits[name], known)
+    return TextData(splits, weights, data.isolate)
 
 
 def component_names(stores: list[TokenStore]) -> list[str]:
-    """Of all components, in the order of their first document."""
-    return list(dict.fromkeys(name for store in stores for name in store.names))
+    """Return the names of all components, in the order of their first documents."""
+    names: dict[str, None] = {}  # a dict keeps the order, a set does not
+    for store in stores:
+        names |= dict.fromkeys(store.names)
+    return list(names)
 
 
-def _part(
-    stores: list[TokenStore], data: DataConfig, tokenizer: Tokenizer, length: int, components: list[str] | None
-) -> Part:
-    """Windows over stores, for each of some components; None does not tell them apart."""
+def _find_all_files(data: DataConfig) -> dict[str, list[Path]]:
+    files = {}
+    if data.train is not None:
+        files["train"] = find_files(data.train, "data.train")
+    if data.validation:
+        files["validation"] = find_files(data.validation, "data.validation")
+    if data.forgetting:
+        files[FORGETTING] = find_files(data.forgetting, "data.forgetting")
+    return files
+
+
+def _pack(
+    stores: list[TokenStore], data: DataConfig, tokenizer: Tokenizer, *, length: int, components: list[str]
+) -> Split:
+    """Pack each of the components into its own windows; without components, everything together."""
     windows: dict[str, Windows] = {}
     for name in components or [""]:
         documents = Documents(stores, name or None)
+        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
         if data.kind == "text" and data.packing == "contiguous":
             windows[name] = ContiguousWindows(documents, length, tokenizer.end_id)
         else:
             windows[name] = BestFitWindows(documents, length, tokenizer.end_id, supervised=data.kind != "text")
-    left_out = [name for name in component_names(stores) if components and name not in components]
-    return Part(windows, sum((Counter(store.skipped) for store in stores), Counter()), left_out)
+    skipped = Counter[str]()
+    for store in stores:
+        skipped.update(store.skipped)
+    unweighted = []
+    if components:
+        unweighted = [name for name in component_names(stores) if name not in components]
+    return Split(windows, skipped, unweighted)
+
+
+def _check_not_empty(name: str, split: Split, known: list[str]) -> None:
+    empty = [component for component, windows in split.windows.items() if len(windows) == 0]
+    # A held-out component may be empty: it has no curve. A component with a weight may not: it would be sampled.
+    if not empty or (name != "train" and len(empty) < len(split.windows)):
+        return
+    what = ", ".join(empty) or "all of it"  # the only component has no name
+    raise UserError(
+        f"data.{name}: nothing to pack of {what}{_dropped_text(split.windows.values())}; "
+        f"the components are {', '.join(sorted(known))}"
+    )
+
+
+def _dropped_text(components: Iterable[Windows]) -> str:
+    """Write the dropped tokens by reason, each preceded by a comma; nothing where none are dropped."""
+    dropped = Counter[str]()
+    for windows in components:
+        dropped.update(windows.dropped)
+    return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)

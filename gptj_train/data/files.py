@@ -1,4 +1,4 @@
-"""Files of text: found by path, folder or glob, and read line by line whatever compresses them."""
+"""Files of text: found by path, folder or glob, and read line by line, compressed or not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import zstandard
 
@@ -18,36 +19,41 @@ TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
 _NO_DATA = re.compile(r"dataset_info\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
-"""What ``datasets`` writes beside a saved dataset's own files."""
+"""What ``datasets`` writes beside the files of a saved dataset."""
 
 LONGEST_LINE = 256 * 2**20
-"""Bytes; what is longer is no record of text, and would not fit in memory on the way."""
+"""In bytes. A line is held in memory several times over; no record of text is this long."""
 
-_CHUNK = 2**20
-# A block of zstd is at most 128 KiB and at least 4 bytes: so little at once, and no bomb fills the memory.
+_CHUNK = 2**20  # bytes read at once
+# Bytes decompressed at once. A zstd block takes at least 4 bytes and expands to at most 128 KiB, so that 4 KiB of a
+# decompression bomb fill 128 MiB, and no more.
 _ZSTD_CHUNK = 2**12
-_LARGEST_WINDOW = 2**27  # bytes of history that a frame may ask for: zstd --long=27
-_LARGEST_RATIO, _FREE = 1000, 64 * 2**20  # text compresses 3 to 20 times; the first bytes are not judged
+_LARGEST_WINDOW = 2**27  # bytes of history that a frame may require; zstd --long=27 writes such frames
+_LARGEST_RATIO = 1000  # text compresses 3 to 20 times
+_FREE = 64 * 2**20  # decompressed bytes before the ratio is checked: a small file may compress better
 
 
 def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
-    """The files that paths, folders and globs name, in a fixed order.
+    """Find the files that paths, folders and globs name, in a fixed order.
 
     Args:
-        key: the config key the paths came from, for the message.
+        key: the config key that holds the paths, for messages.
 
     Raises:
-        UserError: a path that matches nothing, no path, or a file of another kind.
+        UserError: a path that matches nothing, no path, or a file with another suffix.
     """
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
+        # A path that exists is taken as it is, though it may look like a glob: "run[1].jsonl".
         matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
-        # A ** matches folders and the files inside them: each file counts once.
-        files = dict.fromkeys(file for match in matches for file in _files_at(Path(match), suffixes))
+        files: dict[Path, None] = {}
+        for match in matches:
+            # ** matches folders and the files inside them: each file counts once.
+            files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
             raise UserError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (looked from {Path.cwd()}); "
-                "correct the path; a quickstart's corpus is written by its script, see the preset in configs/config"
+                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); correct the "
+                "path; for the corpus of a quickstart run its script first, see the preset in configs/config"
             )
         found += files
     if not found:
@@ -55,45 +61,57 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     for file in found:
         if not file.name.endswith(suffixes):
             raise UserError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
+        # Opening a named pipe would wait forever.
         if not file.is_file():
             raise UserError(f"{key}: {file} is not a regular file")
     return found
 
 
 def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the path itself, or the files of these kinds in a folder."""
     if not path.is_dir():
         return [path]
-    return sorted(
-        file for file in path.rglob("*") if file.name.endswith(suffixes) and not _NO_DATA.fullmatch(file.name)
-    )
+    files = []
+    for file in path.rglob("*"):
+        if file.name.endswith(suffixes) and not _NO_DATA.fullmatch(file.name):
+            files.append(file)
+    return sorted(files)
 
 
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
-    """The lines of a text file, plain, .gz or .zst, numbered from 1, without their line end.
+    r"""Read the lines of a text file, plain, .gz or .zst, numbered from 1, without their line feed.
+
+    Only ``\n`` ends a line: JSON strings may contain other line separators of Unicode.
 
     Args:
-        progress: told how many bytes of the file have been read since it was last told.
+        progress: called with the number of bytes of the file read since the last call.
 
     Raises:
-        UserError: a line beyond ``LONGEST_LINE``, or a compressed file that is cut off, damaged or a bomb.
+        UserError: a line above ``LONGEST_LINE``, or a compressed file that is cut off, damaged or a bomb.
     """
-    number, parts, size = 1, list[bytes](), 0
+    number = 1
+    # A line may cross chunks. Its parts are joined once: adding bytes to bytes takes quadratic time.
+    parts: list[bytes] = []
+    size = 0
     for chunk in chunks(file, progress):
-        for turn, part in enumerate(chunk.split(b"\n")):
-            if turn:
+        for position, part in enumerate(chunk.split(b"\n")):
+            if position > 0:
+                # A line feed lies between two parts of a chunk, and so ends the line before this part.
                 yield number, b"".join(parts)
-                number, parts, size = number + 1, [], 0
+                number += 1
+                parts = []
+                size = 0
             parts.append(part)
             size += len(part)
             if size > LONGEST_LINE:
                 limit = f"{LONGEST_LINE / 2**20:g} MiB"
                 raise UserError(f"{file}:{number}: the line is longer than {limit}; split the record")
-    if size:
+    if size > 0:
         yield number, b"".join(parts)
 
 
 def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, in pieces of any length. Arguments and errors as ``numbered_lines``."""
+    """Read the bytes of a file, decompressed, in pieces of any length. Arguments and errors as ``numbered_lines``."""
     try:
         with open(file, "rb") as raw:
             watched = _Watched(raw, progress)
@@ -107,16 +125,19 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
                 while chunk := watched.read(_CHUNK):
                     yield chunk
     except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise UserError(f"{file}: damaged, cut off or not unpacked here ({error}); fetch or pack it again") from None
+        raise UserError(
+            f"{file}: damaged, cut off or not supported ({error}); fetch or compress the file again"
+        ) from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from None
 
 
 class _Watched:
-    """A file that tells how much of it is read."""
+    """A file that reports how many bytes are read from it."""
 
-    def __init__(self, raw, progress: Callable[[int], None]) -> None:  # type: ignore[no-untyped-def]
-        self._raw, self._progress = raw, progress
+    def __init__(self, raw: BinaryIO, progress: Callable[[int], None]) -> None:
+        self._raw = raw
+        self._progress = progress
 
     def read(self, size: int = -1) -> bytes:
         chunk = self._raw.read(size)
@@ -125,24 +146,32 @@ class _Watched:
 
 
 def _zstd_chunks(raw: _Watched, file: Path) -> Iterator[bytes]:
-    """All frames of a file. The package's own readers stop silently where a frame is cut off."""
+    """Decompress all frames of a file.
+
+    The readers of the ``zstandard`` package end silently where a frame is cut off.
+    """
     decompressor = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW)
-    frame, ready = None, bytearray()
-    taken = given = 0
+    frame = None
+    ready = bytearray()
+    bytes_in = bytes_out = 0
     while data := raw.read(_CHUNK):
         for start in range(0, len(data), _ZSTD_CHUNK):
             rest = data[start : start + _ZSTD_CHUNK]
             while rest:
-                frame = frame or decompressor.decompressobj()
-                chunk = frame.decompress(rest)
-                taken, given = taken + len(rest), given + len(chunk)
-                if given > _FREE and given > _LARGEST_RATIO * taken:
-                    raise UserError(f"{file}: refused, it unpacks to more than {_LARGEST_RATIO} times its size")
-                ready += chunk
+                if frame is None:
+                    frame = decompressor.decompressobj()
+                decompressed = frame.decompress(rest)
+                bytes_in += len(rest)
+                bytes_out += len(decompressed)
+                if bytes_out > _FREE and bytes_out > _LARGEST_RATIO * bytes_in:
+                    raise UserError(f"{file}: refused, it decompresses to more than {_LARGEST_RATIO} times its size")
+                ready += decompressed
                 rest = b""
                 if frame.eof:
-                    rest, frame = frame.unused_data, None
-                    taken -= len(rest)
+                    # What follows the frame belongs to the next one, and is counted with it.
+                    rest = frame.unused_data
+                    bytes_in -= len(rest)
+                    frame = None
             if len(ready) >= _CHUNK:
                 yield bytes(ready)
                 ready.clear()

@@ -1,4 +1,4 @@
-"""Windows as a person reads them: where documents begin, and what is not to be predicted."""
+"""Windows rendered for reading: where documents begin, and what is not predicted."""
 
 from __future__ import annotations
 
@@ -7,45 +7,54 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gptj_train.data.corpus import Part
+from gptj_train.data.corpus import Split
 from gptj_train.data.packing import PADDING, Window
 from gptj_train.data.sampler import sample_at
 from gptj_train.data.tokenizer import Tokenizer
 
 _DIM, _RESET = "\033[2m", "\033[0m"
 _COLOURS = ("\033[36m", "\033[33m")  # documents in turn
-# Spelt out: a terminal would obey them.
+# Data may contain escape sequences, which a terminal would obey: control characters are written as \x1b.
 _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-def shown(part: Part, tokenizer: Tokenizer, count: int, seed: int) -> Iterator[str]:
-    """``count`` windows of each component, drawn by the seed, with colours on a terminal and without elsewhere.
+def render_windows(split: Split, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[str]:
+    """Render ``count`` random windows of each component, in colours if stdout is a terminal.
 
-    A document begins with ``[1]``, ``[2]``, ...; what is not to be predicted stands in ``{...}``.
+    ``[1]``, ``[2]``, ... begin documents, and ``{...}`` is not predicted.
     """
-    for name, windows in part.windows.items():
+    colours = sys.stdout.isatty()
+    for name, windows in split.windows.items():
         for position in range(min(count, len(windows))):
             index = sample_at(position, len(windows), seed)
             title = f"--- window {index:,} of {len(windows):,} {name}".rstrip()
-            yield f"{title} ---\n{_drawn(windows[index], tokenizer, sys.stdout.isatty())}"
+            yield f"{title} ---\n{_render(windows[index], tokenizer, colours)}"
 
 
-def _drawn(window: Window, tokenizer: Tokenizer, colour: bool) -> str:
-    tokens, owners, targets = window
-    starts = np.flatnonzero((np.diff(owners, prepend=-1) != 0) | (np.diff(targets, prepend=targets[0]) != 0))
-    drawn, owner = [], PADDING
-    for start, end in zip(starts, [*starts[1:], len(tokens)], strict=True):
-        if owners[start] == PADDING:
-            drawn.append(_painted(f"[{end - start:,} of padding]", _DIM, colour))
+def _render(window: Window, tokenizer: Tokenizer, colours: bool) -> str:
+    tokens, document_ids, targets = window
+    # A run of tokens ends where the document or the target flag changes.
+    new_document = np.diff(document_ids, prepend=-1) != 0
+    new_flag = np.diff(targets, prepend=targets[0]) != 0
+    starts = np.flatnonzero(new_document | new_flag)
+    ends = [*starts[1:], len(tokens)]
+    rendered = []
+    current = PADDING
+    for start, end in zip(starts, ends, strict=True):
+        document_id = document_ids[start]
+        if document_id == PADDING:
+            rendered.append(_painted(f"[{end - start:,} of padding]", _DIM, colours))
             continue
-        if owners[start] != owner:
-            owner = owners[start]
-            drawn.append(f"\n[{owner}] ")
+        if document_id != current:
+            current = document_id
+            rendered.append(f"\n[{document_id}] ")
         text = tokenizer.decode_all(tokens[start:end].tolist()).translate(_CONTROL)
-        paint = _COLOURS[owner % 2] if targets[start] else _DIM
-        drawn.append(_painted(text if targets[start] else "{" + text + "}", paint, colour))
-    return "".join(drawn).lstrip("\n")
+        if targets[start]:
+            rendered.append(_painted(text, _COLOURS[document_id % 2], colours))
+        else:
+            rendered.append(_painted("{" + text + "}", _DIM, colours))
+    return "".join(rendered).lstrip("\n")
 
 
-def _painted(text: str, paint: str, colour: bool) -> str:
-    return f"{paint}{text}{_RESET}" if colour else text
+def _painted(text: str, paint: str, colours: bool) -> str:
+    return f"{paint}{text}{_RESET}" if colours else text

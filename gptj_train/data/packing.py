@@ -1,4 +1,4 @@
-"""Documents -> windows of a fixed number of tokens. No token is lost without being counted."""
+"""Pack documents into windows of a fixed number of tokens. Every token that is dropped is counted."""
 
 from __future__ import annotations
 
@@ -13,185 +13,256 @@ import numpy as np
 from gptj_train.data.store import TokenStore
 
 PADDING = 0
-"""Document id of the positions that fill a window up; real documents count from 1 in each window."""
+"""Document id of the padding; the documents of a window count from 1."""
 
 
 class Window(NamedTuple):
-    """tokens, document_ids (T) int64; targets (T) bool: the tokens that are to be predicted."""
+    """One training sample.
+
+    Attributes:
+        tokens: (T) int64.
+        document_ids: (T) int64; each window counts its documents from 1.
+        targets: (T) bool; the tokens that are to be predicted.
+    """
 
     tokens: np.ndarray
     document_ids: np.ndarray
     targets: np.ndarray
 
 
+class Piece(NamedTuple):
+    """A run of tokens of one document, which lies whole in one window."""
+
+    document: int
+    start: int
+    length: int
+
+
 class Documents:
-    """The documents of several stores, or those of one component of them, in their order."""
+    """The documents of several stores in order, or only those of one component.
+
+    Attributes:
+        lengths: (D) int64, tokens of each document.
+        bytes: UTF-8 bytes of all documents.
+    """
 
     def __init__(self, stores: Sequence[TokenStore], component: str | None = None) -> None:
-        """``component``: the name; None takes all."""
+        """``component``: its name; None selects all documents."""
         self._stores = list(stores)
-        starts, lengths, owners = [], [], []
         self.bytes = 0
-        for number, store in enumerate(stores):
-            ends = np.asarray(store.ends)
-            begins = np.concatenate(([0], ends[:-1])) if len(ends) else ends
-            wanted = np.full(len(ends), True)
-            if component is not None:
-                known = store.names.index(component) if component in store.names else -1
-                wanted = np.asarray(store.components) == known
-            starts.append(begins[wanted])
-            lengths.append((ends - begins)[wanted])
-            owners.append(np.full(int(wanted.sum()), number, dtype=np.int32))
-            self.bytes += int(store.bytes[wanted].sum())
-        self._starts, self.lengths, self._owners = (np.concatenate(parts) for parts in (starts, lengths, owners))
+        starts, lengths, owners = [], [], []
+        for number, store in enumerate(self._stores):
+            document_ends = np.asarray(store.ends)
+            document_starts = np.zeros_like(document_ends)
+            document_starts[1:] = document_ends[:-1]
+            selected = _documents_of(store, component)
+            starts.append(document_starts[selected])
+            lengths.append((document_ends - document_starts)[selected])
+            owners.append(np.full(np.count_nonzero(selected), number, dtype=np.int32))
+            self.bytes += int(store.bytes[selected].sum())
+        self.lengths = np.concatenate(lengths)
+        # Where each document begins, and in which of the stores.
+        self._starts = np.concatenate(starts)
+        self._owners = np.concatenate(owners)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def part(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray | bool]:
-        """Token ids and target flags of a stretch of a document."""
-        store, begin = self._stores[self._owners[document]], int(self._starts[document]) + start
-        span = slice(begin, begin + length)
-        return store.tokens[span], True if store.targets is None else store.targets[span]
+        """Return token ids and target flags of a run of a document; the flags are True if all are targets."""
+        store = self._stores[self._owners[document]]
+        first = int(self._starts[document]) + start
+        span = slice(first, first + length)
+        targets = True if store.targets is None else store.targets[span]
+        return store.tokens[span], targets
 
-    def targets_within(self, document: int, length: int) -> bool:
-        """Whether a token after the first one, and among the first ``length``, is to be predicted."""
-        _, flags = self.part(document, 1, min(length, int(self.lengths[document])) - 1)
-        return bool(np.any(flags)) and self.lengths[document] > 1
+    def has_targets_within(self, document: int, length: int) -> bool:
+        """Return whether any of the first ``length`` tokens can be predicted.
+
+        The first token never can: nothing precedes it.
+        """
+        predictable = min(length, int(self.lengths[document])) - 1
+        if predictable < 1:
+            return False
+        _, targets = self.part(document, 1, predictable)
+        return bool(np.any(targets))
+
+
+def _documents_of(store: TokenStore, component: str | None) -> np.ndarray:
+    """Return a mask (D) bool of a store's documents that belong to a component."""
+    if component is None:
+        return np.full(len(store.ends), True)
+    if component not in store.names:
+        return np.full(len(store.ends), False)
+    return np.asarray(store.components) == store.names.index(component)
 
 
 class Windows(ABC):
-    """Windows over documents; ``windows[i]`` is put together when asked for.
+    """A sequence of windows over documents; ``windows[i]`` is put together when it is read.
 
     Attributes:
-        dropped: reason -> tokens in no window.
-        padding: positions that hold no token.
+        documents: what is packed.
+        length: T, tokens of a window.
+        dropped: reason -> number of tokens in no window.
     """
 
     def __init__(self, documents: Documents, length: int, fill: int) -> None:
-        """``length``: T; ``fill``: the id written where there is padding."""
-        self.documents, self.length, self._fill = documents, length, fill
+        """``fill``: token id of the padding."""
+        self.documents = documents
+        self.length = length
+        self._fill = fill
         self.dropped: Counter[str] = Counter()
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
-        """(document, first token, tokens) of what a window holds."""
+    def pieces(self, index: int) -> list[Piece]:
+        """Return the pieces of documents in a window, in order; together at most T tokens."""
 
     @property
     def tokens(self) -> int:
-        """Of the documents, packed or dropped."""
+        """Number of tokens of the documents, packed or dropped."""
         return int(self.documents.lengths.sum())
 
     @property
     def padding(self) -> int:
-        return len(self) * self.length - (self.tokens - self.dropped.total())
+        """Number of positions that hold no token."""
+        packed = self.tokens - self.dropped.total()
+        return len(self) * self.length - packed
 
     def __getitem__(self, index: int) -> Window:
         tokens = np.full(self.length, self._fill, dtype=np.int64)
-        owners = np.full(self.length, PADDING, dtype=np.int64)
+        document_ids = np.full(self.length, PADDING, dtype=np.int64)
         targets = np.full(self.length, False)
         used = 0
-        for owner, (document, start, length) in enumerate(self.pieces(index), start=1):
-            span = slice(used, used + length)
-            tokens[span], targets[span] = self.documents.part(document, start, length)
-            owners[span] = owner
-            used += length
-        return Window(tokens, owners, targets)
+        for document_id, piece in enumerate(self.pieces(index), start=1):
+            span = slice(used, used + piece.length)
+            tokens[span], targets[span] = self.documents.part(*piece)
+            document_ids[span] = document_id
+            used += piece.length
+        return Window(tokens, document_ids, targets)
 
 
 class ContiguousWindows(Windows):
-    """The joined stream of documents, cut every T tokens: only the last window can hold padding.
+    """The concatenated documents, cut every T tokens: only the last window can contain padding.
 
-    A document that crosses a border goes on in the next window as a document of its own, whose attention and
-    positions start afresh.
+    A document that crosses a border counts as another document in the next window: its attention and positions
+    start afresh.
     """
 
     def __init__(self, documents: Documents, length: int, fill: int) -> None:
         super().__init__(documents, length, fill)
+        # Where each document ends in the concatenation.
         self._ends = documents.lengths.cumsum()
 
     def __len__(self) -> int:
         return -(-self.tokens // self.length)
 
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
-        at, end = index * self.length, min((index + 1) * self.length, self.tokens)
+    def pieces(self, index: int) -> list[Piece]:
+        at = index * self.length
+        window_end = min(at + self.length, self.tokens)
+        # The first document that ends after ``at``. Empty documents, which end where they begin, are passed over.
         document = int(np.searchsorted(self._ends, at, side="right"))
-        found = []
-        while at < end:
-            begin = int(self._ends[document] - self.documents.lengths[document])
-            upto = min(int(self._ends[document]), end)
-            if upto > at:
-                found.append((document, at - begin, upto - at))
-            at, document = upto, document + 1
-        return found
+        pieces = []
+        while at < window_end:
+            document_end = int(self._ends[document])
+            document_start = document_end - int(self.documents.lengths[document])
+            piece_end = min(document_end, window_end)
+            if piece_end > at:
+                pieces.append(Piece(document, at - document_start, piece_end - at))
+            at = piece_end
+            document += 1
+        return pieces
 
 
 class BestFitWindows(Windows):
-    """Whole documents, each in the window that it fills best (best-fit decreasing); none that fits is cut.
+    """Whole documents, each in the window that it fills best (best-fit decreasing).
 
-    A longer document of plain text is cut every T tokens, and its last piece packed. A longer example of
-    supervised text keeps its first T tokens; one that has no target among them is left out.
+    No document that fits a window is cut. Longer plain text is cut every T tokens, and its pieces are packed. A
+    longer example (a prompt with its response, or a chat) keeps its first T tokens; an example without a target
+    among them is dropped.
     """
 
-    def __init__(self, documents: Documents, length: int, fill: int, supervised: bool) -> None:
+    def __init__(self, documents: Documents, length: int, fill: int, *, supervised: bool) -> None:
+        """``supervised``: the documents are examples."""
         super().__init__(documents, length, fill)
-        pieces = self._supervised_pieces() if supervised else self._text_pieces()
-        order = np.argsort(-pieces[:, 2], kind="stable")
-        window_of = _best_fit(pieces[order, 2].tolist(), length)
+        pieces = self._cut_examples() if supervised else self._cut_text()
+        # Longest first, which best fit needs; stable sorts, so that the packing is the same on every machine.
+        longest_first = pieces[np.argsort(-pieces[:, 2], kind="stable")]
+        window_of = _best_fit(longest_first[:, 2].tolist(), length)
+        windows = window_of.max(initial=-1) + 1
         by_window = np.argsort(window_of, kind="stable")
-        self._pieces = pieces[order][by_window]
-        self._starts = np.searchsorted(window_of[by_window], np.arange(window_of.max(initial=-1) + 2))
+        self._pieces = longest_first[by_window]
+        # Window i holds the pieces from _first_piece[i] up to _first_piece[i + 1].
+        self._first_piece = np.searchsorted(window_of[by_window], np.arange(windows + 1))
 
     def __len__(self) -> int:
-        return len(self._starts) - 1
+        return len(self._first_piece) - 1
 
-    def pieces(self, index: int) -> list[tuple[int, int, int]]:
-        return [tuple(piece) for piece in self._pieces[self._starts[index] : self._starts[index + 1]].tolist()]
+    def pieces(self, index: int) -> list[Piece]:
+        rows = self._pieces[self._first_piece[index] : self._first_piece[index + 1]]
+        return [Piece(*row) for row in rows.tolist()]
 
-    def _text_pieces(self) -> np.ndarray:
-        """(P, 3) document, first token, tokens."""
+    def _cut_text(self) -> np.ndarray:
+        """Return (P, 3): document, start and length of each piece."""
         lengths = self.documents.lengths
-        counts = -(-lengths // self.length)
-        document = np.repeat(np.arange(len(lengths)), counts)
-        number = np.arange(len(document)) - np.repeat(counts.cumsum() - counts, counts)
+        pieces_of = -(-lengths // self.length)
+        document = np.repeat(np.arange(len(lengths)), pieces_of)
+        # Number the pieces within their documents: the running number, less that of the document's first piece.
+        first_piece_of = pieces_of.cumsum() - pieces_of
+        number = np.arange(len(document)) - np.repeat(first_piece_of, pieces_of)
         start = number * self.length
-        return np.stack((document, start, np.minimum(lengths[document] - start, self.length)), axis=1)
+        length = np.minimum(lengths[document] - start, self.length)
+        return np.stack((document, start, length), axis=1)
 
-    def _supervised_pieces(self) -> np.ndarray:
+    def _cut_examples(self) -> np.ndarray:
+        """Return (P, 3) as ``_cut_text``, and count what is dropped."""
         lengths = self.documents.lengths
-        learnable = np.array([self.documents.targets_within(i, self.length) for i in range(len(lengths))], dtype=bool)
-        kept = np.flatnonzero(learnable)
-        self.dropped["nothing to predict within sequence_length"] = int(lengths[~learnable].sum())
-        self.dropped["beyond sequence_length"] = int((lengths[kept] - self.length).clip(min=0).sum())
-        return np.stack((kept, np.zeros_like(kept), np.minimum(lengths[kept], self.length)), axis=1)
+        kept = np.zeros(len(lengths), dtype=bool)
+        for document in range(len(lengths)):
+            kept[document] = self.documents.has_targets_within(document, self.length)
+        document = np.flatnonzero(kept)
+        beyond = (lengths[document] - self.length).clip(min=0)
+        self.dropped["nothing to predict within sequence_length"] = int(lengths[~kept].sum())
+        self.dropped["beyond sequence_length"] = int(beyond.sum())
+        return np.stack((document, np.zeros_like(document), lengths[document] - beyond), axis=1)
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
-    """Window of each piece, in their order: the one with the least room that will do, or a new one.
+    """Assign pieces to windows: each to the one with the least room that suffices, or else to a new one.
+
+    It needs at most about 11/9 of the fewest possible windows (Johnson, 1973).
 
     Args:
-        lengths: from the longest to the shortest, none above ``capacity``.
+        lengths: of the pieces, from the longest to the shortest, none above ``capacity``.
+
+    Returns:
+        (P) int64, the window of each piece.
     """
     window_of = np.empty(len(lengths), dtype=np.int64)
-    with_room: dict[int, list[int]] = {}  # room -> windows
-    rooms: list[int] = []  # the keys of with_room, sorted
+    # Open windows by the room that they have left. There are at most ``capacity`` rooms, however many windows: a
+    # sorted list of rooms stays short, and the search takes log2(capacity) steps.
+    windows_with: dict[int, list[int]] = {}
+    rooms: list[int] = []
     opened = 0
     for piece, length in enumerate(lengths):
         at = bisect_left(rooms, length)
         if at == len(rooms):
-            window, room, opened = opened, capacity, opened + 1
+            window, room = opened, capacity
+            opened += 1
         else:
             room = rooms[at]
-            window = with_room[room].pop()
-            if not with_room[room]:
-                del with_room[room], rooms[at]
+            window = windows_with[room].pop()
+            if not windows_with[room]:
+                del windows_with[room]
+                del rooms[at]
         window_of[piece] = window
-        if left := room - length:
-            if left not in with_room:
-                with_room[left] = []
-                insort(rooms, left)
-            with_room[left].append(window)
+        left = room - length
+        if left == 0:
+            continue
+        if left not in windows_with:
+            windows_with[left] = []
+            insort(rooms, left)
+        windows_with[left].append(window)
     return window_of

@@ -2,15 +2,15 @@
 
 A store is a folder of
 
-* ``tokens.bin``: the ids of all documents one after the other, uint16 where they fit, else uint32;
-* ``targets.bin``: a byte for each of them, 1 where it is to be predicted; absent where all are;
+* ``tokens.bin``: the token ids of all documents, concatenated; uint16 where they fit, else uint32;
+* ``targets.bin``: a byte for each token, 1 if it is to be predicted; absent if all are;
 * ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
-* ``store.json``: the counts, sizes, and the names of the components. It comes last: a folder without it is none.
+* ``store.json``: dtype, component names, skipped records and file sizes. It is written last: a folder without it is
+  not a store.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -19,15 +19,16 @@ from typing import Any
 
 import numpy as np
 
-from gptj_train.data.sources import Segment
+from gptj_train.data.records import Segment
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
 FORMAT = 2
-"""Raise when reading or tokenizing changes what it writes, so that no old store is taken for a new one."""
+"""Part of every store's name: raise it if reading or tokenizing changes, so that no old store is reused."""
 
 _DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16)])
-_MOST_COMPONENTS = 2**16
+_MOST_COMPONENTS = 2**16  # what uint16 can count
+# Enough text to keep all cores busy; a few times as many bytes of memory.
 _CHARACTERS_AT_ONCE = 4_000_000
 
 
@@ -35,27 +36,33 @@ class TokenStore:
     """The documents of one file.
 
     Attributes:
-        tokens: (N) unsigned, memory-mapped.
-        targets: (N) bool, memory-mapped; None where every token is to be predicted.
+        tokens: (N) uint16 or uint32, memory-mapped.
+        targets: (N) bool, memory-mapped; None if every token is to be predicted.
         ends: (D) int64, one past the last token of each document.
-        bytes: (D) int64, of its text.
-        components: (D) uint16, numbers of names in ``names``.
-        skipped: reason -> records left out.
+        bytes: (D) int64, UTF-8 bytes of each document's text.
+        components: (D) uint16, index of each document's component in ``names``.
+        names: of the components, in the order of their first documents.
+        skipped: reason -> number of records left out.
     """
 
     def __init__(self, folder: Path) -> None:
-        told = json.loads((folder / "store.json").read_text())
+        metadata = json.loads((folder / "store.json").read_text())
+        self.names: list[str] = metadata["components"]
+        self.skipped: dict[str, int] = metadata["skipped"]
+        self.tokens = _mapped(folder / "tokens.bin", np.dtype(metadata["dtype"]))
+        targets = folder / "targets.bin"
+        self.targets = _mapped(targets, np.dtype(np.bool_)) if targets.exists() else None
         documents = _mapped(folder / "documents.bin", _DOCUMENT)
-        self.tokens = _mapped(folder / "tokens.bin", np.dtype(told["dtype"]))
-        flags = folder / "targets.bin"
-        self.targets = _mapped(flags, np.dtype(np.bool_)) if flags.exists() else None
-        self.ends, self.bytes, self.components = documents["end"], documents["bytes"], documents["component"]
-        self.names: list[str] = told["components"]
-        self.skipped: dict[str, int] = told["skipped"]
+        self.ends = documents["end"]
+        self.bytes = documents["bytes"]
+        self.components = documents["component"]
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Whether there is a whole one: its files have the sizes that they were given."""
+        """Return whether there is a complete store: all files have the sizes that store.json gives.
+
+        Clusters that delete old files may leave a part of one.
+        """
         try:
             sizes = json.loads((folder / "store.json").read_text())["bytes"]
             return all((folder / name).stat().st_size == size for name, size in sizes.items())
@@ -64,61 +71,82 @@ class TokenStore:
 
 
 def write_store(
-    folder: Path, segments: Iterable[Segment], skipped: Counter[str], tokenizer: Tokenizer, all_targets: bool
+    folder: Path, segments: Iterable[Segment], tokenizer: Tokenizer, *, skipped: Counter[str], all_targets: bool
 ) -> None:
-    """Tokenize the documents of a file into a folder that exists and is empty. Memory does not grow with the file.
+    """Tokenize the documents of a file into an empty folder. Memory does not grow with the file.
 
     Args:
-        skipped: filled while the segments are read.
-        all_targets: every token is to be predicted; no flags are written.
+        skipped: reason -> records left out; it may be filled while the segments are read.
+        all_targets: every token is to be predicted: no targets.bin is written.
+
+    Raises:
+        UserError: too many components.
     """
-    dtype = np.uint16 if tokenizer.largest_id < 2**16 else np.uint32
-    names: dict[str, int] = {}
-    end = size = 0
-    with contextlib.ExitStack() as stack:
-        tokens, targets, documents = (
-            stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in ("tokens", "targets", "documents")
-        )
+    dtype = np.dtype(np.uint16 if tokenizer.largest_id < 2**16 else np.uint32)
+    components: dict[str, int] = {}
+    with (
+        open(folder / "tokens.bin", "wb") as token_file,
+        open(folder / "targets.bin", "wb") as target_file,
+        open(folder / "documents.bin", "wb") as document_file,
+    ):
+        end = 0  # of the tokens so far
+        size = 0  # bytes of the current document so far
         for batch in _batches(segments):
-            rows = []
-            for segment, ids in zip(batch, _encoded(batch, tokenizer), strict=True):
-                ids += [tokenizer.end_id] if segment.last else []
-                np.array(ids, dtype=dtype).tofile(tokens)
-                if not all_targets:
-                    np.full(len(ids), segment.target).tofile(targets)
-                end, size = end + len(ids), size + len(segment.text.encode())
+            documents = []
+            for segment, ids in zip(batch, _encode(batch, tokenizer), strict=True):
                 if segment.last:
-                    rows.append((end, size, names.setdefault(segment.component, len(names))))
+                    ids.append(tokenizer.end_id)
+                np.array(ids, dtype=dtype).tofile(token_file)
+                if not all_targets:
+                    np.full(len(ids), segment.target).tofile(target_file)
+                end += len(ids)
+                size += len(segment.text.encode())
+                if segment.last:
+                    component = components.setdefault(segment.component, len(components))
+                    documents.append((end, size, component))
                     size = 0
-            if len(names) > _MOST_COMPONENTS:
+            if len(components) > _MOST_COMPONENTS:
                 raise UserError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
-            np.array(rows, dtype=_DOCUMENT).tofile(documents)
+            np.array(documents, dtype=_DOCUMENT).tofile(document_file)
     if all_targets:
         (folder / "targets.bin").unlink()
-    sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-    told: dict[str, Any] = {
-        "dtype": np.dtype(dtype).name, "components": list(names), "skipped": dict(skipped), "bytes": sizes
-    }  # fmt: skip
-    (folder / "store.json").write_text(json.dumps(told) + "\n")
+    metadata: dict[str, Any] = {
+        "dtype": dtype.name,
+        "components": list(components),
+        # Only now, when all segments have been read, are the skipped records complete.
+        "skipped": dict(skipped),
+        "bytes": {path.name: path.stat().st_size for path in folder.iterdir()},
+    }
+    (folder / "store.json").write_text(json.dumps(metadata) + "\n")
 
 
 def _batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
-    batch, characters = [], 0
+    """Group segments into batches of about ``_CHARACTERS_AT_ONCE``."""
+    batch: list[Segment] = []
+    characters = 0
     for segment in segments:
         batch.append(segment)
         characters += len(segment.text)
         if characters > _CHARACTERS_AT_ONCE:
             yield batch
-            batch, characters = [], 0
+            batch = []
+            characters = 0
     if batch:
         yield batch
 
 
-def _encoded(batch: list[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    texts = iter(tokenizer.encode_texts([segment.text for segment in batch if not segment.template]))
+def _encode(batch: list[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    """Tokenize segments: special tokens count as such in a template, and are plain text in data."""
+    data = [segment.text for segment in batch if not segment.template]
+    ids_of_data = iter(tokenizer.encode_texts(data))
     for segment in batch:
-        yield tokenizer.encode(segment.text) if segment.template else next(texts)
+        if segment.template:
+            yield tokenizer.encode(segment.text)
+        else:
+            yield next(ids_of_data)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
-    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)  # an empty file cannot be mapped
+    return np.memmap(path, dtype, "r")

@@ -1,4 +1,4 @@
-"""Byte-level BPE: load GPT-J's own or any tokenizer.json, or train one."""
+"""The tokenizer, a byte-level BPE: loaded from a tokenizer.json or from GPT-2's two files, or trained."""
 
 from __future__ import annotations
 
@@ -24,51 +24,58 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 class Tokenizer:
-    """A ``tokenizers`` tokenizer with the end-of-text id that separates documents."""
+    """A ``tokenizers`` tokenizer with an EOS token, which ends every document.
+
+    Attributes:
+        end_of_text: the EOS token, "<|endoftext|>" in GPT-J.
+        end_id: its id.
+    """
 
     def __init__(self, backend: Backend, end_of_text: str = END_OF_TEXT) -> None:
         end_id = backend.token_to_id(end_of_text)
         if end_id is None:
             raise UserError(f"the tokenizer has no {end_of_text!r} token to end documents with")
-        # A tokenizer.json may ask for either; documents are never cut or filled up.
+        # A tokenizer.json may ask for both, but documents are packed as they are.
         backend.no_truncation()
         backend.no_padding()
-        self.end_of_text, self.end_id = end_of_text, end_id
+        self.end_of_text = end_of_text
+        self.end_id = end_id
         self._backend = backend
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """From a tokenizer.json, or a folder with that or with vocab.json and merges.txt.
+        """Load a tokenizer.json, or a folder with that or with vocab.json and merges.txt.
 
         Raises:
-            UserError: nothing readable there.
+            UserError: no readable tokenizer there.
         """
         path = Path(path)
         try:
             for file in (path, *(path / name for name in _FILES)):
-                if file.exists() and not (file.is_file() or file.is_dir()):  # a pipe would be waited for without end
+                # Opening a named pipe would wait forever.
+                if file.exists() and not (file.is_file() or file.is_dir()):
                     raise UserError(f"{file.name} is not a regular file")
             if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
                 return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
             file = path / "tokenizer.json" if path.is_dir() else path
-            return cls(Backend.from_str(file.read_text(encoding="utf-8")), _end_of_text(file.parent))
+            return cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # the backend raises bare Exceptions, and panics are not even that
+        except BaseException as error:  # the backend raises plain Exceptions, and its panics are BaseExceptions
             raise UserError(
                 f"tokenizer {path}: {error}; give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
             ) from None
 
     @classmethod
     def choose(cls, path: str | None, init_from: str | None) -> Tokenizer:
-        """The one named, or the one that came with the initial weights."""
+        """Load the tokenizer at ``path``, or else the one in the folder of the initial weights."""
         if path is None and init_from is None:
             raise UserError("tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER with one inside")
         return cls.load(path if path is not None else str(init_from))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """A byte-level BPE of at most ``vocab_size`` entries; id 0 ends documents."""
+        """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0."""
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
@@ -79,28 +86,39 @@ class Tokenizer:
         backend.train_from_iterator(texts, trainer)
         return cls(backend)
 
-    def with_added_tokens(self, words: Iterable[AddedToken], rows: int) -> tuple[Tokenizer, dict[int, list[int]]]:
-        """The tokenizer with words added in spare rows of an embedding of ``rows``; those it knows stay.
+    @classmethod
+    def from_json(cls, text: str, end_of_text: str) -> Tokenizer:
+        """Make the tokenizer that ``to_json`` describes."""
+        return cls(Backend.from_str(text), end_of_text)
+
+    def to_json(self) -> str:
+        """Return the content of a tokenizer.json."""
+        return self._backend.to_str()
+
+    def with_added_tokens(self, tokens: Iterable[AddedToken], rows: int) -> tuple[Tokenizer, dict[int, list[int]]]:
+        """Give tokens that the tokenizer lacks unused rows of an embedding of ``rows``.
 
         Returns:
-            It, and for each row that is to start from the mean of others those others' ids.
+            The extended tokenizer; and for each new row that is initialized from others, the ids of those, of whose
+            rows it is the mean.
 
         Raises:
-            UserError: more words than spare rows.
+            UserError: more tokens than unused rows.
         """
-        words = list(words)
-        backend, places = unused_rows.with_added_tokens(self._backend, [word.name for word in words], rows)
-        means = {
-            places[word.name]: [number for like in word.like for number in self.encode(like)]
-            for word in words
-            if word.like and word.name in places
-        }
-        return Tokenizer(backend, self.end_of_text), means
+        tokens = list(tokens)
+        backend, places = unused_rows.with_added_tokens(self._backend, [token.name for token in tokens], rows)
+        mean_rows = {}
+        for token in tokens:
+            # A token that the tokenizer had before keeps its row, which may be trained by now.
+            if token.like and token.name in places:
+                # By this tokenizer, without the added tokens: one of them has no row yet to take the mean of.
+                mean_rows[places[token.name]] = [number for word in token.like for number in self.encode(word)]
+        return Tokenizer(backend, self.end_of_text), mean_rows
 
     def pad_id(self, rows: int) -> int:
-        """What fills up batches: a row of the embedding that no word uses, or the end of text without one."""
-        spare = unused_rows.pad_row(self._backend, rows)
-        return self.end_id if spare is None else spare
+        """Return the id of the padding token: the last unused row of the embedding, or EOS if all are used."""
+        unused = unused_rows.pad_row(self._backend, rows)
+        return self.end_id if unused is None else unused
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -109,21 +127,13 @@ class Tokenizer:
     def largest_id(self) -> int:
         return max(self._backend.get_vocab().values())
 
-    def to_json(self) -> str:
-        """A tokenizer.json, from which ``from_json`` makes this tokenizer again."""
-        return self._backend.to_str()
-
-    @classmethod
-    def from_json(cls, text: str, end_of_text: str) -> Tokenizer:
-        return cls(Backend.from_str(text), end_of_text)
-
     @property
     def digest(self) -> str:
-        """sha256 of all that determines the ids."""
+        """The sha256 of everything that determines the ids."""
         return hashlib.sha256((self._backend.to_str() + self.end_of_text).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises UserError when an id has no row in an embedding of ``vocab_size`` rows."""
+        """Raise UserError if an id has no row in an embedding of ``vocab_size`` rows."""
         if self.largest_id >= vocab_size:
             raise UserError(
                 f"the tokenizer has ids up to {self.largest_id}, but the model's vocab_size is {vocab_size}; "
@@ -131,54 +141,63 @@ class Tokenizer:
             )
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a prompt; special tokens in the text count as such."""
+        """Encode a prompt; special tokens in the text count as such."""
         self._backend.encode_special_tokens = False
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of texts, on all cores; what spells a special token stays text."""
+        """Encode data on all cores; text that spells a special token is plain text."""
         if self._fast_bpe is not None:
-            with contextlib.suppress(ValueError):  # of tiktoken: a million blanks in a row are too many for it
+            # tiktoken fails on a few texts, such as a million spaces in a row.
+            with contextlib.suppress(ValueError):
                 return self._fast_bpe.encode_texts(texts)
         self._backend.encode_special_tokens = True
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """As ``encode_texts``, each ended by ``end_id``."""
+        """Encode data as ``encode_texts``, and end each text with the EOS token."""
         return [[*ids, self.end_id] for ids in self.encode_texts(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
-        """Ids (T) of a text, all of it taken as text, and the characters (T, 2) of each: first, and past the last.
+        """Encode data, and find the characters of each token.
 
-        Counted from the bytes that the ids stand for, so that no setting of the tokenizer shifts them. A
-        character that is cut into several tokens belongs to each of them.
+        The offsets are counted from the bytes that the ids stand for, so that no setting of the tokenizer shifts
+        them. A character that is split between tokens belongs to each of them.
+
+        Returns:
+            ids (T) int64, and offsets (T, 2) int64: each token's first character, and one past its last.
 
         Raises:
             UserError: a tokenizer whose ids do not stand for exactly the bytes of the text.
         """
         self._backend.encode_special_tokens = True
         ids = np.array(self._backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
-        ends = self.bytes_per_token[ids].cumsum()
-        width_of_character = [len(character.encode()) for character in text]
-        character_of_byte = np.arange(len(text)).repeat(width_of_character)
-        if len(character_of_byte) != (ends[-1] if len(ids) else 0):
+        sizes = self.bytes_per_token[ids]
+        ends = sizes.cumsum()
+        starts = ends - sizes
+        bytes_per_character = [len(character.encode()) for character in text]
+        character_of_byte = np.arange(len(text)).repeat(bytes_per_character)
+        if len(character_of_byte) != sizes.sum():
             raise UserError(
-                "the tokenizer changes the text or is not byte-level, so that answers cannot be placed; "
+                "the tokenizer changes the text or is not byte-level, so answers cannot be located in it; "
                 "use GPT-J's own, or one without normalizer and prefix space"
             )
-        starts = ends - self.bytes_per_token[ids]
-        return ids, np.stack((character_of_byte[starts], character_of_byte[ends - 1] + 1), axis=1)
+        first = character_of_byte[starts]
+        last = character_of_byte[ends - 1]
+        return ids, np.stack((first, last + 1), axis=1)
 
     def decode(self, ids: list[int]) -> str:
+        """Decode ids without special tokens."""
         return self._backend.decode(ids, skip_special_tokens=True)
 
     def decode_all(self, ids: list[int]) -> str:
-        """As ``decode``, special tokens spelt out."""
+        """Decode ids with special tokens spelled out."""
         return self._backend.decode(ids, skip_special_tokens=False)
 
     @cached_property
     def special_tokens(self) -> dict[str, int]:
-        """Id of each token that stands for no text."""
+        """Special tokens -> their ids."""
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
@@ -189,40 +208,48 @@ class Tokenizer:
     @cached_property
     def bytes_per_token(self) -> np.ndarray:
         """(largest_id + 1) int64: the UTF-8 bytes that each id stands for; 0 for special tokens."""
+        added = {}
+        for token in self._backend.get_added_tokens_decoder().values():
+            added[token.content] = 0 if token.special else len(token.content.encode())
         sizes = np.zeros(self.largest_id + 1, dtype=np.int64)
-        added = self._backend.get_added_tokens_decoder().values()
-        spelt_out = {token.content: 0 if token.special else len(token.content.encode()) for token in added}
-        for token, number in self._backend.get_vocab().items():
-            # The byte-level alphabet writes every byte as one character; added tokens stand as they are.
-            sizes[number] = spelt_out.get(token, len(token))
+        for text, number in self._backend.get_vocab().items():
+            # The byte-level alphabet writes each byte as one character; added tokens are written as they are.
+            sizes[number] = added.get(text, len(text))
         return sizes
 
     def save(self, folder: Path, rows: int | None = None) -> None:
-        """Write the three files that Transformers reads a tokenizer from.
+        """Write the three files from which Transformers loads a tokenizer.
 
         Args:
-            rows: of the model's embedding; each gets an entry, as other runtimes ask for, and a spare one pads.
+            rows: of the model's embedding; each gets an entry, and the last unused one is the padding token. None:
+                only the tokenizer's own entries, and no padding token.
+
+        Raises:
+            OSError: a full disk.
         """
+        # The setting is saved: Transformers should encode prompts as ``encode`` does.
         self._backend.encode_special_tokens = False
-        backend = self._backend if rows is None else unused_rows.filled(self._backend, rows)
+        backend = self._backend
+        special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end_of_text)
+        if rows is not None:
+            backend = unused_rows.with_all_rows_named(backend, rows)
+            special_tokens["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))
         try:
             backend.save(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers has no class of its own for a full disk
+        except Exception as error:  # tokenizers has no exception class for it
             raise OSError(str(error)) from None
-        names = {"bos_token": self.end_of_text, "eos_token": self.end_of_text, "unk_token": self.end_of_text}
-        if rows is not None:
-            names["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))
         config = {
-            **names,
+            **special_tokens,
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "special_tokens_map.json").write_text(json.dumps(names, indent=2) + "\n")
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
 
 
 def _byte_level(model: models.BPE) -> Backend:
+    """Make the tokenizer of GPT-2 around a BPE model."""
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -230,10 +257,12 @@ def _byte_level(model: models.BPE) -> Backend:
     return backend
 
 
-def _end_of_text(folder: Path) -> str:
+def _eos_token(folder: Path) -> str:
+    """Return the EOS token that tokenizer_config.json names, as a string or in a dictionary."""
     try:
         token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
     except (OSError, ValueError, AttributeError):
         return END_OF_TEXT
-    token = token.get("content") if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        token = token.get("content")
     return token if isinstance(token, str) else END_OF_TEXT

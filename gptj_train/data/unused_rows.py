@@ -1,7 +1,8 @@
-"""The rows of the embedding that no word uses: they are renamed, never removed or added to.
+"""Unused embedding rows: rows of the embedding matrix without a token of the vocabulary.
 
-GPT-2's tokenizer has 50257 entries and GPT-J 50400 rows, the rest called ``<|extratoken_1|>`` to
-``<|extratoken_143|>``. The last of them pads; new words take the first.
+GPT-2's tokenizer has 50257 entries and GPT-J's embedding 50400 rows; the other 143 are called ``<|extratoken_1|>`` to
+``<|extratoken_143|>``. The last unused row is the padding token, and added tokens take the first ones. The embedding
+is never resized.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from tokenizers import Tokenizer as Backend
 
 from gptj_train.errors import UserError
 
-_SPARE = re.compile(r"<\|extratoken_\d+\|>")
+_UNUSED = re.compile(r"<\|extratoken_\d+\|>")
+_PLAIN = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}  # of an added token
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A word to be added, and the words the mean of whose rows it starts from; none: the row stays as it is."""
+    """A token to add, and the words whose rows it is initialized from: by their mean. Without any its row is kept."""
 
     name: str
     like: tuple[str, ...] = ()
 
     @classmethod
     def parse(cls, text: str) -> AddedToken:
-        """From ``NAME`` or ``NAME = WORD WORD ...``.
+        """Parse ``NAME`` or ``NAME = WORD WORD ...``.
 
         Raises:
             UserError: no name.
@@ -38,54 +40,58 @@ class AddedToken:
 
 
 def unused_rows(backend: Backend, rows: int) -> list[int]:
-    """Rows without a word of their own, in order."""
-    named = {number for word, number in backend.get_vocab().items() if not _SPARE.fullmatch(word)}
-    return [row for row in range(rows) if row not in named]
+    """Return the unused ones of an embedding's rows, in order."""
+    used = {number for token, number in backend.get_vocab().items() if not _UNUSED.fullmatch(token)}
+    return [row for row in range(rows) if row not in used]
 
 
 def pad_row(backend: Backend, rows: int) -> int | None:
-    """The spare row that pads: the last one, None when every row has a word."""
+    """Return the last unused row, which is the padding token; None if all rows are used."""
     return max(unused_rows(backend, rows), default=None)
 
 
 def with_added_tokens(backend: Backend, names: list[str], rows: int) -> tuple[Backend, dict[str, int]]:
-    """The tokenizer with these words in its first spare rows, and where they are; it knows some already.
+    """Give tokens that the tokenizer lacks its first unused rows.
 
-    Text that spells a new word becomes that one id, and is decoded to it again.
+    Text that spells an added token is encoded as its single id.
+
+    Returns:
+        The extended tokenizer, and the row of each token that is new to it.
 
     Raises:
-        UserError: more words than spare rows, of which the last stays for padding.
+        UserError: more new tokens than unused rows, of which the last one stays for padding.
     """
     new = [name for name in dict.fromkeys(names) if backend.token_to_id(name) is None]
     if not new:
         return backend, {}
-    backend = filled(backend, rows)
-    spare = unused_rows(backend, rows)[:-1]
-    if len(new) > len(spare):
+    backend = with_all_rows_named(backend, rows)
+    free = unused_rows(backend, rows)[:-1]  # the last one is for padding
+    if len(new) > len(free):
         raise UserError(
-            f"add_tokens: {len(new)} new words, but the vocabulary of {rows} has {len(spare)} spare rows "
-            "(one more pads); add fewer"
+            f"add_tokens: {len(new)} new tokens, but the vocabulary of {rows} has {len(free)} unused rows "
+            "(besides the one for padding); add fewer"
         )
-    places = dict(zip(new, spare, strict=False))
-    return _renamed(backend, {row: (name, False) for name, row in places.items()}), places
+    places = dict(zip(new, free, strict=False))
+    # Not special: special tokens are plain text in data, and added tokens are meant to be used there.
+    return _with_names(backend, {row: name for name, row in places.items()}, special=False), places
 
 
-def filled(backend: Backend, rows: int) -> Backend:
-    """The tokenizer with an entry for every row: the nameless ones get GPT-J's names for them."""
-    entries = backend.get_vocab_size()
-    nameless = [row for row in unused_rows(backend, rows) if backend.id_to_token(row) is None]
-    first = 1 + len(unused_rows(backend, rows)) - len(nameless)
-    names = {row: (f"<|extratoken_{number}|>", True) for number, row in enumerate(nameless, start=first)}
-    assert not nameless or nameless == list(range(entries, rows)), "rows in the middle have no word"
-    return _renamed(backend, names)
+def with_all_rows_named(backend: Backend, rows: int) -> Backend:
+    """Give every unused row without an entry GPT-J's name for it; some runtimes require an entry for each row."""
+    unused = unused_rows(backend, rows)
+    nameless = [row for row in unused if backend.id_to_token(row) is None]
+    assert nameless == list(range(backend.get_vocab_size(), rows)) or not nameless, "the vocabulary has a hole"
+    first_number = len(unused) - len(nameless) + 1
+    names = {row: f"<|extratoken_{number}|>" for number, row in enumerate(nameless, start=first_number)}
+    return _with_names(backend, names, special=True)
 
 
-def _renamed(backend: Backend, names: dict[int, tuple[str, bool]]) -> Backend:
-    """A copy in which rows have these (word, is special)."""
-    described = json.loads(backend.to_str())
-    added = {token["id"]: token for token in described["added_tokens"]}
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    for row, (name, special) in names.items():
-        added[row] = {"id": row, "content": name, **plain, "special": special}
-    described["added_tokens"] = [added[row] for row in sorted(added)]
-    return Backend.from_str(json.dumps(described))
+def _with_names(backend: Backend, names: dict[int, str], *, special: bool) -> Backend:
+    """Return a copy of the tokenizer in which these rows are added tokens with these names."""
+    # Through JSON: the library itself can neither rename a token nor choose an id.
+    description = json.loads(backend.to_str())
+    added = {token["id"]: token for token in description["added_tokens"]}
+    for row, name in names.items():
+        added[row] = {"id": row, "content": name, **_PLAIN, "special": special}
+    description["added_tokens"] = [added[row] for row in sorted(added)]
+    return Backend.from_str(json.dumps(description))

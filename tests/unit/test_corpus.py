@@ -1,4 +1,4 @@
-"""The text of a run: its parts and components, every token accounted for, what is shown of it."""
+"""The text of a run: its splits and components, every token accounted for, and rendered windows."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import pytest
 from text_data import jsonl, text_data
 
 from gptj_train.data.corpus import TextData, prepare
-from gptj_train.data.inspection import shown
+from gptj_train.data.inspection import render_windows
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 
 def record(text: str, component: str) -> dict[str, Any]:
@@ -39,9 +40,9 @@ def prepared(folder: Path, tokenizer: Tokenizer) -> Any:
     return prepare_it
 
 
-def test_parts_and_components(prepared: Any, tokenizer: Tokenizer) -> None:
+def test_splits_and_components(prepared: Any, tokenizer: Tokenizer) -> None:
     data = prepared()
-    assert list(data.parts) == ["train", "validation", "forgetting"]
+    assert list(data.splits) == ["train", "validation", "forgetting"]
     assert list(data.train.windows) == [""]
     assert data.weights is None
     assert len(data.train.windows[""].documents) == 60
@@ -75,31 +76,31 @@ def test_without_held_out_text(prepared: Any, nothing: list[str] | None) -> None
 def test_only_held_out_text(prepared: Any) -> None:
     data = prepared(train=None)
     assert list(data.held_out) == ["B", "C", "forgetting"]
-    with pytest.raises(ValueError, match=r"data\.train is null; give files to train on"):
+    with pytest.raises(UserError, match=r"data\.train is null; give files to train on"):
         _ = data.train
 
 
 @pytest.mark.parametrize(("train", "validation"), [("train.jsonl", "gone"), ("gone", "held_out.jsonl"), ([], None)])
-def test_all_files_are_looked_for_first(prepared: Any, folder: Path, train: Any, validation: Any) -> None:
-    with pytest.raises(ValueError, match="^data.validation: no" if validation == "gone" else "^data.train"):
+def test_all_files_are_found_before_any_is_read(prepared: Any, folder: Path, train: Any, validation: Any) -> None:
+    with pytest.raises(UserError, match="^data.validation: no" if validation == "gone" else "^data.train"):
         prepared(train=train, validation=validation)
     assert not (folder / "cache").exists()
 
 
 @pytest.mark.parametrize("length", [-1, 0, 1])
 def test_lengths_that_make_no_windows(prepared: Any, length: int) -> None:
-    with pytest.raises(ValueError, match=f"sequence_length must be at least 2, got {length}"):
+    with pytest.raises(UserError, match=f"sequence_length must be at least 2, got {length}"):
         prepared(length)
 
 
 def test_a_weight_without_its_component(prepared: Any) -> None:
-    with pytest.raises(ValueError, match=r"data\.train: nothing to pack of D; there are A, B$"):
+    with pytest.raises(UserError, match=r"data\.train: nothing to pack of D; the components are A, B$"):
         prepared(weights={"A": 1, "D": 1})
 
 
-def test_the_name_of_the_forgetting_set_is_taken(prepared: Any, folder: Path) -> None:
+def test_no_component_can_be_named_like_the_forgetting_set(prepared: Any, folder: Path) -> None:
     jsonl(folder / "forgetting.jsonl", "x")
-    with pytest.raises(ValueError, match=r"data\.validation: no component can be named 'forgetting'; give it as"):
+    with pytest.raises(UserError, match=r"data\.validation: no component can be named 'forgetting'; give it as"):
         prepared(validation="forgetting.jsonl")
 
 
@@ -107,20 +108,20 @@ EXAMPLE = {"prompt": "what is it?", "response": " it is a text"}
 LONG = {"prompt": "very long " * 30, "response": " x"}
 
 
-def test_a_held_out_component_of_which_nothing_fits_stops_nobody(prepared: Any, folder: Path) -> None:
+def test_a_held_out_component_may_be_empty_but_not_a_whole_split(prepared: Any, folder: Path) -> None:
     jsonl(folder / "train.jsonl", EXAMPLE)
     jsonl(folder / "some.jsonl", LONG | {"meta": {"pile_set_name": "long"}}, EXAMPLE)
     data = prepared(48, kind="completion", validation="some.jsonl", forgetting=None)
     assert {name: len(windows) for name, windows in data.held_out.items()} == {"long": 0, "some": 1}
-    assert "dropped (nothing to predict within" in dict(data.parts["validation"].facts())["data"]
+    assert "dropped (nothing to predict within" in dict(data.splits["validation"].facts())["data"]
     jsonl(folder / "none.jsonl", LONG)
     with pytest.raises(
-        ValueError,
+        UserError,
         match=r"data\.validation: nothing to pack of none, \d+ dropped \(nothing to predict within sequence_length\); "
-        r"there are none",
+        r"the components are none",
     ):
         prepared(48, kind="completion", validation="none.jsonl", forgetting=None)
-    with pytest.raises(ValueError, match=r"data\.train: nothing to pack of all of it, \d+ dropped"):
+    with pytest.raises(UserError, match=r"data\.train: nothing to pack of all of it, \d+ dropped"):
         prepared(48, kind="completion", train="none.jsonl", validation=None, forgetting=None)
 
 
@@ -145,10 +146,10 @@ def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: T
     assert facts["components"] == f"A {1 - of_b:.1%}, B {of_b:.1%}"
 
 
-@pytest.mark.parametrize(("tokens", "said"), [(16, "up to 16"), (17, "up to 64"), (2**14, "up to 16,384")])
-def test_lengths_are_told_up_to_and_with_the_limit(prepared: Any, folder: Path, tokens: int, said: str) -> None:
+@pytest.mark.parametrize(("tokens", "bin_name"), [(16, "up to 16"), (17, "up to 64"), (2**14, "up to 16,384")])
+def test_a_bin_of_document_lengths_includes_its_limit(prepared: Any, folder: Path, tokens: int, bin_name: str) -> None:
     jsonl(folder / "train.jsonl", "\x01" * (tokens - 1))
-    assert dict(prepared().train.facts())["tokens a document"] == f"{said}: 100%"
+    assert dict(prepared().train.facts())["tokens a document"] == f"{bin_name}: 100%"
 
 
 def test_facts_of_examples_that_are_cut(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
@@ -164,13 +165,13 @@ def test_facts_of_examples_that_are_cut(prepared: Any, folder: Path, tokenizer: 
     ) in dict(data.train.facts())["data"]
 
 
-# --- what a person is shown ---
+# --- rendered windows ---
 
 
-def test_windows_without_colours_where_nobody_looks(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
+def test_windows_without_colours_where_stdout_is_no_terminal(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
     jsonl(folder / "train.jsonl", EXAMPLE, {"prompt": "\x1b[31mred", "response": "\x07\nbell"})
     data = prepared(96, kind="completion", validation=None, forgetting=None)
-    (text,) = shown(data.train, tokenizer, 5, seed=0)
+    (text,) = render_windows(data.train, tokenizer, count=5, seed=0)
     used = sum(len(w.documents.lengths) and int(w.documents.lengths.sum()) for w in data.train.windows.values())
     first, second = "[{}] {{what is it?}} it is a text<|endoftext|>", "[{}] {{\\x1b[31mred}}\\x07\nbell<|endoftext|>"
     drawn = (
@@ -181,16 +182,16 @@ def test_windows_without_colours_where_nobody_looks(prepared: Any, folder: Path,
 
 
 def test_windows_in_colours_on_a_terminal(prepared: Any, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    part = prepared(weights={"A": 1, "B": 1}).train
-    plain = list(shown(part, tokenizer, 3, seed=2))
+    split = prepared(weights={"A": 1, "B": 1}).train
+    plain = list(render_windows(split, tokenizer, count=3, seed=2))
     assert not any("\033" in text for text in plain)
     assert [re.fullmatch(r"--- window \d+ of \d+ ([AB]) ---", text.splitlines()[0])[1] for text in plain] == [*"AAABBB"]
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    coloured = list(shown(part, tokenizer, 3, seed=2))
+    coloured = list(render_windows(split, tokenizer, count=3, seed=2))
     assert all("\033[33m" in text and text.count("\033") % 2 == 0 for text in coloured)
     assert [re.sub(r"\033\[\d+m", "", text) for text in coloured] == plain
-    assert plain != list(shown(part, tokenizer, 3, seed=3))
+    assert plain != list(render_windows(split, tokenizer, count=3, seed=3))
 
 
-def test_no_windows_are_shown_unasked(prepared: Any, tokenizer: Tokenizer) -> None:
-    assert list(shown(prepared().train, tokenizer, 0, seed=0)) == []
+def test_no_windows_are_rendered_for_a_count_of_0(prepared: Any, tokenizer: Tokenizer) -> None:
+    assert list(render_windows(prepared().train, tokenizer, count=0, seed=0)) == []

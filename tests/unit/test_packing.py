@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gptj_train.data.packing import PADDING, BestFitWindows, ContiguousWindows, Documents, Window, Windows
-from gptj_train.data.sources import Segment
+from gptj_train.data.records import Segment
 from gptj_train.data.store import TokenStore, write_store
 from gptj_train.data.tokenizer import Tokenizer
 
@@ -106,7 +106,7 @@ def test_several_stores_are_one_stream(texts: list[list[int]], length: int, cut:
     assert [(w.tokens.tolist(), w.document_ids.tolist()) for w in all_of(windows)] == list(reference(texts, length))
 
 
-def test_windows_can_be_asked_for_in_any_order_and_changed() -> None:
+def test_windows_can_be_read_in_any_order_and_modified() -> None:
     windows = contiguous([[1, 2, 3], [4, 5]], 2)
     windows[1].tokens[:] = 77
     assert [windows[index].tokens.tolist() for index in (2, 0, 1)] == [[5, FILL], [1, 2], [3, 4]]
@@ -213,7 +213,9 @@ def supervised(rows: list[list[tuple[int, bool]]], length: int) -> BestFitWindow
 
 
 @given(examples, st.integers(2, 12))
-def test_examples_keep_their_masks_and_what_is_lost_is_counted(rows: list[list[tuple[int, bool]]], length: int) -> None:
+def test_examples_keep_their_targets_and_dropped_tokens_are_counted(
+    rows: list[list[tuple[int, bool]]], length: int
+) -> None:
     windows = supervised(rows, length)
     kept = [row for row in rows if any(flag for _, flag in row[1:length])]
     found = []
@@ -253,7 +255,7 @@ def test_examples_by_hand() -> None:
 def test_windows_over_a_store_on_disk(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["abc"], 257)
     segments = [Segment("ab", "x", target=False, last=False), Segment("c", "x"), Segment("cc", "y", target=False)]
-    write_store(tmp_path, segments, Counter(), tokenizer, all_targets=False)
+    write_store(tmp_path, segments, tokenizer, skipped=Counter(), all_targets=False)
     windows = BestFitWindows(Documents([TokenStore(tmp_path)]), 5, 0, supervised=True)
     (window,) = all_of(windows)
     assert tokenizer.decode(window.tokens.tolist()) == "abc"

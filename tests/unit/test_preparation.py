@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -18,11 +20,12 @@ from tokenizers import models, pre_tokenizers
 
 from gptj_train.atomic_write import SCRATCH_PATTERN
 from gptj_train.config import EvaluationDataConfig
-from gptj_train.data import preparation, store
+from gptj_train.data import preparation, progress, store, workers
 from gptj_train.data.corpus import prepare
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 DOCUMENTS = [f"Document {number}: " + "naïve words, 東京 🙂 " * (number % 7) for number in range(300)]
 
@@ -84,7 +87,7 @@ def test_nothing_depends_on_how_much_is_tokenized_at_once(
     assert contents(tmp_path / "other") == contents(cache)
 
 
-def test_examples_keep_which_tokens_are_to_be_predicted(tmp_path: Path, opened: Any, tokenizer: Tokenizer) -> None:
+def test_examples_store_which_tokens_are_targets(tmp_path: Path, opened: Any, tokenizer: Tokenizer) -> None:
     pairs = [("Question: one?", " The answer is é."), ("<|endoftext|>", "<|endoftext|>")]
     records = [{"prompt": prompt, "response": response} for prompt, response in pairs]
     (made,) = opened(jsonl(tmp_path / "qa.jsonl", *records), kind="completion")
@@ -98,7 +101,7 @@ def test_examples_keep_which_tokens_are_to_be_predicted(tmp_path: Path, opened: 
     assert made.bytes.tolist() == [len((prompt + response).encode()) for prompt, response in pairs]
 
 
-def test_a_template_may_spell_special_tokens_and_what_is_said_may_not(tmp_path: Path, opened: Any) -> None:
+def test_a_template_may_contain_special_tokens_and_a_message_may_not(tmp_path: Path, opened: Any) -> None:
     messages = [{"role": "user", "content": "<|endoftext|>"}, {"role": "assistant", "content": "b"}]
     file = jsonl(tmp_path / "chat.jsonl", {"messages": messages})
     (made,) = opened(file, kind="chat", chat_template="{content}<|endoftext|>")
@@ -117,13 +120,13 @@ def test_components_are_numbered_as_they_come(tmp_path: Path, opened: Any) -> No
 
 
 @pytest.mark.parametrize("most", [2, 1])
-def test_components_beyond_counting(tmp_path: Path, opened: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_components(tmp_path: Path, opened: Any, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_MOST_COMPONENTS", most)
     file = jsonl(tmp_path / "a.jsonl", *({"text": "x", "id": name} for name in ("p", "q")))
     if most == 2:
         assert opened(file, component_field="id")[0].names == ["p", "q"]
     else:
-        with pytest.raises(ValueError, match=r"data\.component_field: more than 1 components; name another field"):
+        with pytest.raises(UserError, match=r"data\.component_field: more than 1 components; name another field"):
             opened(file, component_field="id")
 
 
@@ -204,7 +207,7 @@ def test_an_error_leaves_no_folder(file: Path, cache: Path, opened: Any, spoilt:
     good = file.read_text()
     file.write_text(good + spoilt)
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"train\.jsonl:301: "):
+        with pytest.raises(UserError, match=r"train\.jsonl:301: "):
             opened(file)
         assert folders(cache) == []
     file.write_text(good)
@@ -214,11 +217,11 @@ def test_an_error_leaves_no_folder(file: Path, cache: Path, opened: Any, spoilt:
 @pytest.mark.parametrize("content", ["", "\n", "\n  \n\n"])
 def test_no_text_at_all(file: Path, opened: Any, content: str) -> None:
     file.write_text(content)
-    with pytest.raises(ValueError, match=r"train\.jsonl: no text in the data, it is empty"):
+    with pytest.raises(UserError, match=r"train\.jsonl: the data contain no text"):
         opened(file)
 
 
-def test_an_empty_file_beside_others_is_none(file: Path, opened: Any, tmp_path: Path) -> None:
+def test_an_empty_file_beside_others_has_no_documents(file: Path, opened: Any, tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     empty, made = opened(tmp_path / "empty.jsonl", file)
     assert len(empty.ends) == len(empty.tokens) == 0
@@ -232,101 +235,102 @@ def test_bad_records_are_skipped_up_to_a_share(file: Path, opened: Any, tmp_path
     made, _ = opened(file, other, bad_records="skip", max_bad_share=3 / 305)
     assert made.skipped == {"not a line of JSON": 2, "no text in field 'text'": 1}
     assert len(made.ends) == 300
-    with pytest.raises(ValueError, match=r"\S") as caught:
+    with pytest.raises(UserError, match=r"\S") as caught:
         opened(file, other, bad_records="skip", max_bad_share=0.0098)
     assert str(caught.value) == (
-        f"{file}, {other}: 0.98% of the records are bad (2 of not a line of JSON, 1 of no text in field 'text'), "
-        "more than data.max_bad_share (0.98%); data.bad_records=error tells where the first is"
+        f"{file}, {other}: 0.98% of the records are bad (2 x not a line of JSON, 1 x no text in field 'text'), "
+        "more than data.max_bad_share (0.98%); data.bad_records=error names the first of them"
     )
 
 
 def test_a_file_of_nothing_but_bad_records_is_not_called_empty(file: Path, opened: Any) -> None:
     file.write_text("broken\n")
-    with pytest.raises(ValueError, match=r"100\.00% of the records are bad \(1 of not a line of JSON\)"):
+    with pytest.raises(UserError, match=r"100\.00% of the records are bad \(1 x not a line of JSON\)"):
         opened(file, bad_records="skip")
 
 
-def test_a_store_with_gaps_is_no_answer_to_error(file: Path, cache: Path, opened: Any) -> None:
+def test_a_store_that_skipped_records_is_not_used_for_error(file: Path, cache: Path, opened: Any) -> None:
     good = file.read_text()
     file.write_text(good + "broken\n")
     opened(file, bad_records="skip")
-    with pytest.raises(ValueError, match=r"train\.jsonl:301: not a line of JSON"):
+    with pytest.raises(UserError, match=r"train\.jsonl:301: not a line of JSON"):
         opened(file)
     assert len(opened(file, bad_records="skip")[0].ends) == 300  # which is still there
     assert len(folders(cache)) == 1
 
 
-def test_a_place_that_cannot_be_written_to(file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_cache_that_cannot_be_written(file: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     data = text_data(cache_dir=str(tmp_path / "taken" / "cache"))
-    with pytest.raises(
-        ValueError, match=r"data\.cache_dir: cannot write into .*/taken/cache \(Not a directory\); free"
-    ):
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write into .*/taken/cache \(Not a directory\); free"):
         open_stores([file], data, tokenizer)
 
 
 # --- several processes ---
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from text_data import text_data
-from gptj_train.data import preparation, store
-from gptj_train.data.tokenizer import Tokenizer
-_, _, file, tokenizer, cache, die_at = sys.argv
-tokenizer = Tokenizer.load(tokenizer)
-calls, encoded, rename = [], store._encoded, Path.rename
-def counted(*given):
-    calls.append(given)
-    if str(len(calls)) == die_at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return encoded(*given)
-def renamed(*given):
+
+def forked(target: Callable[[Connection], None]) -> tuple[BaseProcess, Connection]:
+    """Start a copy of this process, which need not import torch again, and a connection to it."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=target, args=(theirs,))
+    process.start()
+    return process, ours
+
+
+def kill_self(*_: object) -> NoReturn:
     os.kill(os.getpid(), signal.SIGKILL)
-if die_at == "rename":
-    Path.rename = renamed
-store._encoded, store._CHARACTERS_AT_ONCE = counted, 2000
-print("ready", flush=True)
-sys.stdin.readline()
-preparation.open_stores([Path(file)], text_data(cache_dir=cache), tokenizer)
-print(len(calls))
-"""
+    raise AssertionError
 
 
-def started(file: Path, tokenizer: Tokenizer, cache: Path, die_at: str = "never") -> subprocess.Popen[str]:
-    tokenizer.save(file.parent)
-    arguments = [str(Path(__file__).parent), str(file), str(file.parent / "tokenizer.json"), str(cache), die_at]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", RUN, *arguments], text=True, **pipes)
+def test_two_processes_at_once(file: Path, cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, batches = store._encode, []
+    monkeypatch.setattr(store, "_CHARACTERS_AT_ONCE", 2000)
+    monkeypatch.setattr(store, "_encode", lambda *given: batches.append(1) or encode(*given))
 
+    def prepare_on_signal(connection: Connection) -> None:
+        connection.send("ready")
+        connection.recv()
+        opened(file)
+        connection.send(len(batches))
 
-def test_two_processes_at_once(file: Path, cache: Path, opened: Any, tokenizer: Tokenizer) -> None:
-    twins = [started(file, tokenizer, cache) for _ in range(2)]
-    assert [twin.stdout.readline() for twin in twins] == ["ready\n"] * 2
-    for twin in twins:
-        twin.stdin.write("go\n")
-        twin.stdin.flush()
-    said = [int(twin.communicate(timeout=120)[0]) for twin in twins]
-    assert [twin.returncode for twin in twins] == [0, 0]
-    assert sorted(said)[0] == 0  # one waited, and had nothing left to do
-    assert sorted(said)[1] > 3
+    twins = [forked(prepare_on_signal) for _ in range(2)]
+    assert [connection.recv() for _, connection in twins] == ["ready"] * 2
+    for _, connection in twins:
+        connection.send("go")
+    encoded = sorted(connection.recv() for _, connection in twins if connection.poll(60))
+    for process, _ in twins:
+        process.join(60)
+    assert [process.exitcode for process, _ in twins] == [0, 0]
+    assert encoded[0] == 0  # one waited, and had nothing left to do
+    assert encoded[1] > 3
     before = times(cache)
     assert len(opened(file)[0].ends) == 300
     assert times(cache) == before
 
 
+@pytest.mark.parametrize("moment", ["batch 2", "batch 5", "rename"])
 def test_killed_at_any_time_and_run_again(
-    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path
+    file: Path, cache: Path, opened: Any, tokenizer: Tokenizer, tmp_path: Path, moment: str
 ) -> None:
     open_stores([file], text_data(cache_dir=str(tmp_path / "straight")), tokenizer)
-    for die_at in ("2", "5", "rename"):
-        process = started(file, tokenizer, cache, die_at)
-        process.communicate("go\n", timeout=120)
-        assert process.returncode == -signal.SIGKILL
-        (leftover,) = folders(cache)
-        assert leftover.match(SCRATCH_PATTERN)
-        assert (leftover / "tokens.bin").exists()
+
+    def die(_: Connection) -> None:
+        store._CHARACTERS_AT_ONCE = 2000  # of the copy of this process
+        if moment == "rename":
+            Path.rename = kill_self
+        else:
+            encode, batches = store._encode, iter(range(1, 1000))
+            last = int(moment.split()[1])
+            store._encode = lambda *given: kill_self() if next(batches) == last else encode(*given)
+        opened(file)
+
+    process, _ = forked(die)
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (leftover,) = folders(cache)
+    assert leftover.match(SCRATCH_PATTERN)
+    assert (leftover / "tokens.bin").exists()
     opened(file)
     assert contents(cache) == contents(tmp_path / "straight")
     assert len(folders(cache)) == 1
@@ -337,13 +341,13 @@ def several(tmp_path: Path) -> list[Path]:
     return [jsonl(tmp_path / f"{name}.jsonl", *DOCUMENTS[number::3]) for number, name in enumerate("abc")]
 
 
-def test_processes_side_by_side_make_the_same(
+def test_workers_make_the_same_stores(
     several: list[Path], cache: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     here, there = tmp_path / "here", cache
     open_stores(several, text_data(cache_dir=str(here)), tokenizer)
     monkeypatch.setattr(preparation, "_SMALL", 0)
-    monkeypatch.setattr(preparation, "_write", None)  # in this process
+    monkeypatch.setattr(preparation, "tokenize_file", None)  # not in this process
     # A recipe's own config, that knows more than where the text is.
     known = VALUES | {"train": None, "validation": "x", "second_text_field": None, "label_field": "label"}
     stores = open_stores(several, EvaluationDataConfig(**known | {"cache_dir": str(there)}), tokenizer)
@@ -352,25 +356,25 @@ def test_processes_side_by_side_make_the_same(
     assert len(folders(there)) == 3
 
 
-def test_a_bad_record_in_another_process_is_one_error(
+def test_a_bad_record_in_a_worker_is_one_error(
     several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "_SMALL", 0)
     with several[1].open("a") as lines:
         lines.write('{"text": "no end"\n' + '{"text": "x"}\n' * 10_000)
-    with pytest.raises(ValueError, match=r"b\.jsonl:101: not a line of JSON; each line must be one record") as caught:
+    with pytest.raises(UserError, match=r"b\.jsonl:101: not a line of JSON; each line must be one record") as caught:
         opened(*several)
     assert "\n" not in str(caught.value)
     assert [folder.name for folder in folders(cache) if not TokenStore.exists(folder)] == []
     assert len(folders(cache)) < 3
 
 
-def test_a_process_that_dies_is_told(
+def test_a_worker_that_dies_is_an_error(
     several: list[Path], cache: Path, opened: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparation, "_SMALL", 0)
-    monkeypatch.setattr(preparation.sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="a process that prepares data ended with exit code 1"):
+    monkeypatch.setattr(workers.sys, "executable", "false")
+    with pytest.raises(RuntimeError, match="a worker that prepares data ended with exit code 1"):
         opened(*several)
     assert folders(cache) == []
 
@@ -380,18 +384,18 @@ def test_progress_is_a_line_now_and_then(
 ) -> None:
     opened(file)
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(preparation, "_LINE_SECONDS", 0)
+    monkeypatch.setattr(progress, "_LINE_SECONDS", 0)
     opened(file, text_field="text", component_field="other")
-    said, complained = capsys.readouterr()
-    assert said.startswith("preparing data: 100% of 0.00 GB, ")
-    assert complained == ""
+    out, err = capsys.readouterr()
+    assert out.startswith("preparing data: 100% of 0.00 GB, ")
+    assert err == ""
 
 
-def test_a_store_says_what_it_is(file: Path, cache: Path, opened: Any) -> None:
+def test_the_metadata_of_a_store(file: Path, cache: Path, opened: Any) -> None:
     opened(file)
-    told = json.loads((folders(cache)[0] / "store.json").read_text())
+    metadata = json.loads((folders(cache)[0] / "store.json").read_text())
     sizes = {path.name: path.stat().st_size for path in folders(cache)[0].glob("*.bin")}
-    assert told == {"dtype": "uint16", "components": ["train"], "skipped": {}, "bytes": sizes}
+    assert metadata == {"dtype": "uint16", "components": ["train"], "skipped": {}, "bytes": sizes}
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "store.json"])

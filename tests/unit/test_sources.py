@@ -1,4 +1,4 @@
-"""Documents out of files; what is not a record with text is named by file, line and reason."""
+"""Documents are read from files; a bad record is named by file, line and reason."""
 
 from __future__ import annotations
 
@@ -15,12 +15,21 @@ import zstandard
 from text_data import jsonl, text_data
 
 from gptj_train.data import files, sources
-from gptj_train.data.sources import Segment, read_segments
+from gptj_train.data.records import Segment
+from gptj_train.data.sources import read_segments
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 
 def segments_of(file: Path, **changes: Any) -> list[Segment]:
-    return list(read_segments(file, text_data(**changes), Counter(), lambda read: None))
+    return list(read_segments(file, text_data(**changes), skipped=Counter(), progress=lambda read: None))
+
+
+def skipping(file: Path, **changes: Any) -> tuple[list[Segment], Counter[str]]:
+    """The segments of the good records, and the reasons of the others."""
+    skipped = Counter[str]()
+    data = text_data(bad_records="skip", **changes)
+    return list(read_segments(file, data, skipped=skipped, progress=lambda read: None)), skipped
 
 
 def texts_of(file: Path, **changes: Any) -> list[str]:
@@ -35,11 +44,11 @@ def texts_of(file: Path, **changes: Any) -> list[str]:
 
 
 def refusal(file: Path, **changes: Any) -> str:
-    """What is said after the file's name."""
-    with pytest.raises(ValueError, match=r"\S") as caught:
+    """The message, after the file's name."""
+    with pytest.raises(UserError, match=r"\S") as caught:
         segments_of(file, **changes)
     message = str(caught.value)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     assert message.startswith(str(file))
     assert "\n" not in message
     return message.removeprefix(str(file))
@@ -110,7 +119,7 @@ def test_txt_with_no_space_in_it_does_not_fill_the_memory(tmp_path: Path, monkey
     monkeypatch.setattr(sources, "LONGEST_LINE", 3 * 2**20)
     monkeypatch.setattr(sources, "_PIECE", 2**18)
     (tmp_path / "a.txt").write_bytes(b"x" * 2**22)
-    assert refusal(tmp_path / "a.txt").startswith(": no white space over a long stretch; this is no text")
+    assert refusal(tmp_path / "a.txt").startswith(": no white space over a long stretch; this is not text")
 
 
 # --- parquet and arrow ---
@@ -132,13 +141,13 @@ def table_file(path: Path, rows: list[dict[str, Any]], kind: str) -> Path:
 @pytest.mark.parametrize("kind", ["parquet", "stream", "file"])
 def test_tables_have_a_document_a_row(tmp_path: Path, kind: str) -> None:
     file = table_file(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), ROWS, kind)
-    told: list[int] = []
-    found = list(read_segments(file, text_data(), Counter(), told.append))
+    read: list[int] = []
+    found = list(read_segments(file, text_data(), skipped=Counter(), progress=read.append))
     assert [(segment.text, segment.component) for segment in found] == [
         (row["text"], row["meta"]["pile_set_name"]) for row in ROWS
     ]
-    assert sum(told) == file.stat().st_size
-    assert len(told) > 2
+    assert sum(read) == file.stat().st_size
+    assert len(read) > 2
 
 
 def test_saved_datasets_are_read(tmp_path: Path) -> None:
@@ -152,13 +161,17 @@ def test_saved_datasets_are_read(tmp_path: Path) -> None:
     assert texts_of(file) == [row["text"] for row in ROWS[:5]]
 
 
-def test_a_row_that_python_cannot_hold_is_one_bad_row(tmp_path: Path) -> None:
+def test_a_row_that_python_cannot_represent_is_one_bad_row(tmp_path: Path) -> None:
     bad = pa.array([b"good", b"\xff\xfe", b"also good"]).cast(pa.binary()).view(pa.utf8())
-    far = pa.array([0, 2**58, 0], pa.timestamp("us"))  # of a column that nobody reads
+    far = pa.array([0, 2**58, 0], pa.timestamp("us"))  # of a column that is not read
     pq.write_table(pa.table({"text": bad, "when": far}), tmp_path / "a.parquet")
     assert refusal(tmp_path / "a.parquet").startswith(" row 2: a value that cannot be read; correct it")
     skipped: Counter[str] = Counter()
-    found = list(read_segments(tmp_path / "a.parquet", text_data(bad_records="skip"), skipped, lambda read: None))
+    found = list(
+        read_segments(
+            tmp_path / "a.parquet", text_data(bad_records="skip"), skipped=skipped, progress=lambda read: None
+        )
+    )
     assert [segment.text for segment in found] == ["good", "also good"]
     assert skipped == {"a value that cannot be read": 1}
 
@@ -173,8 +186,7 @@ def test_a_bad_row_is_named_by_its_number(tmp_path: Path, kind: str) -> None:
     rows = [*ROWS[:1500], {"text": None, "meta": None, "n": 0}, *ROWS[:10]]
     file = table_file(tmp_path / ("a.parquet" if kind == "parquet" else "a.arrow"), rows, kind)
     assert refusal(file).startswith(" row 1501: no text in field 'text'; set data.text_field")
-    skipped: Counter[str] = Counter()
-    found = list(read_segments(file, text_data(bad_records="skip"), skipped, lambda read: None))
+    found, skipped = skipping(file)
     assert len(found) == 1510
     assert skipped == {"no text in field 'text'": 1}
 
@@ -218,14 +230,14 @@ def test_the_component_of_a_txt_is_its_folder_wherever_it_is_seen_from(
         assert segments_of(name)[0].component == "books"
 
 
-def test_a_name_with_txt_within_is_no_txt(tmp_path: Path) -> None:
+def test_a_name_that_contains_txt_is_not_a_txt_file(tmp_path: Path) -> None:
     assert segments_of(jsonl(tmp_path / "a.txt.jsonl", "x")) == [Segment("x", "a.txt")]
 
 
 # --- examples ---
 
 
-def test_a_prompt_is_read_and_its_response_learnt(tmp_path: Path) -> None:
+def test_a_prompt_is_read_and_its_response_predicted(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "qa.jsonl", {"q": "one?", "a": " two"})
     found = segments_of(file, kind="completion", prompt_field="q", response_field="a")
     assert found == [
@@ -234,16 +246,16 @@ def test_a_prompt_is_read_and_its_response_learnt(tmp_path: Path) -> None:
     ]
 
 
-def said(role: str, content: str) -> dict[str, str]:
+def message_of(role: str, content: str) -> dict[str, str]:
     return {"role": role, "content": content}
 
 
 def test_a_chat_is_put_into_the_template(tmp_path: Path) -> None:
     messages = [
-        said("system", "{role} {content}"),
-        said("user", "<|end|>"),
-        said("assistant", ""),
-        said("assistant", "b"),
+        message_of("system", "{role} {content}"),
+        message_of("user", "<|end|>"),
+        message_of("assistant", ""),
+        message_of("assistant", "b"),
     ]
     file = jsonl(tmp_path / "chat.jsonl", {"messages": messages})
     found = segments_of(file, kind="chat", chat_template="<|{role}|>{content}<|end|>")
@@ -265,12 +277,12 @@ def test_a_chat_is_put_into_the_template(tmp_path: Path) -> None:
 
 
 def test_a_chat_that_ends_with_the_user_does_not_learn_its_end(tmp_path: Path) -> None:
-    file = jsonl(tmp_path / "chat.jsonl", {"messages": [said("assistant", "a"), said("user", "b")]})
+    file = jsonl(tmp_path / "chat.jsonl", {"messages": [message_of("assistant", "a"), message_of("user", "b")]})
     *_, last = segments_of(file, kind="chat", chat_template="{role}: {content}")
     assert last == Segment("", "chat", target=False, template=True, last=True)
 
 
-# --- bad files: what is said of each, and what is counted where they are skipped ---
+# --- bad files: the message for each, and the count where they are skipped ---
 
 GOOD = b'{"text": "good"}\n'
 NO_TEXT = "no text in field 'text'"
@@ -291,15 +303,15 @@ BAD_LINES = {
         b'{"text": "x", "n": ' + b"1" * 5000 + b"}",
         "not a line of JSON; each line must be one record (Exceeds the limit",
     ),
-    "a list": (b'["text"]', "not a record; write an object with a text in it"),
-    "a string": (b'"text"', "not a record; write an object"),
-    "null": (b"null", "not a record; write an object"),
+    "a list": (b'["text"]', "not a record; write a JSON object with a text in it"),
+    "a string": (b'"text"', "not a record; write a JSON object"),
+    "null": (b"null", "not a record; write a JSON object"),
     "missing field": (b'{"txt": "x"}', f"{NO_TEXT}; set data.text_field or correct the record, or skip such records"),
     "empty text": (b'{"text": ""}', NO_TEXT),
     "text is a number": (b'{"text": 5}', NO_TEXT),
     "text is null": (b'{"text": null}', NO_TEXT),
     "text is a list": (b'{"text": ["x"]}', NO_TEXT),
-    "lone surrogate": (b'{"text": "a \\ud83d b"}', "a lone surrogate in the text; this is no valid Unicode"),
+    "lone surrogate": (b'{"text": "a \\ud83d b"}', "a lone surrogate in the text; this is not valid Unicode"),
     "lone surrogate in the component": (
         b'{"text": "a", "meta": {"pile_set_name": "\\ud83d"}}',
         "a lone surrogate in the text",
@@ -322,13 +334,12 @@ def test_a_bad_record_is_named_by_file_line_and_reason_or_counted(tmp_path: Path
     message = refusal(file)
     assert message.startswith(f":4: {reason}")
     assert message.endswith(", or skip such records with data.bad_records=skip")
-    skipped: Counter[str] = Counter()
-    found = list(read_segments(file, text_data(bad_records="skip"), skipped, lambda read: None))
+    found, skipped = skipping(file)
     assert [segment.text for segment in found] == ["good"] * 3
     assert skipped == {reason.partition(";")[0]: 1}
 
 
-ALICE = said("user", "a")
+ALICE = message_of("user", "a")
 BAD_EXAMPLES = {
     "no prompt": ("completion", {"response": "b"}, "no text in field 'prompt'; set data.prompt_field"),
     "empty response": ("completion", {"prompt": "a", "response": ""}, "no text in field 'response'; set data.resp"),
@@ -346,22 +357,24 @@ BAD_EXAMPLES = {
     "nobody answers": ("chat", {"messages": [ALICE]}, "nothing said by the assistant; there is nothing to learn"),
     "a role that spells a special token": (
         "chat",
-        {"messages": [said("<|endoftext|>", "a")]},
+        {"messages": [message_of("<|endoftext|>", "a")]},
         "a role that is no name",
     ),
-    "a role of two lines": ("chat", {"messages": [said("user\n", "a")]}, "a role that is no name"),
-    "no role": ("chat", {"messages": [said("", "a")]}, "a role that is no name; write it in letters"),
-    "a lone surrogate said": ("chat", {"messages": [said("user", "\ud800")]}, "a lone surrogate in the text"),
+    "a role of two lines": ("chat", {"messages": [message_of("user\n", "a")]}, "a role that is no name"),
+    "no role": ("chat", {"messages": [message_of("", "a")]}, "a role that is no name; write it in letters"),
+    "a lone surrogate said": ("chat", {"messages": [message_of("user", "\ud800")]}, "a lone surrogate in the text"),
 }
 
 
 @pytest.mark.parametrize(("kind", "record", "reason"), BAD_EXAMPLES.values(), ids=BAD_EXAMPLES)
 def test_a_bad_example_is_named_or_counted(tmp_path: Path, kind: str, record: dict[str, Any], reason: str) -> None:
-    good = {"prompt": "a", "response": "b", "messages": [ALICE, said("assistant", "b")]}
+    good = {"prompt": "a", "response": "b", "messages": [ALICE, message_of("assistant", "b")]}
     file = jsonl(tmp_path / "a.jsonl", good, record, good)
     assert refusal(file, kind=kind).startswith(f":2: {reason}")
     skipped: Counter[str] = Counter()
-    found = list(read_segments(file, text_data(kind=kind, bad_records="skip"), skipped, lambda read: None))
+    found = list(
+        read_segments(file, text_data(kind=kind, bad_records="skip"), skipped=skipped, progress=lambda read: None)
+    )
     assert sum(segment.last for segment in found) == 2
     assert skipped == {reason.partition(";")[0]: 1}
 
@@ -376,7 +389,7 @@ BAD_TEXTS = {
     ),
     "cut off in a character": ("🙂🙂".encode()[:-1], ": not UTF-8 text (unexpected end of data at byte 4); convert it"),
     "UTF-16": ("text".encode("utf-16"), ": not UTF-8 text (invalid start byte at byte 0); convert it"),
-    "NUL": (b"a\0b", ": a NUL character in the text; remove it: this is no text, or was cut off"),
+    "NUL": (b"a\0b", ": a NUL character in the text; remove it: this is not text, or was cut off"),
 }
 
 
@@ -393,26 +406,26 @@ def test_a_bad_txt_is_refused_whatever_is_done_with_records(
 def test_txt_holds_no_examples(tmp_path: Path, kind: str) -> None:
     (tmp_path / "a.txt").write_text("a text")
     assert refusal(tmp_path / "a.txt", kind=kind) == (
-        f": a .txt file holds no {kind} records; give .jsonl, or set data.kind=text"
+        f": a .txt file cannot contain {kind} records; give .jsonl, or set data.kind=text"
     )
 
 
-def test_the_records_before_a_bad_one_are_given(tmp_path: Path) -> None:
+def test_the_records_before_a_bad_one_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD + b"broken\n")
-    found = read_segments(file, text_data(), Counter(), lambda read: None)
+    found = read_segments(file, text_data(), skipped=Counter(), progress=lambda read: None)
     assert next(found).text == "good"
-    with pytest.raises(ValueError, match=":2: not a line of JSON"):
+    with pytest.raises(UserError, match=":2: not a line of JSON"):
         next(found)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"chat_template": "{role}"}, r"data\.chat_template must hold {content} once"),
-        ({"chat_template": "{content}{content}"}, r"data\.chat_template must hold {content} once"),
-        ({"max_bad_share": 1.0}, r"data\.max_bad_share must be from 0 to below 1, got 1\.0"),
-        ({"max_bad_share": -0.1}, r"data\.max_bad_share must be from 0"),
+        ({"chat_template": "{role}"}, r"data\.chat_template must contain {content} exactly once"),
+        ({"chat_template": "{content}{content}"}, r"data\.chat_template must contain {content} exactly once"),
+        ({"max_bad_share": 1.0}, r"data\.max_bad_share must be at least 0 and below 1, got 1\.0"),
+        ({"max_bad_share": -0.1}, r"data\.max_bad_share must be at least 0"),
         ({"weights": {}}, r"data\.weights must be above 0, got {}"),
         ({"weights": {"a": 1, "b": 0}}, r"data\.weights must be above 0"),
         ({"weights": {"a": float("nan")}}, "finite number"),

@@ -12,6 +12,7 @@ import tokenizers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from gptj_train.data.tokenizer import END_OF_TEXT, Tokenizer
+from gptj_train.errors import UserError
 
 TRICKY = [
     "Hello, my dog is cute",
@@ -36,7 +37,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return path
 
 
-def test_trained_size_and_end(tokenizer: Tokenizer) -> None:
+def test_trained_size_and_eos_token(tokenizer: Tokenizer) -> None:
     assert len(tokenizer) == 340
     assert tokenizer.largest_id == 339
     assert (tokenizer.end_of_text, tokenizer.end_id) == ("<|endoftext|>", 0)
@@ -64,12 +65,12 @@ def test_transformers_knows_the_special_tokens(folder: Path) -> None:
     assert theirs("a<|endoftext|>")["input_ids"][-1] == 0
 
 
-def test_documents_end_with_the_end_of_text(tokenizer: Tokenizer) -> None:
+def test_documents_end_with_the_eos_token(tokenizer: Tokenizer) -> None:
     for text, ids in zip(TRICKY, tokenizer.encode_documents(TRICKY), strict=True):
         assert ids == [*tokenizer.encode(text), 0]
 
 
-def test_text_that_spells_the_end_of_text_stays_text(tokenizer: Tokenizer) -> None:
+def test_text_that_spells_the_eos_token_is_plain_text(tokenizer: Tokenizer) -> None:
     text = "before<|endoftext|>after <|endoftext|>"
     (ids,) = tokenizer.encode_documents([text])
     assert ids.count(0) == 1
@@ -86,7 +87,7 @@ def test_encoding_prompts_and_documents_in_turn(tokenizer: Tokenizer) -> None:
         assert tokenizer.digest == digest
 
 
-def test_saving_does_not_keep_how_documents_are_encoded(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_saving_does_not_keep_that_special_tokens_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tokenizer.encode_documents(["x"])
     tokenizer.save(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("<|endoftext|>")["input_ids"] == [0]
@@ -110,7 +111,7 @@ def test_bytes_of_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def gpt2_folder(folder: Path) -> Path:
-    """A tiny vocabulary in GPT-2's two files; the end of text is last, as in GPT-2's own."""
+    """A tiny vocabulary in GPT-2's two files; the EOS token is last, as in GPT-2."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     merges = ["h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "l d", "Ġwor ld", "Ċ Ċ"]
     pieces = [*alphabet, *(merge.replace(" ", "") for merge in merges), "<|endoftext|>"]
@@ -134,7 +135,7 @@ def test_tokenizer_json_wins_over_vocab_and_merges(tokenizer: Tokenizer, tmp_pat
     assert len(Tokenizer.load(tmp_path)) == 340
 
 
-def test_documents_are_neither_cut_nor_filled_up(folder: Path, tmp_path: Path) -> None:
+def test_documents_are_neither_truncated_nor_padded(folder: Path, tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(4)
     backend.enable_padding(length=50)
@@ -145,7 +146,7 @@ def test_documents_are_neither_cut_nor_filled_up(folder: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("token", ["</s>", {"content": "</s>", "special": True}])
-def test_the_end_of_text_is_the_folders_eos_token(folder: Path, tmp_path: Path, token: object) -> None:
+def test_the_eos_token_is_that_of_tokenizer_config(folder: Path, tmp_path: Path, token: object) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_special_tokens(["</s>"])
     backend.save(str(tmp_path / "tokenizer.json"))
@@ -154,7 +155,7 @@ def test_the_end_of_text_is_the_folders_eos_token(folder: Path, tmp_path: Path, 
     assert (loaded.end_of_text, loaded.end_id) == ("</s>", 340)
 
 
-def test_another_end_of_text_is_another_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+def test_another_eos_token_is_another_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     assert Tokenizer(backend, "a").digest != tokenizer.digest
 
@@ -162,7 +163,7 @@ def test_another_end_of_text_is_another_tokenizer(tokenizer: Tokenizer, folder: 
 def test_ids_beyond_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
     tokenizer.check_fits(340)
     tokenizer.check_fits(50400)
-    with pytest.raises(ValueError, match="ids up to 339, but the model's vocab_size is 339"):
+    with pytest.raises(UserError, match="ids up to 339, but the model's vocab_size is 339"):
         tokenizer.check_fits(339)
 
 
@@ -183,7 +184,7 @@ def test_ids_beyond_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
 def test_a_folder_without_a_readable_tokenizer(tmp_path: Path, files: dict[str, str], reason: str) -> None:
     for name, content in files.items():
         (tmp_path / name).write_text(content, encoding="latin-1")
-    with pytest.raises(ValueError, match=reason) as caught:
+    with pytest.raises(UserError, match=reason) as caught:
         Tokenizer.load(tmp_path)
     assert str(caught.value).startswith(f"tokenizer {tmp_path}: ")
     assert "give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt" in str(caught.value)
@@ -195,7 +196,7 @@ def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path, name: str) -> No
     shutil.copytree(folder, tmp_path / "copy")
     (tmp_path / "copy" / name).unlink(missing_ok=True)
     os.mkfifo(tmp_path / "copy" / name)
-    with pytest.raises(ValueError, match=f"{name} is not a regular file"):
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
         Tokenizer.load(tmp_path / "copy")
 
 
@@ -208,18 +209,18 @@ def test_a_pipe_is_not_waited_for(folder: Path, tmp_path: Path, name: str) -> No
         {"continuing_subword_prefix": "#" * 9, "vocab": {"a": 0, "b": 1}, "merges": [["a", "b"]]},  # a panic in Rust
     ],
 )
-def test_a_tokenizer_that_lies(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
+def test_an_inconsistent_tokenizer_json(folder: Path, tmp_path: Path, change: dict[str, object]) -> None:
     values = json.loads((folder / "tokenizer.json").read_text())
     values["model"] |= change
     (tmp_path / "tokenizer.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match=r"give a tokenizer\.json, a folder that holds one") as caught:
+    with pytest.raises(UserError, match=r"give a tokenizer\.json, a folder that holds one") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
 
 
-def test_a_tokenizer_without_end_of_text(tmp_path: Path) -> None:
+def test_a_tokenizer_without_eos_token(tmp_path: Path) -> None:
     tokenizers.Tokenizer(tokenizers.models.BPE()).save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(ValueError, match="token to end documents with"):
+    with pytest.raises(UserError, match="token to end documents with"):
         Tokenizer.load(tmp_path)
 
 
@@ -227,5 +228,5 @@ def test_choose(folder: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert Tokenizer.choose(str(folder), None).digest == tokenizer.digest
     assert Tokenizer.choose(None, str(folder)).digest == tokenizer.digest
     assert Tokenizer.choose(str(folder), str(tmp_path)).digest == tokenizer.digest
-    with pytest.raises(ValueError, match="tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER"):
+    with pytest.raises(UserError, match="tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER"):
         Tokenizer.choose(None, None)

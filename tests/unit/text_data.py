@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from gptj_train.data.sources import DataConfig
+from gptj_train.data.text_config import DataConfig
 
 VALUES = yaml.safe_load((Path(__file__).parents[2] / "configs" / "data" / "files.yaml").read_text())
 

@@ -1,4 +1,4 @@
-"""The spare rows: named in every export, renamed for new words, the last one kept for padding."""
+"""Unused embedding rows: named in every export, given to added tokens, the last one kept for padding."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from transformers import AutoTokenizer
 
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.unused_rows import AddedToken
+from gptj_train.errors import UserError
 
 ROWS = 300
 
 
 @pytest.fixture
 def gpt2(tmp_path: Path) -> Tokenizer:
-    """267 entries, the end of text last, as GPT-2's own."""
+    """267 entries, the EOS token last, as in GPT-2."""
     return Tokenizer.load(gpt2_folder(tmp_path))
 
 
@@ -49,8 +50,8 @@ def test_names_of_rows_change_no_text(gpt2: Tokenizer, tmp_path: Path) -> None:
     assert full.encode_documents(texts) == gpt2.encode_documents(texts)
 
 
-def test_gpt_j_s_own_names(tmp_path: Path) -> None:
-    """50257 words and 50400 rows leave 143."""
+def test_gpt_j_names_143_rows(tmp_path: Path) -> None:
+    """50257 tokens leave 143 of 50400 rows unused."""
     tokenizer = Tokenizer.load(gpt2_folder(tmp_path))
     backend = json.loads(tokenizer._backend.to_str())
     backend["model"]["vocab"] |= {f"word{n}": n for n in range(267, 50257)}
@@ -61,9 +62,9 @@ def test_gpt_j_s_own_names(tmp_path: Path) -> None:
     assert [full.encode(f"<|extratoken_{n}|>") for n in (1, 143)] == [[50257], [50399]]
 
 
-def test_new_words_take_the_first_spare_rows(gpt2: Tokenizer, tmp_path: Path) -> None:
-    words = [AddedToken("<|user|>", ("hello", "world")), AddedToken("<|bot|>")]
-    more, means = gpt2.with_added_tokens(words, ROWS)
+def test_added_tokens_take_the_first_unused_rows(gpt2: Tokenizer, tmp_path: Path) -> None:
+    tokens = [AddedToken("<|user|>", ("hello", "world")), AddedToken("<|bot|>")]
+    more, means = gpt2.with_added_tokens(tokens, ROWS)
     assert means == {267: [*gpt2.encode("hello"), *gpt2.encode("world")]}
     (ids,) = more.encode_documents(["<|user|>hello<|bot|>"])
     assert ids == [267, *gpt2.encode("hello"), 268, gpt2.end_id]
@@ -76,25 +77,25 @@ def test_new_words_take_the_first_spare_rows(gpt2: Tokenizer, tmp_path: Path) ->
     assert (len(theirs), theirs.pad_token_id) == (ROWS, 299)
 
 
-def test_words_that_are_there_stay(gpt2: Tokenizer, tmp_path: Path) -> None:
-    """An export goes on training with the same setting: neither renamed again nor started anew."""
-    words = [AddedToken("<|user|>", ("hello",))]
-    gpt2.with_added_tokens(words, ROWS)[0].save(tmp_path, ROWS)
+def test_tokens_that_exist_keep_their_rows(gpt2: Tokenizer, tmp_path: Path) -> None:
+    """Training an export with the same add_tokens neither renames nor initializes its rows again."""
+    tokens = [AddedToken("<|user|>", ("hello",))]
+    gpt2.with_added_tokens(tokens, ROWS)[0].save(tmp_path, ROWS)
     again = Tokenizer.load(tmp_path)
-    more, means = again.with_added_tokens([*words, AddedToken("<|bot|>", ("hello",))], ROWS)
+    more, means = again.with_added_tokens([*tokens, AddedToken("<|bot|>", ("hello",))], ROWS)
     assert means == {268: gpt2.encode("hello")}
     assert [more.encode(word) for word in ("<|user|>", "<|bot|>")] == [[267], [268]]
-    assert again.with_added_tokens(words, ROWS)[0].digest == again.digest
+    assert again.with_added_tokens(tokens, ROWS)[0].digest == again.digest
 
 
 def test_one_row_stays_for_padding(gpt2: Tokenizer) -> None:
-    words = [AddedToken(f"<|{n}|>") for n in range(33)]
-    full, _ = gpt2.with_added_tokens(words[:32], ROWS)
+    tokens = [AddedToken(f"<|{n}|>") for n in range(33)]
+    full, _ = gpt2.with_added_tokens(tokens[:32], ROWS)
     assert full.pad_id(ROWS) == 299
-    with pytest.raises(ValueError, match="33 new words, but the vocabulary of 300 has 32 spare rows"):
-        gpt2.with_added_tokens(words, ROWS)
-    with pytest.raises(ValueError, match="1 new words, but the vocabulary of 267 has 0 spare rows"):
-        gpt2.with_added_tokens(words[:1], 267)
+    with pytest.raises(UserError, match="33 new tokens, but the vocabulary of 300 has 32 unused rows"):
+        gpt2.with_added_tokens(tokens, ROWS)
+    with pytest.raises(UserError, match="1 new tokens, but the vocabulary of 267 has 0 unused rows"):
+        gpt2.with_added_tokens(tokens[:1], 267)
     assert gpt2.pad_id(267) == gpt2.end_id
 
 
@@ -106,11 +107,11 @@ def test_one_row_stays_for_padding(gpt2: Tokenizer) -> None:
         ("a=b", AddedToken("a=b")),
     ],
 )
-def test_how_a_word_is_written(text: str, word: AddedToken) -> None:
+def test_parse(text: str, word: AddedToken) -> None:
     assert AddedToken.parse(text) == word
 
 
 @pytest.mark.parametrize("text", ["", " ", " = user"])
-def test_a_word_without_a_name(text: str) -> None:
-    with pytest.raises(ValueError, match="has no name"):
+def test_a_token_without_a_name(text: str) -> None:
+    with pytest.raises(UserError, match="has no name"):
         AddedToken.parse(text)

@@ -1,0 +1,38 @@
+"""The config of text: where the files are, what a record is, and how documents are packed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from gptj_train.errors import UserError
+from gptj_train.schema import schema
+
+
+@schema
+class DataConfig:
+    """Text to train on and to hold out. Paths may be files, folders or globs, one or a list."""
+
+    train: str | list[str] | None
+    validation: str | list[str] | None
+    forgetting: str | list[str] | None
+    kind: Literal["text", "completion", "chat"]
+    text_field: str
+    prompt_field: str
+    response_field: str
+    messages_field: str
+    chat_template: str
+    component_field: str
+    weights: dict[str, float] | None
+    packing: Literal["contiguous", "best_fit"]
+    isolate: bool
+    bad_records: Literal["error", "skip"]
+    max_bad_share: float
+    cache_dir: str
+
+    def __post_init__(self) -> None:
+        if self.chat_template.count("{content}") != 1:
+            raise UserError("data.chat_template must contain {content} exactly once; {role} is optional")
+        if not 0 <= self.max_bad_share < 1:
+            raise UserError(f"data.max_bad_share must be at least 0 and below 1, got {self.max_bad_share}")
+        if self.weights is not None and (not self.weights or min(self.weights.values()) <= 0):
+            raise UserError(f"data.weights must be above 0, got {self.weights}; leave out what is not wanted")
