@@ -220,8 +220,8 @@ class BestFitWindows(Windows):
         """Return (P, 3) as ``_cut_text``, and count what is dropped."""
         lengths = self.documents.lengths
         kept = np.zeros(len(lengths), dtype=bool)
-        for document in range(len(lengths)):
-            kept[document] = self.documents.has_targets_within(document, self.length)
+        for number in range(len(lengths)):
+            kept[number] = self.documents.has_targets_within(number, self.length)
         document = np.flatnonzero(kept)
         beyond = (lengths[document] - self.length).clip(min=0)
         self.dropped["nothing to predict within sequence_length"] = int(lengths[~kept].sum())
