@@ -164,7 +164,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
                 losses = losses * loss_weights.view_as(losses)
             count = num_items_in_batch
             if count is None:
-                count = self._target_count(labels)
+                count = self._count_targets(labels)
             loss = losses.sum() / count
         output = SequenceClassifierOutput(
             loss=loss,
@@ -208,7 +208,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
             return F.mse_loss(logits, targets, reduction="none")
         return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
-    def _target_count(self, labels: Tensor) -> int | Tensor:
+    def _count_targets(self, labels: Tensor) -> int | Tensor:
         if self.config.problem_type == "single_label_classification":
             return (labels != IGNORE).sum()
         return labels.numel()
