@@ -138,29 +138,56 @@ class GPTJModel(PreTrained):
             document_ids=document_ids,
             eager=output_attentions or head_mask is not None,
         )
+        hidden, all_hidden, all_weights = self._run_blocks(
+            hidden,
+            (angles, pattern, cache),
+            head_mask=head_mask,
+            keep_hidden=output_hidden_states,
+            keep_weights=output_attentions,
+        )
+        output = BaseModelOutput(
+            last_hidden_state=hidden,
+            past_key_values=cache,
+            hidden_states=all_hidden or None,
+            attentions=all_weights or None,
+        )
+        return self._as_requested(output, return_dict)
+
+    def _run_blocks(
+        self,
+        hidden: Tensor,
+        shared: tuple[tuple[Tensor, Tensor], AttentionPattern, KVCache | None],
+        *,
+        head_mask: Tensor | None,
+        keep_hidden: bool,
+        keep_weights: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Run all blocks and the final LayerNorm.
+
+        Args:
+            hidden: (B, T, D), the embeddings.
+            shared: angles, pattern and cache, arguments of every block.
+
+        Returns:
+            The last hidden states (B, T, D), and what was asked to be kept: n_layer + 1 hidden states, n_layer
+            attention weights, else nothing, so that their memory is freed layer by layer.
+        """
         all_hidden: list[Tensor] = []
         all_weights: list[Tensor | None] = []
         for layer, block in enumerate(self.h):
-            if output_hidden_states:
+            if keep_hidden:
                 all_hidden.append(hidden)
-            arguments = (hidden, angles, pattern, cache, _layer_head_mask(head_mask, layer, hidden.dtype))
+            arguments = (hidden, *shared, _layer_head_mask(head_mask, layer, hidden.dtype))
             if self._recomputes_blocks:
                 hidden, weights = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 hidden, weights = block(*arguments)
-            if output_attentions:
+            if keep_weights:
                 all_weights.append(weights)
         hidden = self.ln_f(hidden)
-        if output_hidden_states:
+        if keep_hidden:
             all_hidden.append(hidden)
-
-        output = BaseModelOutput(
-            last_hidden_state=hidden,
-            past_key_values=cache,
-            hidden_states=tuple(all_hidden) or None,
-            attentions=tuple(all_weights) or None,
-        )
-        return self._as_requested(output, return_dict)
+        return hidden, tuple(all_hidden), tuple(all_weights)
 
     @property
     def _recomputes_blocks(self) -> bool:

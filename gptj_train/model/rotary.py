@@ -37,7 +37,9 @@ def rotary_angles(position_ids: Tensor, n_positions: int, rotary_size: int) -> t
         Two fp32 tensors (B or 1, T, 1, rotary_size / 2), to broadcast over heads.
     """
     sin, cos = _table(n_positions, rotary_size, position_ids.device)
-    return sin[position_ids].unsqueeze(2), cos[position_ids].unsqueeze(2)
+    sin = sin[position_ids]
+    cos = cos[position_ids]
+    return sin.unsqueeze(2), cos.unsqueeze(2)
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
@@ -52,12 +54,14 @@ def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
     """
     rotary_size = 2 * sin.shape[-1]
     # GPT-J pairs dimensions (0, 1), (2, 3), ...; NeoX and Llama pair the first half with the second.
-    pairs = torch.unflatten(x[..., :rotary_size].float(), -1, (-1, 2))
+    leading = x[..., :rotary_size].float()
+    pairs = torch.unflatten(leading, -1, (-1, 2))
     even, odd = pairs.unbind(-1)
     rotated_even = even * cos - odd * sin
     rotated_odd = odd * cos + even * sin
-    rotated = torch.stack((rotated_even, rotated_odd), dim=-1).flatten(-2)
-    rotated = rotated.to(x.dtype)
+    pairs = torch.stack((rotated_even, rotated_odd), dim=-1)
+    rotated = pairs.flatten(-2).to(x.dtype)
     if rotary_size == x.shape[-1]:
         return rotated
-    return torch.cat((rotated, x[..., rotary_size:]), dim=-1)
+    unrotated = x[..., rotary_size:]
+    return torch.cat((rotated, unrotated), dim=-1)
