@@ -16,7 +16,13 @@ def main(cfg: ClassificationConfig) -> None:
     run = Finetune(cfg)
     problem = cfg.task.problem_type
     labels = known_labels(cfg.task, cfg.init_from)
-    train, validation, names = prepare_labelled(cfg.data, problem, labels, run.tokenizer, cfg.sequence_length)
+    train, validation, names = prepare_labelled(
+        cfg.data,
+        problem_type=problem,
+        labels=labels,
+        tokenizer=run.tokenizer,
+        length=cfg.sequence_length,
+    )
     task = Classification(
         train=train,
         sampler=run.sampler([len(train)]),

@@ -1,4 +1,4 @@
-"""Labelled texts in memory: token ids, and labels as the model wants them."""
+"""Labelled texts in memory: token ids, and labels in the form that the model's loss takes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from gptj_train.data.labelled_files import LabelledFields, Record, read_records
+from gptj_train.data.labelled_files import LabelledFields, LabelledRecord, read_records
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
-_TEXTS_AT_ONCE = 1024
+_TEXTS_AT_ONCE = 1024  # tokenized by all cores together
 
 
 @schema
 class LabelledDataConfig(LabelledFields):
-    """Where the labelled texts are. Paths may be files, folders or globs, one or a list."""
+    """Labelled texts to train on and to hold out. Paths may be files, folders or globs, one or a list."""
 
     train: str | list[str]
     validation: str | list[str] | None
@@ -26,7 +26,12 @@ class LabelledDataConfig(LabelledFields):
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """token_ids: of each row, 1 to sequence_length of them; labels: (R) int64 class ids, or (R, L) float32."""
+    """Tokenized texts and their labels.
+
+    Attributes:
+        token_ids: (T_i) int32 of each of R rows, with 1 <= T_i <= sequence_length.
+        labels: (R) int64 class ids; or (R, L) float32: 0 and 1 for several labels, or numbers to regress on.
+    """
 
     token_ids: list[np.ndarray]
     labels: np.ndarray
@@ -36,68 +41,140 @@ class LabelledRows:
 
 
 def prepare_labelled(
-    data: LabelledDataConfig, problem_type: str, labels: Sequence[str] | None, tokenizer: Tokenizer, length: int
+    data: LabelledDataConfig,
+    *,
+    problem_type: str,
+    labels: Sequence[str] | None,
+    tokenizer: Tokenizer,
+    length: int,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
-    """Training and held-out rows, and the names of the labels in the order of their ids.
+    """Return training rows, held-out rows, and the names of the labels in the order of their ids.
 
     Args:
         problem_type: as in a Transformers config.
-        labels: the names; None takes those of the training data, sorted.
-        length: most tokens of a row.
+        labels: names of the labels; None: those in the training data, sorted.
+        length: tokens of a row at most; longer texts are truncated.
 
     Raises:
-        UserError: no files, or a record without text or without a label that can be used (file and row).
+        UserError: no files, or a record without text or a usable label, named by file and row.
     """
     if len(data.label_fields) > 1 and problem_type == "single_label_classification":
         raise UserError("data.label_field: several fields are for multi_label_classification and regression")
-    records = list(read_records(data.train, "data.train", data))
-    held_out = list(read_records(data.validation, "data.validation", data)) if data.validation else []
+    train = list(read_records(data.train, "data.train", data))
+    validation = list(read_records(data.validation, "data.validation", data)) if data.validation else []
     if problem_type == "regression":
-        width = len(_numbers(records[0]))
-        names = [str(name) for name in labels or _names_of_numbers(data, width)]
-        if len(names) != width:
-            raise UserError(f"task.labels has {len(names)} names, but {records[0].where} has {width} numbers")
+        names = _regression_names(train[0], labels, data)
     else:
-        names = [str(name) for name in labels] if labels else _names_in(records, problem_type, data)
-        if len(set(names)) < max(len(names), 1 if problem_type.startswith("multi") else 2):
-            raise UserError(f"the labels are {names}; two or more different ones are needed: check data.label_field")
-    train, validation = (
-        LabelledRows(_token_ids(part, tokenizer, length), _targets(part, problem_type, names, data)) if part else None
-        for part in (records, held_out)
-    )
-    assert train is not None
-    return train, validation, names
+        names = _label_names(train, labels, problem_type, data)
+    targets = _targets(train, problem_type, names, data)
+    validation_targets = _targets(validation, problem_type, names, data) if validation else None
+    # Labels first: a wrong one should not show up only after all texts are tokenized.
+    train_rows = LabelledRows(_token_ids(train, tokenizer, length), targets)
+    if validation_targets is None:
+        return train_rows, None, names
+    return train_rows, LabelledRows(_token_ids(validation, tokenizer, length), validation_targets), names
 
 
 def labelled_rows(
     paths: str | list[str],
     fields: LabelledFields,
+    *,
     problem_type: str,
     names: list[str],
     tokenizer: Tokenizer,
     length: int,
 ) -> LabelledRows:
-    """The rows of ``data.validation``, for a model that knows its labels.
+    """Return the rows of ``data.validation`` for a model with known labels.
 
     Raises:
-        UserError: as ``prepare_labelled``; also for a label that is none of ``names``.
+        UserError: as ``prepare_labelled``; also a label that is none of ``names``.
     """
     records = list(read_records(paths, "data.validation", fields))
-    return LabelledRows(_token_ids(records, tokenizer, length), _targets(records, problem_type, names, fields))
+    targets = _targets(records, problem_type, names, fields)
+    return LabelledRows(_token_ids(records, tokenizer, length), targets)
 
 
-# --- labels ---
+# --- names of labels ---
 
 
-def _names_in(records: list[Record], problem_type: str, data: LabelledFields) -> list[str]:
-    if not isinstance(data.label_field, str):
-        return data.label_field
-    names = {str(label) for record in records for label in _given(record, problem_type)}
-    return sorted(names, key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
+def _regression_names(first: LabelledRecord, labels: Sequence[str] | None, fields: LabelledFields) -> list[str]:
+    width = len(_numbers(first))
+    if labels:
+        names = [str(name) for name in labels]
+    elif len(fields.label_fields) == width:
+        names = fields.label_fields
+    else:
+        # A single field with a list of numbers.
+        names = [f"{fields.label_fields[0]}_{number}" for number in range(width)]
+    if len(names) != width:
+        raise UserError(f"task.labels has {len(names)} names, but {first.where} has {width} numbers")
+    return names
 
 
-def _given(record: Record, problem_type: str) -> list[Any]:
-    """The labels of a record as they stand there."""
+def _label_names(
+    records: list[LabelledRecord], labels: Sequence[str] | None, problem_type: str, fields: LabelledFields
+) -> list[str]:
+    if labels:
+        names = [str(name) for name in labels]
+    elif isinstance(fields.label_field, str):
+        names = _names_in(records, problem_type)
+    else:
+        names = fields.label_field
+    fewest = 1 if problem_type.startswith("multi") else 2
+    if len(set(names)) < max(len(names), fewest):
+        raise UserError(f"the labels are {names}; two or more different ones are needed: check data.label_field")
+    return names
+
+
+def _names_in(records: list[LabelledRecord], problem_type: str) -> list[str]:
+    """Return the labels that occur: numbers first, in numerical order, then names in alphabetical order."""
+    names = set()
+    for record in records:
+        names |= {str(label) for label in _listed_labels(record, problem_type)}
+    numbers = sorted((name for name in names if name.isdecimal()), key=lambda name: (int(name), name))
+    return numbers + sorted(name for name in names if not name.isdecimal())
+
+
+# --- labels as arrays ---
+
+
+def _targets(records: list[LabelledRecord], problem_type: str, names: list[str], fields: LabelledFields) -> np.ndarray:
+    """Return the labels as ``LabelledRows.labels``."""
+    if problem_type == "regression":
+        return _regression_targets(records, names)
+    if not isinstance(fields.label_field, str):
+        return np.array([_flags(record) for record in records], dtype=np.float32)
+    ids = {name: label for label, name in enumerate(names)}
+    if not any(name.isdecimal() for name in names):
+        # Then a number cannot be a name, and is taken for an id.
+        ids |= {str(label): label for label in range(len(names))}
+    chosen = []
+    for record in records:
+        labels = _listed_labels(record, problem_type)
+        chosen.append([_id_of(label, ids, names, record) for label in labels])
+    if problem_type == "single_label_classification":
+        return np.array(chosen, dtype=np.int64)[:, 0]
+    flags = np.zeros((len(records), len(names)), dtype=np.float32)
+    for row, (record, label_ids) in enumerate(zip(records, chosen, strict=True)):
+        # As likely as a slip it is a row of 0 and 1 for each label, which would set two labels everywhere.
+        if len(set(label_ids)) < len(label_ids):
+            raise UserError(f"{record.where}: a label twice in {record.label}; list each label that applies once")
+        flags[row, label_ids] = 1
+    return flags
+
+
+def _regression_targets(records: list[LabelledRecord], names: list[str]) -> np.ndarray:
+    rows = []
+    for record in records:
+        numbers = _numbers(record)
+        if len(numbers) != len(names):
+            raise UserError(f"{record.where}: {len(numbers)} numbers, but {len(names)} in the first row")
+        rows.append(numbers)
+    return np.array(rows, dtype=np.float32)
+
+
+def _listed_labels(record: LabelledRecord, problem_type: str) -> list[Any]:
+    """Return the labels of a record as a list, as they are in the file."""
     several = problem_type == "multi_label_classification"
     if isinstance(record.label, list) != several or isinstance(record.label, (float, dict)):
         wanted = "a list of labels" if several else "a name or a number"
@@ -106,41 +183,17 @@ def _given(record: Record, problem_type: str) -> list[Any]:
     return record.label if several else [record.label]
 
 
-def _targets(records: list[Record], problem_type: str, names: list[str], data: LabelledFields) -> np.ndarray:
-    """(R) int64 class ids, or (R, L) float32: 0 and 1 for several labels, numbers to regress on."""
-    if problem_type == "regression":
-        numbers = [_numbers(record) for record in records]
-        for record, own in zip(records, numbers, strict=True):
-            if len(own) != len(names):
-                raise UserError(f"{record.where}: {len(own)} numbers, but {len(names)} in the first row")
-        return np.array(numbers, dtype=np.float32)
-    if not isinstance(data.label_field, str):
-        return np.array([_flags(record) for record in records], dtype=np.float32)
-    ids = {name: label for label, name in enumerate(names)}
-    if not any(name.isdigit() for name in names):  # then a number can only be an id
-        ids |= {str(label): label for label in range(len(names))}
-    chosen = [[_id_of(label, ids, names, record) for label in _given(record, problem_type)] for record in records]
-    if problem_type == "single_label_classification":
-        return np.array(chosen, dtype=np.int64)[:, 0]
-    flags = np.zeros((len(records), len(names)), dtype=np.float32)
-    for record, row_flags, labels in zip(records, flags, chosen, strict=True):
-        if len(set(labels)) < len(labels):
-            raise UserError(f"{record.where}: a label twice in {record.label}; list each label that applies once")
-        row_flags[labels] = 1
-    return flags
-
-
-def _id_of(label: Any, ids: dict[str, int], names: list[str], record: Record) -> int:
-    try:
-        return ids[str(label)]
-    except KeyError:
+def _id_of(label: Any, ids: dict[str, int], names: list[str], record: LabelledRecord) -> int:
+    if str(label) not in ids:
         known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise UserError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels") from None
+        raise UserError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels")
+    return ids[str(label)]
 
 
-def _numbers(record: Record) -> list[float]:
+def _numbers(record: LabelledRecord) -> list[float]:
+    values = record.label if isinstance(record.label, list) else [record.label]
     try:
-        numbers = [float(value) for value in (record.label if isinstance(record.label, list) else [record.label])]
+        numbers = [float(value) for value in values]
     except (TypeError, ValueError):
         numbers = []
     if not numbers or not np.isfinite(numbers).all():
@@ -148,12 +201,8 @@ def _numbers(record: Record) -> list[float]:
     return numbers
 
 
-def _names_of_numbers(data: LabelledFields, width: int) -> list[str]:
-    fields = data.label_fields
-    return fields if len(fields) == width else [f"{fields[0]}_{number}" for number in range(width)]
-
-
-def _flags(record: Record) -> list[float]:
+def _flags(record: LabelledRecord) -> list[float]:
+    """Return 0 or 1 for each label field; JSON has numbers and booleans, csv has strings."""
     flags = [str(value).lower() for value in record.label]
     if not set(flags) <= {"0", "1", "true", "false"}:
         raise UserError(f"{record.where}: the fields of several labels must hold 0 or 1, got {record.label}")
@@ -163,24 +212,27 @@ def _flags(record: Record) -> list[float]:
 # --- texts ---
 
 
-def _token_ids(records: list[Record], tokenizer: Tokenizer, length: int) -> list[np.ndarray]:
+def _token_ids(records: list[LabelledRecord], tokenizer: Tokenizer, length: int) -> list[np.ndarray]:
     rows = []
     for start in range(0, len(records), _TEXTS_AT_ONCE):
-        texts = [record.texts for record in records[start : start + _TEXTS_AT_ONCE]]
-        encoded = [iter(tokenizer.encode_documents(list(column))) for column in zip(*texts, strict=True)]
-        rows += [np.array(joined([next(ids) for ids in encoded], length), dtype=np.int32) for _ in texts]
+        batch = records[start : start + _TEXTS_AT_ONCE]
+        # All first texts, then all second ones: tokenizing many at once uses all cores.
+        columns = zip(*[record.texts for record in batch], strict=True)
+        encoded = [tokenizer.encode_texts(list(column)) for column in columns]
+        for texts in zip(*encoded, strict=True):
+            ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.end_id, length=length)
+            rows.append(np.array(ids, dtype=np.int32))
     return rows
 
 
-def joined(documents: list[list[int]], length: int) -> list[int]:
-    """A text or a pair, each ended by the end-of-text id, as one row of at most ``length`` tokens.
+def join_pair(first: list[int], second: list[int], *, separator: int, length: int) -> list[int]:
+    """Join two texts with a token between them, into at most ``length`` tokens.
 
-    The end-of-text id stays between the two and goes at the end. A pair that is too long loses
-    the end of its longer text first.
+    A pair that is too long is truncated at the end of its longer text first.
     """
-    if len(documents) == 1:
-        return documents[0][:-1][:length]
-    (*first, separator), (*second, _) = documents
     room = max(length - 1, 0)
-    of_second = min(len(second), max(room // 2, room - len(first)))
-    return [*first[: room - of_second], separator, *second[:of_second]]
+    half = room // 2
+    # The second text gets what the first one leaves, and at least half.
+    of_second = min(len(second), max(half, room - len(first)))
+    of_first = room - of_second
+    return [*first[:of_first], separator, *second[:of_second]]

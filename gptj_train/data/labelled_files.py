@@ -1,4 +1,4 @@
-"""Labelled texts out of jsonl, csv, parquet and ``datasets`` folders."""
+"""Labelled texts from jsonl, csv, parquet and saved ``datasets`` folders."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ class LabelledFields:
 
     @property
     def text_fields(self) -> list[str]:
-        return [self.text_field, *([self.second_text_field] if self.second_text_field else [])]
+        if self.second_text_field:
+            return [self.text_field, self.second_text_field]
+        return [self.text_field]
 
     @property
     def label_fields(self) -> list[str]:
@@ -37,39 +39,46 @@ class LabelledFields:
 
 
 @dataclass(frozen=True)
-class Record:
-    """A row as it stands in its file; ``where`` names it in messages."""
+class LabelledRecord:
+    """A row of a file.
+
+    Attributes:
+        where: file and row, for messages.
+        texts: one text or two.
+        label: as in the file; a list if ``label_field`` is one.
+    """
 
     where: str
     texts: list[str]
     label: Any
 
 
-def read_records(paths: str | list[str], key: str, data: LabelledFields) -> Iterator[Record]:
-    """The rows of all files that the config key names, in a fixed order.
+def read_records(paths: str | list[str], key: str, fields: LabelledFields) -> Iterator[LabelledRecord]:
+    """Read the rows of all files and saved datasets that a config key names, in a fixed order.
 
     Raises:
         UserError: no file, a file that cannot be read, or a row without text or label, named.
     """
     empty = True
-    for source in _sources(paths, key):
-        for number, row in enumerate(_rows(source, data), start=1):
+    for source in _find_sources(paths, key):
+        for number, row in enumerate(_rows(source, fields), start=1):
             empty = False
-            yield _record(row, f"{source} row {number}", data)
+            yield _record(row, f"{source} row {number}", fields)
     if empty:
         raise UserError(f"{key}: no rows in {paths}; give files with at least one")
 
 
-def _sources(paths: str | list[str], key: str) -> list[Path]:
-    """Files, and folders that ``Dataset.save_to_disk`` wrote, in a fixed order."""
+def _find_sources(paths: str | list[str], key: str) -> list[Path]:
+    """Find files, and the folders that ``Dataset.save_to_disk`` wrote."""
     found: list[Path] = []
     for path in [paths] if isinstance(paths, str) else paths:
-        matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]
-        sources = [source for match in matches for source in _sources_at(match)]
+        sources: list[Path] = []
+        for match in sorted(glob.glob(path, recursive=True)):
+            sources += _sources_at(Path(match))
         if not sources:
             raise UserError(
-                f"{key}: no .jsonl, .csv or .parquet file and no saved dataset at {path!r} (looked from {Path.cwd()}); "
-                "correct the path"
+                f"{key}: no .jsonl, .csv or .parquet file and no saved dataset at {path!r} "
+                f"(working directory: {Path.cwd()}); correct the path"
             )
         found += sources
     return found
@@ -77,62 +86,79 @@ def _sources(paths: str | list[str], key: str) -> list[Path]:
 
 def _sources_at(path: Path) -> list[Path]:
     if (path / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(str(state.parent) for state in path.glob("*/state.json")))
-        raise UserError(f"{path}: holds several splits; name one of them: {splits}")
+        splits = sorted(str(state.parent) for state in path.glob("*/state.json"))
+        raise UserError(f"{path}: contains several splits; name one of them: {', '.join(splits)}")
     if (path / "state.json").is_file():
-        return [path]
+        return [path]  # a saved dataset
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     return [file for file in files if file.suffix in _READERS]
 
 
-def _rows(source: Path, data: LabelledFields) -> Iterator[dict[str, Any]]:
-    if source.is_file() and not source.stat().st_size:
-        return  # the reader of json would stumble
+def _rows(source: Path, fields: LabelledFields) -> Iterator[dict[str, Any]]:
+    """Read rows, with the names of class labels in place of their integers."""
+    if source.is_file() and source.stat().st_size == 0:
+        return  # the json reader fails on an empty file
     try:
-        dataset = _opened(source, data)
-        features = dataset.features or {}
-        names = {field: found for field in data.label_fields if (found := _class_label(features.get(field)))}
+        dataset = _open(source, fields)
+        class_labels = _class_labels(dataset, fields)
         for row in dataset:
-            named = {field: _int2str(known, row[field]) for field, known in names.items()}
-            yield {**row, **named}
-    except Exception as error:  # each reader raises its own
-        reason = (str(error.__cause__ or error).splitlines() or [type(error).__name__])[0]
+            for field, names in class_labels.items():
+                row[field] = _label_names(names, row[field])
+            yield row
+    except Exception as error:  # each reader has its own exceptions
+        lines = str(error.__cause__ or error).splitlines()
+        reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{source}: cannot be read ({reason}); correct the file") from None
 
 
-def _opened(source: Path, data: LabelledFields) -> Dataset | IterableDataset:
+def _open(source: Path, fields: LabelledFields) -> Dataset | IterableDataset:
     if source.is_dir():
         return Dataset.load_from_disk(str(source))
-    # A csv holds texts: no column is guessed to be numbers, and no "None" or "NA" to be nothing.
-    texts = dict.fromkeys((*data.text_fields, *data.label_fields), str)
-    options = {"converters": texts, "na_filter": False} if source.suffix == ".csv" else {}
-    return load_dataset(
-        _READERS[source.suffix], data_files=glob.escape(str(source)), split="train", streaming=True, **options
-    )
+    options: dict[str, Any] = {}
+    if source.suffix == ".csv":
+        # Every value stays a string: pandas would read a text "12" as a number, and "None" or "NA" as missing.
+        options = {"converters": dict.fromkeys((*fields.text_fields, *fields.label_fields), str), "na_filter": False}
+    # Escaped, because the name of the file may look like a glob; streaming, because otherwise it would be copied into
+    # the cache of datasets first.
+    name = glob.escape(str(source))
+    return load_dataset(_READERS[source.suffix], data_files=name, split="train", streaming=True, **options)
 
 
-def _class_label(feature: Any) -> ClassLabel | None:
-    """The names that a dataset of ``datasets`` keeps beside its integers."""
-    feature = feature.feature if isinstance(feature, ListOf) else feature
-    return feature if isinstance(feature, ClassLabel) else None
+def _class_labels(dataset: Dataset | IterableDataset, fields: LabelledFields) -> dict[str, ClassLabel]:
+    """Return the label fields for which a saved dataset keeps names beside its integers."""
+    features = dataset.features or {}
+    class_labels = {}
+    for field in fields.label_fields:
+        feature = features.get(field)
+        if isinstance(feature, ListOf):
+            feature = feature.feature
+        if isinstance(feature, ClassLabel):
+            class_labels[field] = feature
+    return class_labels
 
 
-def _int2str(names: ClassLabel, label: Any) -> Any:
+def _label_names(names: ClassLabel, label: Any) -> Any:
+    """Return the name, or list of names, of an integer label; None if there is no label, which is -1 in datasets."""
     if isinstance(label, list):
-        return [_int2str(names, item) for item in label]
-    return names.int2str(label) if label is not None and 0 <= label < names.num_classes else None
+        return [_label_names(names, item) for item in label]
+    if label is None or not 0 <= label < names.num_classes:
+        return None
+    return names.int2str(label)
 
 
-def _record(row: dict[str, Any], where: str, data: LabelledFields) -> Record:
-    texts = [row.get(field) for field in data.text_fields]
-    for field, text in zip(data.text_fields, texts, strict=True):
+def _record(row: dict[str, Any], where: str, fields: LabelledFields) -> LabelledRecord:
+    filled = ", ".join(name for name, value in row.items() if value not in (None, ""))
+    texts = []
+    for field in fields.text_fields:
+        text = row.get(field)
         if not isinstance(text, str) or not text:
-            raise UserError(f"{where}: no text in {field!r}, filled are {_filled(row)}; set data.text_field or fix it")
-    label = [row.get(field) for field in data.label_fields]
-    if None in label or "" in label:
-        raise UserError(f"{where}: no {data.label_field!r}, filled are {_filled(row)}; set data.label_field or fix it")
-    return Record(where, texts, label[0] if isinstance(data.label_field, str) else label)  # type: ignore[arg-type]
-
-
-def _filled(row: dict[str, Any]) -> str:
-    return ", ".join(name for name, value in row.items() if value not in (None, ""))
+            raise UserError(
+                f"{where}: no text in {field!r}, the fields with a value are {filled}; set data.text_field or fix it"
+            )
+        texts.append(text)
+    labels = [row.get(field) for field in fields.label_fields]
+    if None in labels or "" in labels:
+        raise UserError(
+            f"{where}: no {fields.label_field!r}, the fields with a value are {filled}; set data.label_field or fix it"
+        )
+    return LabelledRecord(where, texts, labels[0] if isinstance(fields.label_field, str) else labels)

@@ -66,8 +66,16 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
         problem = "regression" if model_config.num_labels == 1 else "single_label_classification"
     names = label_names(model_config)
     config = ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=None)  # type: ignore[arg-type]
+    validation = labelled_rows(
+        cfg.data.validation,
+        cfg.data.labelled,
+        problem_type=problem,
+        names=names,
+        tokenizer=tokenizer,
+        length=length,
+    )
     return Classification(
-        validation=labelled_rows(cfg.data.validation, cfg.data.labelled, problem, names, tokenizer, length),
+        validation=validation,
         names=names,
         config=config,
         pad_id=tokenizer.end_id,

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_train.data.sampler import Sampler, evaluation_batches
-from gptj_train.data.squad import Features, Question
+from gptj_train.data.squad import Question
+from gptj_train.data.squad_features import Features
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.schema import schema

@@ -16,7 +16,8 @@ import torch
 import transformers
 
 from gptj_train import GPTJForQuestionAnswering
-from gptj_train.data.squad import Features, read_files
+from gptj_train.data.squad import read_files
+from gptj_train.data.squad_features import Features
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tasks.question_answering import QATaskConfig, QuestionAnswering
 

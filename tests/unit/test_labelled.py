@@ -1,4 +1,4 @@
-"""Labelled rows from every kind of file, and one line that names file and row for each mistake."""
+"""Labelled rows are read from every kind of file; a mistake is one line that names file and row."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 import pandas
 import pytest
 
-from gptj_train.data.labelled import LabelledDataConfig, LabelledRows, joined, prepare_labelled
+from gptj_train.data.labelled import LabelledDataConfig, LabelledRows, join_pair, prepare_labelled
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
 ROWS: list[dict[str, Any]] = [
@@ -49,11 +50,12 @@ def read(
     **fields: Any,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
     given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"} | fields
-    return prepare_labelled(LabelledDataConfig(train=train, **given), problem, labels, tokenizer, length)
+    data = LabelledDataConfig(train=train, **given)
+    return prepare_labelled(data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length)
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet", ""])
-def test_every_kind_of_file_says_the_same(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, tokenizer: Tokenizer, kind: str) -> None:
     source = write(tmp_path / f"rows{kind}", ROWS)
     train, validation, names = read(tokenizer, source, validation=source)
     assert names == ["None", "animal", "car"]
@@ -78,7 +80,7 @@ def test_names_and_ids_of_labels(tmp_path: Path, tokenizer: Tokenizer) -> None:
     ids = write(tmp_path / "ids.jsonl", [{"text": "a", "label": label} for label in (1, 0)])
     rows, _, names = read(tokenizer, ids, labels=["bad", "good"])
     assert (names, rows.labels.tolist()) == (["bad", "good"], [1, 0])
-    rows, _, names = read(tokenizer, ids, labels=["1", "0"])  # here the numbers are names
+    rows, _, names = read(tokenizer, ids, labels=["1", "0"])  # these numbers are names
     assert rows.labels.tolist() == [0, 1]
 
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["z", "a"])})
@@ -114,23 +116,32 @@ def test_pairs_keep_a_separator_and_share_the_room(tmp_path: Path, tokenizer: To
     first, second = tokenizer.encode("a cat"), tokenizer.encode("a dog")
     assert rows.token_ids[0].tolist() == [*first, tokenizer.end_id, *second]
 
-    end = -1
-    assert joined([[1, 2, 3, end]], 2) == [1, 2]
-    assert joined([[1, 2, 3, end], [4, 5, 6, 7, 8, end]], 7) == [1, 2, 3, end, 4, 5, 6]
-    assert joined([[1, 2, 3, 4, 5, end], [6, end]], 5) == [1, 2, 3, end, 6]
-    assert joined([[1, 2, 3, 4, end], [5, 6, 7, 8, end]], 5) == [1, 2, end, 5, 6]
+    def pair(first: list[int], second: list[int], length: int) -> list[int]:
+        return join_pair(first, second, separator=-1, length=length)
+
+    assert pair([1, 2, 3], [4, 5, 6, 7, 8], 7) == [1, 2, 3, -1, 4, 5, 6]
+    assert pair([1, 2, 3, 4, 5], [6], 5) == [1, 2, 3, -1, 6]
+    assert pair([1, 2, 3, 4], [5, 6, 7, 8], 5) == [1, 2, -1, 5, 6]
     for length in range(3, 12):
-        row = joined([[*range(5), end], [*range(7), end]], length)
+        row = pair([*range(5)], [*range(7)], length)
         assert len(row) == min(length, 13)
-        assert row[-1] != end
+        assert row[-1] != -1
 
 
 @pytest.mark.parametrize(
     ("rows", "given", "message"),
     [
         ([{"text": "a", "label": "x"}, {"text": "", "label": "y"}], {}, r"rows.jsonl row 2: no text in 'text'"),
-        ([{"body": "a", "label": "x"}], {}, r"row 1: no text in 'text', filled are body, label; set data.text_field"),
-        ([{"text": "a", "label": None}], {}, r"row 1: no 'label', filled are text; set data.label_field"),
+        (
+            [{"body": "a", "label": "x"}],
+            {},
+            r"row 1: no text in 'text', the fields with a value are body, label; set data.text_field",
+        ),
+        (
+            [{"text": "a", "label": None}],
+            {},
+            r"row 1: no 'label', the fields with a value are text; set data.label_field",
+        ),
         ([{"text": "a", "label": "x"}] * 2, {}, r"the labels are \['x'\]; two or more"),
         ([{"text": "a", "label": "z"}], {"labels": ["x", "y"]}, r"row 1: label 'z' is none of x, y; correct it"),
         ([{"text": "a", "label": 2}], {"labels": ["x", "y"]}, r"row 1: label 2 is none of x, y"),
@@ -156,27 +167,27 @@ def test_pairs_keep_a_separator_and_share_the_room(tmp_path: Path, tokenizer: To
 def test_a_mistake_is_named(
     tmp_path: Path, tokenizer: Tokenizer, rows: list[dict[str, Any]], given: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read(tokenizer, write(tmp_path / "rows.jsonl", rows), **given)
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_none(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"data.train: no .jsonl, .csv or .parquet file"):
+def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"data.train: no .jsonl, .csv or .parquet file"):
         read(tokenizer, str(tmp_path / "nowhere.csv"))
     for name in ("bad.jsonl", "bad.parquet"):
         (tmp_path / name).write_text('{"text": "a", "label": "x"}\n{"text": \n')
-        with pytest.raises(ValueError, match=rf"{name}: cannot be read \(.+\)") as error:
+        with pytest.raises(UserError, match=rf"{name}: cannot be read \(.+\)") as error:
             read(tokenizer, str(tmp_path / name))
         assert "\n" not in str(error.value)
     both = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in ("test", "train")})
     both.save_to_disk(str(tmp_path / "both"))
-    with pytest.raises(ValueError, match=r"several splits; name one of them: .*both/test, .*both/train"):
+    with pytest.raises(UserError, match=r"several splits; name one of them: .*both/test, .*both/train"):
         read(tokenizer, str(tmp_path / "both"))
     assert len(read(tokenizer, str(tmp_path / "both/train"))[0]) == len(ROWS)
 
 
-def test_rows_are_cut_at_the_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_rows_are_truncated_to_the_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
     source = write(tmp_path / "long.jsonl", [{"text": "a cat " * 9, "label": label} for label in "xy"])
     whole, cut = (read(tokenizer, source, length=length)[0].token_ids[0] for length in (64, 5))
     assert np.array_equal(cut, whole[:5])

@@ -14,7 +14,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torchmetrics.functional.text import squad
 
-from gptj_train.data.squad import Features, Question
+from gptj_train.data.squad import Question
+from gptj_train.data.squad_features import Features
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tasks.question_answering import QATaskConfig, QuestionAnswering, best_spans
 from gptj_train.tasks.squad_metrics import normalised, squad_scores

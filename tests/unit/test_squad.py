@@ -1,4 +1,4 @@
-"""SQuAD files are read exactly, and every answer is found again from its tokens."""
+"""SQuAD files are read exactly, and the tokens of every answer decode to it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_train.data.squad import Features, Question, read_files, windows
+from gptj_train.data.squad import Question, read_files
+from gptj_train.data.squad_features import Features, windows
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 
 CORPUS = (
     "What does Größe measure? The café in Zürich — naïve 東京 answers: 12,5 km² of 'straße' 🙂🙂 and the rest.\n" * 3
@@ -40,7 +42,7 @@ def features_of(asked: Question, **changes: Any) -> Features:
 
 
 @given(texts)
-def test_offsets_tell_the_characters_of_every_token(text: str) -> None:
+def test_offsets_are_the_characters_of_every_token(text: str) -> None:
     ids, offsets = TOKENIZER.encode_with_offsets(text)
     sizes = TOKENIZER.bytes_per_token[ids]
     done = 0
@@ -53,7 +55,7 @@ def test_offsets_tell_the_characters_of_every_token(text: str) -> None:
     assert TOKENIZER.decode(ids.tolist()) == text
 
 
-def test_special_tokens_in_a_text_are_text() -> None:
+def test_special_tokens_in_a_text_are_plain_text() -> None:
     ids, offsets = TOKENIZER.encode_with_offsets("a<|endoftext|>b")
     assert TOKENIZER.end_id not in ids
     assert offsets[-1].tolist() == [14, 15]
@@ -85,7 +87,7 @@ def test_any_span_is_covered_by_as_few_tokens_as_can(context: str, data: st.Data
 
 
 @given(st.integers(0, 200), st.integers(1, 60), st.data())
-def test_windows_skip_nothing_and_hold_every_short_run(tokens: int, room: int, data: st.DataObject) -> None:
+def test_windows_skip_nothing_and_contain_every_short_run(tokens: int, room: int, data: st.DataObject) -> None:
     stride = data.draw(st.integers(1, room))
     cut = windows(tokens, room, stride)
     assert [first for first, _ in cut] == [stride * i for i in range(len(cut))]
@@ -96,7 +98,7 @@ def test_windows_skip_nothing_and_hold_every_short_run(tokens: int, room: int, d
 
 
 @pytest.mark.parametrize("repeat", [False, True])
-def test_a_long_context_keeps_its_answer_in_some_window_and_says_none_in_the_others(repeat: bool) -> None:
+def test_a_long_context_has_its_answer_in_some_windows_and_no_answer_in_the_others(repeat: bool) -> None:
     context = " ".join(f"item{i} is {i * i}" for i in range(100))
     answer = "3025"
     features = list(features_of(question(context, answer, context.index(answer)), repeat_context=repeat))
@@ -120,7 +122,7 @@ def test_no_answer_is_the_last_token() -> None:
     assert feature.input_ids[feature.end] == TOKENIZER.end_id
 
 
-def test_a_long_question_loses_its_end() -> None:
+def test_a_long_question_is_truncated() -> None:
     asked = Question("q", " ".join(["why"] * 50), "because", (), None)
     (feature,) = features_of(asked)
     assert len(feature.input_ids) <= 64
@@ -129,11 +131,11 @@ def test_a_long_question_loses_its_end() -> None:
 
 def test_an_answer_longer_than_any_window_is_counted() -> None:
     context = "word " * 100
-    assert "1 answers fit no window" in str(features_of(question(context, context.strip(), 0)))
+    assert "1 answers fit in no window" in str(features_of(question(context, context.strip(), 0)))
 
 
 def test_windows_that_would_skip_tokens_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"leaves 46 tokens .* fewer than task.doc_stride \(47\)"):
+    with pytest.raises(UserError, match=r"leaves 46 tokens .* fewer than task.doc_stride \(47\)"):
         features_of(question("a", None), doc_stride=47)
 
 
@@ -183,18 +185,18 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
     ({"answers": {"text": ["1999"], "answer_start": [30]}}, r"x.jsonl:1: the answer '1999' is not at character 30"),
     ({"answers": {"text": ["In"], "answer_start": [-36]}}, r"x.jsonl:1: the answer 'In' is not at character -36"),
     ({"answers": {"text": [" "], "answer_start": [2]}}, r"x.jsonl:1: an answer is empty"),
-    ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: 1 answer texts and 0 starts"),
+    ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: 1 answer texts, but 0 starts"),
     ({"answers": {"text": ["1999"]}}, r"x.jsonl:1: the field 'answer_start' is missing"),
     ({"answers": "1999"}, r"x.jsonl:1: 'answers' is not a list or dict, but '1999'"),
     ({"id": 7}, r"x.jsonl:1: 'id' is not a str, but '7'"),
-    ({"question": "\ud83d"}, r"x.jsonl:1: 'question': the text holds a lone surrogate"),
+    ({"question": "\ud83d"}, r"x.jsonl:1: 'question': the text contains a lone surrogate"),
 ]
 
 
 @pytest.mark.parametrize(("changes", "message"), BROKEN)
 def test_a_bad_record_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(FLAT[0] | changes))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read_files([tmp_path / "x.jsonl"])
 
 
@@ -202,13 +204,13 @@ def test_a_bad_place_in_a_nested_file_is_named(tmp_path: Path) -> None:
     broken = json.loads(json.dumps(NESTED))
     del broken["data"][0]["paragraphs"][0]["qas"][1]["question"]
     (tmp_path / "x.json").write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match=r"data\[0\].paragraphs\[0\].qas\[1\]: .*'question'"):
+    with pytest.raises(UserError, match=r"data\[0\].paragraphs\[0\].qas\[1\]: .*'question'"):
         read_files([tmp_path / "x.json"])
 
 
-def test_an_id_that_comes_twice_is_refused(tmp_path: Path) -> None:
+def test_a_duplicate_id_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(FLAT[0])] * 2))
-    with pytest.raises(ValueError, match=r"x.jsonl:2: the id 'a' has come before"):
+    with pytest.raises(UserError, match=r"x.jsonl:2: duplicate id 'a'"):
         read_files([tmp_path / "x.jsonl"])
 
 
