@@ -1,4 +1,4 @@
-"""A run that is told to end, in every way there is, on ranks and launchers as they are."""
+"""Stop a run in every way: signals, a stop file, a dying launcher or rank, Slurm's time limit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PREEMPTED = 85
 
 
 class Run:
-    """A training run in the background that has millions of steps to go."""
+    """A training run in the background, of a million steps."""
 
     def __init__(self, folder: Path, launcher: str, *overrides: str, **environment: str) -> None:
         self.folder = folder / "run"
@@ -100,7 +100,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def start(place: Path) -> Iterator[Callable[..., Run]]:
-    """Starts runs, each of which goes on where the last one stopped; leaves none behind."""
+    """Start runs, each of which resumes the last one; none is left behind."""
     runs: list[Run] = []
 
     def begin(launcher: str, *overrides: str, **environment: str) -> Run:
@@ -114,7 +114,7 @@ def start(place: Path) -> Iterator[Callable[..., Run]]:
                 process.kill()
 
 
-def stopped_as_told(run: Run, said: str, why: str) -> None:
+def assert_stopped(run: Run, said: str, why: str) -> None:
     message = [line for line in said.splitlines() if line.startswith("stopped: ")]
     assert len(message) == 1, said
     found = re.fullmatch(rf"stopped: {why}: ended after step (?P<step>\d+) of 1000000, saved", message[0])
@@ -125,24 +125,23 @@ def stopped_as_told(run: Run, said: str, why: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all(start: Callable[..., Run], number: signal.Signals) -> None:
+def test_a_signal_to_one_rank_stops_all_ranks(start: Callable[..., Run], number: signal.Signals) -> None:
     run = start("deepspeed").after_some_steps()
     run.rank(1).send_signal(number)
     code, said = run.end()
     assert code == PREEMPTED
-    stopped_as_told(run, said, f"{number.name} reached rank 1")
+    assert_stopped(run, said, f"{number.name} reached rank 1")
 
 
-def test_a_stop_file_stops_all_and_bars_the_next_start(start: Callable[..., Run], place: Path) -> None:
+def test_a_stop_file_stops_all_ranks(start: Callable[..., Run]) -> None:
     run = start("deepspeed").after_some_steps()
     stop = run.folder / "STOP"
     stop.touch()
     try:
         code, said = run.end()
         assert code == PREEMPTED
-        stopped_as_told(run, said, f"{stop} is there; remove it before you start again")
-        code, said = start("python").end()
-        assert (code, said) == (2, f"error: {stop} says that this run is to stop; remove it to go on\n")
+        assert_stopped(run, said, f"{stop} is there; remove it before you start again")
+        # The next start is refused: tests/recipes/test_mistakes.py has that.
     finally:
         stop.unlink()
 
@@ -165,11 +164,11 @@ def test_a_launcher_that_dies_leaves_a_run_that_saves_and_ends(
     (process.children()[0] if level else process).send_signal(number)
     ended_with, said = run.end()
     assert ended_with == code
-    stopped_as_told(run, said, why)
+    assert_stopped(run, said, why)
 
 
 @pytest.mark.parametrize("to_launcher", [True, False])
-def test_torchrun_passes_a_signal_on_and_gives_a_code_of_its_own(start: Callable[..., Run], to_launcher: bool) -> None:
+def test_torchrun_forwards_a_signal_and_exits_with_its_own_code(start: Callable[..., Run], to_launcher: bool) -> None:
     run = start("torchrun").after_some_steps()
     (run.process if to_launcher else run.rank(1)).send_signal(signal.SIGTERM)
     code, _ = run.end()
@@ -182,7 +181,7 @@ def test_plain_python_is_a_rank(start: Callable[..., Run]) -> None:
     run.process.terminate()
     code, said = run.end()
     assert code == PREEMPTED
-    stopped_as_told(run, said, "SIGTERM reached rank 0")
+    assert_stopped(run, said, "SIGTERM reached rank 0")
 
 
 @pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 45)])
@@ -199,7 +198,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_job(start: Callable[..., Run], numbe
         assert f"error: rank 0 made no progress for 5 s (hang_timeout); where it was: {run.folder}/stacks/" in said
 
 
-def test_a_run_of_one_rank_hears_slurm_s_end_and_keeps_secrets_to_itself(start: Callable[..., Run]) -> None:
+def test_slurms_time_limit_stops_a_run_and_no_secret_is_written(start: Callable[..., Run]) -> None:
     """The run folder, Weights & Biases' part of it and the screen hold none of the environment's secrets."""
     canary = "c4n4ry" * 6 + "0000"  # as long as a W&B key
     secrets = dict.fromkeys(("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD"), canary)
