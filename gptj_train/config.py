@@ -249,7 +249,7 @@ def model_config_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
         UserError: no GPT-J config.json in ``init_from``, or sizes that do not fit together.
     """
     if init_from is None:
-        shape = {field.name: getattr(model, field.name) for field in fields(model)}  # type: ignore[arg-type]
+        shape = {field.name: getattr(model, field.name) for field in fields(model)}
         return GPTJConfig(**shape)
     dropout = {}
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):

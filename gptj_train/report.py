@@ -83,7 +83,7 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
         done += f" Training loss {_text(first['loss'])} -> {_text(last['loss'])} in {len(steps)} steps."
         skipped = last["skipped_steps"]
         if skipped:
-            done += f" {skipped} of them changed nothing: their numbers were not finite."
+            done += f" {skipped} of them changed nothing: NaN or infinity in loss or gradients."
     text = [done]
     if evaluations:
         text += _held_out_results(evaluations[0], evaluations[-1])

@@ -109,10 +109,10 @@ def unknown_key_message(key: str, cls: type) -> str:
 def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
     """Yield the dotted names of a schema's keys, groups included."""
     hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):
         yield prefix + field.name
         if is_dataclass(hints[field.name]):
-            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")
 
 
 def text_keys(cls: type, prefix: str = "") -> set[str]:

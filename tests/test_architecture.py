@@ -104,7 +104,7 @@ def test_packages_stay_in_their_room(path: Path) -> None:
 
 
 @each_file
-def test_nobody_imports_a_recipe_or_a_test(path: Path) -> None:
+def test_no_module_imports_a_recipe_or_a_test(path: Path) -> None:
     assert {module.split(".")[0] for module in imports(path)} & {"recipes", "scripts", "tests"} == set()
 
 

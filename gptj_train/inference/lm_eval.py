@@ -66,10 +66,11 @@ def run_tasks(
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         text = json.dumps(results, indent=2, ensure_ascii=False, default=handle_non_serializable)
         (Path(output_dir) / "results.json").write_text(text + "\n", encoding="utf-8")
-    return make_table(results)
+    table: str = make_table(results)
+    return table
 
 
-class HarnessModel(TemplateLM):
+class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
     """The harness's model interface: log-likelihoods of given texts, and generation up to a stop string."""
 
     def __init__(self, generator: TextGenerator, batch_size: int) -> None:

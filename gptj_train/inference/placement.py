@@ -38,4 +38,7 @@ def device_map(model: nn.Module, size: int, index: int) -> dict[str, int | str]:
     Blocks are not split: a block's residual connections need all its parts on one device.
     """
     limits = {index: size, "cpu": 1 << 62}  # the files on disk back the CPU's part: no limit
-    return infer_auto_device_map(model, max_memory=limits, no_split_module_classes=["GPTJBlock"])
+    devices: dict[str, int | str] = infer_auto_device_map(
+        model, max_memory=limits, no_split_module_classes=["GPTJBlock"]
+    )
+    return devices

@@ -103,7 +103,7 @@ def class_weights(config: ClassificationTaskConfig, names: Sequence[str], labels
     if given == "balanced":
         positive = labels.sum(axis=0).clip(min=1)
         negative = len(labels) - positive
-        return (negative / positive).astype(np.float32)
+        return np.asarray(negative / positive, dtype=np.float32)
     weights: dict[str, float] = {}
     if isinstance(given, dict):
         # Integer labels are keys without quotes in YAML.

@@ -117,7 +117,7 @@ def test_regression_metrics(width: int) -> None:
     assert found["spearman"] == pytest.approx(np.mean([stats.spearmanr(*pair)[0] for pair in columns]), abs=1e-5)
 
 
-def told_as(problem: str, label: Any) -> Any:
+def label_as_written(problem: str, label: Any) -> Any:
     """A label as predictions.jsonl names it."""
     if problem == SINGLE:
         return NAMES[label]
@@ -157,8 +157,8 @@ def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) 
                 records += task.records(output, batch)
         assert sorted(row for record in records for row in record.rows) == list(range(11))
         found.append(task.metrics(records))
-        told = [told_as(problem, label) for label in rows.labels]
-        assert [(line["row"], line["label"]) for line in task.predictions] == list(enumerate(told, start=1))
+        expected = [label_as_written(problem, label) for label in rows.labels]
+        assert [(line["row"], line["label"]) for line in task.predictions] == list(enumerate(expected, start=1))
     for other in found[1:]:
         for name, value in found[0].items():
             assert other[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
@@ -250,7 +250,7 @@ def test_a_head_to_start_from_keeps_its_order_of_labels(tmp_path: Path) -> None:
     three = ClassificationTaskConfig(problem_type=SINGLE, labels=["a", "b", "c"], class_weights=None)
     with pytest.raises(ValueError, match=r"task\.labels names 3 labels, the head of .* has 2"):
         known_labels(three, str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gptj"}))  # says nothing of a class
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gptj"}))  # names no class
     assert known_labels(task_config(), str(tmp_path)) is None
 
 

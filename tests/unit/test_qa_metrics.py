@@ -31,14 +31,14 @@ answers_of_a_question = st.lists(phrases.filter(str.strip), max_size=3)
 
 
 def reference_scores(predictions: dict[str, str], answers: dict[str, list[str]]) -> dict[str, float]:
-    said = [{"id": name, "prediction_text": text} for name, text in predictions.items()]
+    predicted = [{"id": name, "prediction_text": text} for name, text in predictions.items()]
     wanted = [{"id": name, "answers": {"text": texts, "answer_start": []}} for name, texts in answers.items()]
-    return {name: value.item() for name, value in squad(said, wanted).items()}  # type: ignore[union-attr]
+    return {name: value.item() for name, value in squad(predicted, wanted).items()}  # type: ignore[union-attr]
 
 
 @given(st.lists(st.tuples(phrases, answers_of_a_question), min_size=1, max_size=4))
 def test_scores_equal_the_reference(cases: list[tuple[str, list[str]]]) -> None:
-    predictions = {str(i): said for i, (said, _) in enumerate(cases)}
+    predictions = {str(i): predicted for i, (predicted, _) in enumerate(cases)}
     answers = {str(i): wanted for i, (_, wanted) in enumerate(cases)}
     scores = squad_scores(predictions, answers)
     if all(answers.values()):
@@ -152,7 +152,7 @@ def evaluated(threshold: float | None, null: list[float], places: dict[str, floa
 def test_the_best_span_of_all_windows_answers_unless_no_answer_beats_it_in_every_window() -> None:
     words = {"five": 2.0, "six": 1.0, "nine": 1.4}
     assert evaluated(0.0, [-5.0], words).predictions == {"q": "five", "r": ""}
-    # The null score of a question is its lowest: a window without the answer may say so.
+    # The null score of a question is its lowest: a window without the answer may lower it.
     assert evaluated(0.0, [9.0, -4.0, 9.0], words).predictions["q"] == "five"
     assert evaluated(0.0, [2.5], words).predictions["q"] == ""
     assert evaluated(1.5, [2.5], words).predictions["q"] == "five"

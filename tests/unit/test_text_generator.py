@@ -1,4 +1,4 @@
-"""Streaming, batches and stop strings say the same text."""
+"""Streaming, batches and stop strings give the same text."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
 def test_text_ends_before_a_stop_string(folder: Path, length: int) -> None:
     writer = TextGenerator(folder)
     (whole,) = writer.complete([PROMPTS[0]], **OPTIONS)
-    stop = [whole[4 : 4 + length], "never said"]
+    stop = [whole[4 : 4 + length], "absent"]
     expected = whole[: whole.index(stop[0])]
     assert writer.complete([PROMPTS[0]], stop, **OPTIONS) == [expected]
     assert "".join(writer.stream(PROMPTS[0], stop, **OPTIONS)) == expected
@@ -61,10 +61,10 @@ def test_text_ends_before_a_special_token(folder: Path, monkeypatch: pytest.Monk
     """As a chat's turn does; the token's text is in no decoded text."""
     writer = TextGenerator(folder)
     ids = writer.encode(PROMPTS[0])
-    said = writer.model.generate(torch.tensor([ids]), eos_token_id=[], **OPTIONS)[0, len(ids) :].tolist()
-    before = said[: said.index(said[at])]
+    tokens = writer.model.generate(torch.tensor([ids]), eos_token_id=[], **OPTIONS)[0, len(ids) :].tolist()
+    before = tokens[: tokens.index(tokens[at])]
     expected = writer.tokenizer.decode(ids + before)[len(PROMPTS[0]) :]
-    monkeypatch.setitem(writer.tokenizer.__dict__, "special_tokens", {"<|turn|>": said[at]})
+    monkeypatch.setitem(writer.tokenizer.__dict__, "special_tokens", {"<|turn|>": tokens[at]})
     assert writer.complete([PROMPTS[0]], ["<|turn|>"], **OPTIONS) == [expected]
     assert "".join(writer.stream(PROMPTS[0], ["<|turn|>"], **OPTIONS)) == expected
 
