@@ -1,4 +1,5 @@
 # make quickstart: set up and run the main job on this machine.   make test: set up and run the tests.
+# make loss-compare BASE=REVISION: does the working tree train as BASE did, bit for bit?
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ endif
 # The launcher starts ranks by names found on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test lint loss-compare clean
 
 quickstart: $(VENV)/installed data/quickstart/train.jsonl
 	deepspeed -q --num_gpus 2 recipes/clm.py +config=quickstart
@@ -23,6 +24,11 @@ lint: $(VENV)/installed-test
 	ruff check .
 	ruff format --check .
 	mypy
+	codespell
+
+loss-compare: $(VENV)/installed
+	@test -n '$(BASE)' || { echo 'error: name the revision to compare with: make loss-compare BASE=main' >&2; exit 2; }
+	python scripts/loss_compare.py '$(BASE)'
 
 data/quickstart/train.jsonl: scripts/quickstart_corpus.py | $(VENV)/installed
 	python scripts/quickstart_corpus.py data/quickstart

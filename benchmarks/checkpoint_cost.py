@@ -1,9 +1,9 @@
-"""What a checkpoint costs: memory of resuming beside starting, and time of saving, verifying and reading.
+"""Measure the cost of a checkpoint: memory of a resumed and a fresh run; time to save, verify and read.
 
     python benchmarks/checkpoint_cost.py [--layers 24] [--width 1024] [--folder DIR]
 
-One rank, ZeRO-3, everything offloaded, bf16; 24 layers of 1024 are 0.3 billion parameters. Each phase is a process
-of its own, whose peak of resident memory (ru_maxrss) is reported. Written to results/checkpoint_cost.json.
+One rank, ZeRO-3, everything offloaded, bf16; 24 layers of 1024 are 0.3 billion parameters. Each phase runs in a
+separate process, whose peak resident memory (ru_maxrss) is reported. Written to results/checkpoint_cost.json.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 LENGTH = 64
@@ -26,30 +25,34 @@ RESULTS = Path(__file__).parent / "results" / "checkpoint_cost.json"
 
 
 def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
-    """Train two steps from scratch and save, or resume and train one more; GiB and seconds."""
+    """Train two steps and save, or resume and train two more; return GiB and seconds."""
     import torch
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
+    from gptj_train.config import ClmConfig
     from gptj_train.data.tokenizer import Tokenizer
-    from gptj_train.planning import Planned
+    from gptj_train.launch.command_line import compose
+    from gptj_train.planning import RunPlan
     from gptj_train.training.checkpoint import Checkpoints, TrainState, load
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
-    from gptj_train.training.optimizer import OptimConfig
-    from gptj_train.training.retention import resumable
-    from gptj_train.training.zero_config import EngineConfig
+    from gptj_train.training.retention import resume_candidates
     from gptj_train.weights.manifest import Manifest
 
     config = GPTJConfig(n_embd=width, n_layer=layers, n_positions=LENGTH, n_head=16, rotary_dim=16, vocab_size=8192)
-    optim = OptimConfig(
-        lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, clip_norm=1.0, schedule="constant",
-        warmup_steps=0, decay_steps=0, final_lr_ratio=0.1,
-    )  # fmt: skip
-    place = EngineConfig(
-        stage=3, offload_optimizer="cpu", offload_parameters="cpu", nvme_path=None, precision="bf16",
-        activation_checkpointing=False, deepspeed={},
-    )  # fmt: skip
-    engine = Engine(lambda: GPTJForCausalLM(config), None, place, optim, 1, 1, seed=0)
+    overrides = [f"output_dir={folder}", "init_from=null", "data.train=unused", "max_steps=3"]
+    overrides += [f"sequence_length={LENGTH}", "global_batch_size=1", "micro_batch_size=1"]
+    overrides += ["engine=zero3_offload", "engine.activation_checkpointing=false"]
+    cfg = compose("clm", overrides, ClmConfig)
+    engine = Engine(
+        build=lambda: GPTJForCausalLM(config),
+        init_from=None,
+        engine=cfg.engine,
+        optim=cfg.optim,
+        micro_batch_size=1,
+        accumulation=1,
+        seed=0,
+    )
     found: dict[str, Any] = {"built_gib": engine.peak_memory()}
 
     def seconds_of(work: Any) -> float:
@@ -63,19 +66,20 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
         engine.step(1e-4)
 
     if name == "resumed":
-        (checkpoint,) = resumable(folder, "auto")
+        (checkpoint,) = resume_candidates(folder, "auto")
         manifest = Manifest.read(checkpoint)
         found["verify_s"] = seconds_of(lambda: manifest.damage(checkpoint, manifest.files))
         found["verify_and_load_s"] = seconds_of(lambda: load(engine, [checkpoint], lambda _: None))
         found["loaded_gib"] = engine.peak_memory()
     step()
     found["step_s"] = seconds_of(step)
-    cfg: Any = SimpleNamespace(engine=place, micro_batch_size=1, sequence_length=LENGTH)
-    found["planned_gib"] = sum(Planned(engine.shapes, engine.trained, config, cfg).memory(1).values()) / 2**30
+    plan = RunPlan(engine.shapes, engine.trained, config, cfg)
+    found["planned_gib"] = sum(plan.memory(1).values()) / 2**30
     found["trained_gib"] = engine.peak_memory()
     if name == "fresh":
         files = ModelFiles(config, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
-        found["save_s"] = seconds_of(lambda: Checkpoints(folder, 1, 0, files).save(engine, TrainState(step=2)))
+        checkpoints = Checkpoints(folder, keep=1, keep_every=0, model_files=files)
+        found["save_s"] = seconds_of(lambda: checkpoints.save(engine, TrainState(step=2)))
         found["saved_gib"] = engine.peak_memory()
         found["parameters"] = sum(shape.numel() for shape in engine.shapes.values())
     torch.distributed.destroy_process_group()
@@ -83,7 +87,7 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
 
 
 def plain_write(folder: Path, size: int) -> float:
-    """Seconds to write as many bytes to the same disk and flush them, with nothing else done."""
+    """Return the seconds that a plain write and flush of as many bytes takes on the same disk."""
     block = os.urandom(1 << 26)
     began = time.perf_counter()
     with (folder / "plain").open("wb") as file:

@@ -1,12 +1,12 @@
-"""Host memory while a checkpoint becomes ZeRO-3 partitions: our streamed load beside Transformers' from_pretrained.
+"""Compare host memory while a checkpoint becomes ZeRO-3 partitions: our streamed load, Transformers' from_pretrained.
 
     python benchmarks/load_memory.py
     python benchmarks/load_memory.py --layers 28 --width 4096 --sides gptj_train    # GPT-J 6B's shape: 12 GB of disk
 
-A random bf16 checkpoint in shards is written first. Both sides run under one DeepSpeed config (ZeRO-3, parameters in
-host memory), with the same ranks and threads, both with all libraries imported before memory is looked at, and take
-turns, with the files put out of the page cache before each run. A side ends with every rank holding its partition of
-bf16 weights and nothing else; both must hold the same numbers.
+The benchmark first writes a random sharded bf16 checkpoint. Both sides run under one DeepSpeed config (ZeRO-3,
+parameters in host memory), with the same ranks and threads. They import all libraries before memory is measured, and
+alternate, with the files dropped from the page cache before each run. In the end every rank holds its partition of the
+bf16 weights and nothing else; both sides must hold the same numbers.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ GB = 1e9
 
 
 def shape(layers: int, width: int) -> dict[str, int]:
-    """GPTJConfig's arguments; heads are 256 wide."""
+    """Return GPTJConfig's arguments; heads of 256, as in GPT-J 6B."""
     return {"n_layer": layers, "n_embd": width, "n_head": width // 256, "rotary_dim": 64, "vocab_size": VOCAB}
 
 
 def write_checkpoint(folder: Path, layers: int, width: int) -> int:
-    """Random weights, a tensor at a time; returns their number."""
+    """Write random weights, one tensor in memory at a time, and return the number of parameters."""
     import torch
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
@@ -49,23 +49,23 @@ def write_checkpoint(folder: Path, layers: int, width: int) -> int:
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in GPTJForCausalLM(config).named_parameters()}
     tensors = ((name, torch.randn(size, dtype=torch.bfloat16)) for name, size in shapes.items())
-    write_weights(folder, tensors, shapes, torch.bfloat16)
+    write_weights(folder, tensors, shapes, dtype=torch.bfloat16)
     config.save_pretrained(folder, "GPTJForCausalLM")
     return sum(size.numel() for size in shapes.values())
 
 
 def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None:
-    """One rank of one run: load, and leave what it measured in ``folder``."""
+    """Run one rank: load, and write the measurements into ``folder``."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
     import transformers
     from transformers.integrations import HfDeepSpeedConfig
-    from transformers.models.gptj import modeling_gptj  # noqa: F401 (both sides have imported all)
+    from transformers.models.gptj import modeling_gptj  # noqa: F401 - both sides import it, so that neither pays for it.
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.training.engine import deepspeed, join_process_group
     from gptj_train.training.initial_weights import fill_frozen
-    from gptj_train.weights.manifest import open_weights
+    from gptj_train.weights.checkpoint_weights import open_weights
 
     torch.set_num_threads(threads)
     rank, _ = join_process_group()
@@ -73,13 +73,14 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero}
     gc.collect()
     imported, read_before, began = resident(), bytes_read(), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
     if side == "gptj_train":
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = GPTJForCausalLM(GPTJConfig(**shape(layers, width))).requires_grad_(False)
         with open_weights(folder) as weights:
             fill_frozen(model, weights, {name: name for name, _ in model.named_parameters()}, rank)
     else:
+        # from_pretrained partitions the weights while this object is alive.
         held = HfDeepSpeedConfig(config)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         del held
@@ -101,23 +102,24 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
 
 
 def resident() -> float:
-    """GB of this process in RAM now, pages of mapped files included."""
+    """Return this process's resident memory in GB, mapped files included."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / GB
 
 
 def peak_resident() -> float:
-    """GB of this process in RAM at most since the peak was cleared."""
+    """Return this process's peak resident memory in GB since the last reset."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024 / GB
 
 
 def bytes_read() -> int:
-    """From the disk, by this process."""
+    """Return the bytes this process read from disk."""
     return int(dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())["read_bytes"])
 
 
 def run(side: str, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Launch one side; what each rank measured."""
+    """Run one side and return each rank's measurements."""
+    # Dropped from the page cache, else the first run would read from disk for all later ones.
     for file in folder.glob("*.safetensors"):
         with file.open("rb") as opened:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -161,12 +163,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--width", type=int, default=2048, help="20 x 2048 with GPT-J's vocabulary: 1.2 billion")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each side, taking turns")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each side, alternately")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--scratch", type=Path, help="folder for the checkpoint; it goes afterwards")
+    parser.add_argument("--scratch", type=Path, help="folder for the checkpoint, which is deleted afterwards")
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    args, _ = parser.parse_known_args()  # the launcher adds --local_rank
+    args, _ = parser.parse_known_args()  # The launcher adds --local_rank.
     if args.work:
         side, folder, *sizes = json.loads(args.work)
         work(side, Path(folder), *sizes)
@@ -185,8 +187,8 @@ def main() -> None:
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
     text = (
         f"`{' '.join(['python benchmarks/load_memory.py', *sys.argv[1:]])}`: {count / 1e9:.2f} billion parameters, "
-        f"bf16, {args.ranks} ranks. Memory is of one rank, the largest of {args.repeats} runs, without what the "
-        f"imports took ({max(rank['imported'] for rank in runs[args.sides[0]][0]):.2f} GB). {packages}.\n\n"
+        f"bf16, {args.ranks} ranks. Memory is that of one rank, the largest of {args.repeats} runs, without "
+        f"the imports' ({max(rank['imported'] for rank in runs[args.sides[0]][0]):.2f} GB). {packages}.\n\n"
         f"{table(runs, args)}\n"
     )
     print(text)

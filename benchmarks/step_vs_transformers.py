@@ -1,13 +1,13 @@
-"""Our training step beside Transformers' GPT-J under one DeepSpeed config: time, memory, and the same losses.
+"""Compare our training step with Transformers' GPT-J under one DeepSpeed config: time, memory, and equal losses.
 
     python benchmarks/step_vs_transformers.py
 
-Held equal: DeepSpeed's config (ZeRO-3, optimizer and parameters offloaded to the host, bf16, clipping) and how the
-model is built and wrapped, the initial weights (one folder, read by both), the token batches (one document fills a
-window, so both attend alike), the learning rates, ranks and threads. Each side uses its own model, attention and loss
-as it comes; Transformers has one attention for GPT-J on a CPU, the eager one. The sides take turns (A B A B ...),
-each run in fresh processes. A row is published only when the losses agree: the first within 1 %, the mean of all
-within 0.5 %. It runs on the CPU.
+Equal on both sides: DeepSpeed's config (ZeRO-3, optimizer and parameters offloaded to the host, bf16, clipping) and
+how the model is built and wrapped; the initial weights, read from one folder; the token batches, in which one document
+fills a window, so that both sides attend alike; the learning rates, ranks and threads. Each side uses its own model,
+attention and loss unchanged; on a CPU Transformers has only eager attention for GPT-J. The sides alternate
+(A B A B ...), each run in fresh processes. A row is written only if the losses agree: the first within 1 %, the mean
+of all within 0.5 %. The benchmark runs on the CPU.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("gptj_train", "transformers")
 VOCAB = 50400
-WARM_UP = 3
-GATE_FIRST, GATE_MEAN = 0.01, 0.005
+WARM_UP = 3  # Untimed steps, which allocate buffers.
+GATE_FIRST, GATE_MEAN = 0.01, 0.005  # Largest relative gaps of the losses.
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A model and a batch. GPT-J's own heads are 256 wide."""
+    """A model and a batch. GPT-J 6B has heads of 256."""
 
     layers: int
     width: int
@@ -48,7 +48,7 @@ class Cell:
     micro_batch_size: int
 
     def config(self) -> dict[str, Any]:
-        """GPTJConfig's arguments."""
+        """Return GPTJConfig's arguments."""
         sizes = {"n_layer": self.layers, "n_embd": self.width, "n_head": self.heads}
         rotary = min(64, self.width // self.heads)
         return sizes | {"n_positions": self.sequence_length, "rotary_dim": rotary, "vocab_size": VOCAB}
@@ -58,7 +58,7 @@ CELLS = [Cell(4, 256, 1, 512, 4), Cell(4, 512, 2, 2048, 1)]
 
 
 def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dict[str, Any]]:
-    """A side's DeepSpeed engine with the weights in ``folder``, the learning rates, and DeepSpeed's config."""
+    """Return a side's DeepSpeed engine with the weights in ``folder``, its OptimConfig, and DeepSpeed's config."""
     import torch
     from transformers.models.gptj import configuration_gptj, modeling_gptj
 
@@ -69,12 +69,33 @@ def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dic
     from gptj_train.weights.hf_reader import HFWeights
 
     optim = OptimConfig(
-        **{"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0, "clip_norm": 1.0},
-        **{"schedule": "cosine", "warmup_steps": 2, "decay_steps": 0, "final_lr_ratio": 0.1},
+        lr=3e-4,
+        betas=(0.9, 0.95),
+        eps=1e-8,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        schedule="cosine",
+        warmup_steps=2,
+        decay_steps=0,
+        final_lr_ratio=0.1,
     )
-    offload = {"offload_optimizer": "cpu", "offload_parameters": "cpu", "nvme_path": None}
-    settings = EngineConfig(stage=3, precision="bf16", activation_checkpointing=False, deepspeed={}, **offload)
-    config = deepspeed_config(settings, optim, cell.micro_batch_size, 1, VOCAB * cell.width, pin_memory=False)
+    settings = EngineConfig(
+        stage=3,
+        precision="bf16",
+        offload_optimizer="cpu",
+        offload_parameters="cpu",
+        nvme_path=None,
+        activation_checkpointing=False,
+        deepspeed={},
+    )
+    config = deepspeed_config(
+        engine=settings,
+        optim=optim,
+        micro_batch_size=cell.micro_batch_size,
+        accumulation=1,
+        largest_parameter=VOCAB * cell.width,
+        pin_memory=False,
+    )
     with deepspeed.zero.Init(config_dict_or_path=config):
         if side == "gptj_train":
             model = GPTJForCausalLM(GPTJConfig(**cell.config()))
@@ -90,10 +111,10 @@ def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dic
 
 
 def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
-    """One rank of one run: build, step, and leave what it measured in ``folder``."""
+    """Run one rank: build, step, and write the measurements into ``folder``."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
-    import transformers.models.gptj.modeling_gptj  # noqa: F401 - counts as imported on both sides
+    import transformers.models.gptj.modeling_gptj  # noqa: F401 - both sides import it, so that neither pays for it.
 
     from gptj_train.training.engine import join_process_group
     from gptj_train.training.schedule import lr_at
@@ -105,15 +126,16 @@ def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
 
     gc.collect()
     built, built_peak = resident(), peak_resident()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
-    # Tokens from a small part of the vocabulary, so that a few steps have something to learn.
+    Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
+    # Tokens from a small part of the vocabulary, which a few steps can learn.
     shape = (WARM_UP + steps, cell.micro_batch_size, cell.sequence_length)
     batches = torch.randint(500, shape, generator=torch.Generator().manual_seed(100 + rank))
-    of_batch = {"num_items_in_batch": batches[0, :, 1:].numel()} if side == "gptj_train" else {}
+    # As our engine calls the model: the loss alone, without logits. Transformers has no such switch.
+    own_arguments = {"num_items_in_batch": batches[0, :, 1:].numel()} if side == "gptj_train" else {}
     losses, norms, parts = [], [], []
     for step, ids in enumerate(batches):
         marks = [time.perf_counter()]
-        loss = engine(input_ids=ids, labels=ids, use_cache=False, **of_batch).loss
+        loss = engine(input_ids=ids, labels=ids, use_cache=False, **own_arguments).loss
         marks.append(time.perf_counter())
         engine.backward(loss)
         marks.append(time.perf_counter())
@@ -131,12 +153,12 @@ def work(side: str, cell: Cell, folder: Path, steps: int, threads: int) -> None:
 
 
 def resident() -> float:
-    """GiB of this process in RAM now."""
+    """Return this process's resident memory in GiB."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**30
 
 
 def peak_resident() -> float:
-    """GiB of this process in RAM at most, since its start or since the peak was cleared."""
+    """Return this process's peak resident memory in GiB, since its start or the last reset."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**20
 
@@ -148,7 +170,7 @@ def free_port() -> str:
 
 
 def run(side: str, cell: Cell, folder: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Launch one side; what each rank measured."""
+    """Run one side and return each rank's measurements."""
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(args.ranks)]
     job = json.dumps([side, asdict(cell), str(folder), args.steps, args.threads])
     done = subprocess.run(
@@ -164,7 +186,7 @@ def run(side: str, cell: Cell, folder: Path, args: argparse.Namespace) -> list[d
 
 
 def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
-    """Both sides of a cell, taking turns."""
+    """Run both sides of a cell alternately and compare them."""
     import torch
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
@@ -184,13 +206,13 @@ def measure(cell: Cell, args: argparse.Namespace) -> dict[str, Any]:
     first = abs(ours[0] / theirs[0] - 1)
     mean = abs(statistics.mean(ours) / statistics.mean(theirs) - 1)
     if not (first <= GATE_FIRST and mean <= GATE_MEAN):
-        sys.exit(f"{cell}: the losses disagree (first {first:.2%}, mean {mean:.2%}); nothing is published")
+        sys.exit(f"{cell}: the losses disagree (first {first:.2%}, mean {mean:.2%}); nothing is written")
     turns = [their / our for our, their in zip(*(row[side]["median_of_each_run"] for side in SIDES), strict=True)]
     return {"cell": asdict(cell), "first_loss_gap": first, "mean_loss_gap": mean, "speed_of_each_turn": turns, **row}
 
 
 def condensed(runs: list[list[dict[str, Any]]], cell: Cell) -> dict[str, Any]:
-    """The runs of a side: rank 0's times of all timed steps, the largest memory of any rank, the losses' mean."""
+    """Summarize a side's runs: rank 0's times of all timed steps, the largest memory of any rank, the mean losses."""
     parts = [part for of_ranks in runs for part in of_ranks[0]["parts"]]
     seconds = [sum(part) for part in parts]
     tenths = statistics.quantiles(seconds, n=10)
@@ -211,7 +233,7 @@ def condensed(runs: list[list[dict[str, Any]]], cell: Cell) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| layers x width, tokens a rank | side | step, s (p10-p90) | forward / backward / update, s | tokens/s "
-        "| peak RSS, GiB | of it the step's own | loss gap, first / mean |",
+        "| peak RSS, GiB | grown by the steps | loss gap, first / mean |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -240,14 +262,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in Cell.__dataclass_fields__:
-        parser.add_argument("--" + name.replace("_", "-"), type=int, help="measure one cell of your own")
+        parser.add_argument("--" + name.replace("_", "-"), type=int, help="measure one cell with this value")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of each rank")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each side and cell, taking turns")
-    parser.add_argument("--steps", type=int, default=10, help=f"timed steps of a run, after {WARM_UP} to warm up")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the table")
+    parser.add_argument("--threads", type=int, default=1, help="threads of each rank")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each side and cell, alternately")
+    parser.add_argument("--steps", type=int, default=10, help=f"timed steps of a run, after {WARM_UP} warm-up steps")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    args, _ = parser.parse_known_args()  # the launcher adds --local_rank
+    args, _ = parser.parse_known_args()  # The launcher adds --local_rank.
     if args.work:
         side, cell, folder, steps, threads = json.loads(args.work)
         work(side, Cell(**cell), Path(folder), steps, threads)
@@ -259,7 +281,7 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     instructions = "AVX-512, " if "avx512f" in Path("/proc/cpuinfo").read_text() else ""
     text = (
-        "# Our step beside Transformers' GPT-J\n\n"
+        "# Our training step and Transformers' GPT-J\n\n"
         f"`{command}`: {args.ranks} ranks, threads a rank {args.threads}, ZeRO-3 with optimizer and parameters "
         f"offloaded to the host, bf16, vocabulary {VOCAB}. Median over {args.repeats} x {args.steps} steps.\n\n"
         f"{os.cpu_count()} cores, {instructions}CPU ({platform.machine()}); {packages}; commit {commit.strip()}.\n\n"

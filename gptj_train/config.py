@@ -1,4 +1,4 @@
-"""The typed config of each recipe, gathered from its owners, and its way from YAML."""
+"""The typed config of each recipe, composed of the schemas that live beside their consumers."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from gptj_train.schema import PlainText, schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
-from gptj_train.training.trainer import TrainerConfig
+from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 
 T = TypeVar("T")
 
-_DROPOUTS = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-
 
 @schema
 class ModelConfig:
-    """Shape of a model built from scratch; the names are GPTJConfig's. With ``init_from`` its config.json rules."""
+    """Shape of a model built from random weights, in GPTJConfig's names.
+
+    With ``init_from`` its config.json replaces everything but dropout.
+    """
 
     vocab_size: int
     n_positions: int
@@ -45,7 +46,7 @@ class ModelConfig:
 
 @schema
 class FinetuneConfig(TrainerConfig):
-    """What the fine-tuning recipes share."""
+    """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
     resume: str
@@ -97,7 +98,7 @@ class PrepareDataConfig(ClmConfig):
 
 @schema
 class PlanConfig(FinetuneConfig):
-    """recipes/plan.py, for a preset of any task; the last four say how fast the machines are."""
+    """recipes/plan.py, for presets of any task; the last four keys describe the machines."""
 
     sample_prompt: PlainText | None
     data: dict[str, Any]
@@ -110,13 +111,14 @@ class PlanConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("gpus_per_node", "tflops_per_gpu", "host_gb_per_second", "nvme_gb_per_second"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name} must be above 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value <= 0:
+                raise UserError(f"{name} must be above 0, got {value}")
 
 
 @schema
 class EvaluationDataConfig(DataConfig):
-    """Held-out data: text, labelled texts or questions, as the checkpoint's task wants them."""
+    """Held-out data for the checkpoint's task: text, labelled texts or questions."""
 
     validation: str | list[str]
     second_text_field: str | None
@@ -124,6 +126,7 @@ class EvaluationDataConfig(DataConfig):
 
     @property
     def labelled(self) -> LabelledFields:
+        """The fields of labelled texts."""
         return LabelledFields(
             text_field=self.text_field, second_text_field=self.second_text_field, label_field=self.label_field
         )
@@ -131,7 +134,7 @@ class EvaluationDataConfig(DataConfig):
 
 @schema
 class EvaluateConfig:
-    """recipes/evaluate.py; ``task`` is for question answering."""
+    """recipes/evaluate.py; ``task`` applies to question answering only."""
 
     checkpoint: str
     output_dir: str | None
@@ -142,10 +145,10 @@ class EvaluateConfig:
     task: QATaskConfig
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("sequence_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, got {value}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.sequence_length is not None and self.sequence_length < 2:
+            raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
 
 
 @schema
@@ -162,9 +165,10 @@ class HarnessConfig:
     output_dir: str | None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, got {value}")
+        if self.batch_size < 1:
+            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        if self.limit is not None and self.limit < 1:
+            raise UserError(f"limit must be at least 1, got {self.limit}")
 
 
 @schema
@@ -190,18 +194,30 @@ class GenerateConfig:
 
     @property
     def stop_strings(self) -> list[str]:
-        """``stop``, in which a shell and Hydra leave \\n and \\t as two characters."""
+        """``stop`` with newlines and tabs: shell and Hydra pass \\n and \\t on as two characters."""
         return [text.replace("\\n", "\n").replace("\\t", "\t") for text in self.stop]
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments of ``GPTJForCausalLM.generate``: a search with beams draws nothing."""
-        lengths = {"max_new_tokens": self.max_new_tokens, "max_length": self.max_length}
-        chosen = {"repetition_penalty": self.repetition_penalty, "num_beams": self.num_beams}
+        """The arguments of ``GPTJForCausalLM.generate``."""
+        options: dict[str, Any] = {
+            "max_new_tokens": self.max_new_tokens,
+            "max_length": self.max_length,
+            "repetition_penalty": self.repetition_penalty,
+            "num_beams": self.num_beams,
+        }
         if self.num_beams > 1:
-            return lengths | chosen | {"length_penalty": self.length_penalty}
-        drawn = {"do_sample": self.do_sample, "temperature": self.temperature, "seed": self.seed}
-        return lengths | chosen | drawn | {"top_k": self.top_k, "top_p": self.top_p}
+            # Beam search does not sample: generate refuses do_sample beside it.
+            options["length_penalty"] = self.length_penalty
+        else:
+            options |= {
+                "do_sample": self.do_sample,
+                "temperature": self.temperature,
+                "top_k": self.top_k,
+                "top_p": self.top_p,
+                "seed": self.seed,
+            }
+        return options
 
 
 @schema
@@ -225,12 +241,19 @@ class ExportConfig:
 
 
 def model_config_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
-    """Return ``init_from``'s own shape with the dropout of the config, or the shape that the config describes.
+    """Return the config of the model to train: that of ``init_from`` if given, else the one described by ``model``.
+
+    A dropout above 0 in ``model`` applies in both cases: it belongs to the training, not to the weights.
 
     Raises:
-        UserError: sizes that do not fit together.
+        UserError: no GPT-J config.json in ``init_from``, or sizes that do not fit together.
     """
-    if init_from is not None:
-        dropped = {name: getattr(model, name) for name in _DROPOUTS if getattr(model, name) > 0}
-        return replace(GPTJConfig.from_pretrained(init_from), **dropped)
-    return GPTJConfig(**{field.name: getattr(model, field.name) for field in fields(model)})  # type: ignore[arg-type]
+    if init_from is None:
+        shape = {field.name: getattr(model, field.name) for field in fields(model)}
+        return GPTJConfig(**shape)
+    dropout = {}
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        probability = getattr(model, name)
+        if probability > 0:
+            dropout[name] = probability
+    return replace(GPTJConfig.from_pretrained(init_from), **dropout)

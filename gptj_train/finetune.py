@@ -1,4 +1,4 @@
-"""A fine-tuning run around a recipe's data and task: checks before the start, training, export and report."""
+"""Build a fine-tuning run around a recipe's data and task: early checks, training, export and report."""
 
 from __future__ import annotations
 
@@ -25,35 +25,41 @@ from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 
-_SHOWN_AT_START = ("data", "labels", "batch", "epochs")
+_SHOWN_AT_START = ("data", "labels", "batch", "epochs")  # facts that fit on a screen
 
 
 class Finetune:
-    """One run of a fine-tuning recipe.
+    """A run of a fine-tuning recipe.
 
-    The constructor finds mistakes in the request before the ranks meet and before anything is written.
+    The recipe builds its data and task from ``tokenizer``, ``model_config`` and ``sampler``, and calls ``train``.
+    The constructor checks the request before the ranks connect and before anything is written.
 
     Attributes:
-        tokenizer: of ``tokenizer`` or ``init_from``, with ``add_tokens``.
-        model_config: the model to train, with the tokenizer's special-token ids.
+        tokenizer: from ``tokenizer`` or ``init_from``, with ``add_tokens``.
+        model_config: config of the model to train, with the tokenizer's BOS, EOS and PAD ids.
 
     Raises:
-        UserError: batch sizes that do not divide, an output_dir that cannot be used, no checkpoint where ``resume``
-            names one, no tokenizer, or a model that is too small for the tokenizer or the sequences.
+        UserError: batch sizes that do not divide, an unusable ``output_dir``, no checkpoint where ``resume`` names
+            one, no tokenizer, or a model that is too small for the tokenizer or ``sequence_length``.
     """
 
     def __init__(self, cfg: FinetuneConfig) -> None:
         self._cfg = cfg
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
         check_run_folder(cfg.output_dir)
-        self._resume_from = resumable(cfg.output_dir, cfg.resume)
+        self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
 
     def sampler(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Sampler:
-        """Return the order of the training samples, of one or several components."""
+        """Return the sampler of the training data, of one or several components.
+
+        Args:
+            sizes: windows or rows of each component.
+            weights: shares of the components; None joins them.
+        """
         return Sampler(
             sizes,
             weights=weights,
@@ -63,7 +69,11 @@ class Finetune:
         )
 
     def batch_facts(self, samples: str) -> str:
-        """Describe the global batch for the screen, report and model card; ``samples`` names its elements."""
+        """Describe the global batch for screen, report and model card.
+
+        Args:
+            samples: name of its elements, such as "windows".
+        """
         cfg = self._cfg
         return (
             f"{cfg.global_batch_size} {samples} = {world_size()} ranks x {cfg.micro_batch_size} x "
@@ -75,33 +85,47 @@ class Finetune:
         model_class: type[GPTJWithHead],
         task: Task,
         facts: Mapping[str, str],
+        *,
         model_config: GPTJConfig | None = None,
         sample_prompt: str | None = None,
     ) -> None:
         """Train, export the model, and write the report. Collective.
 
         Args:
-            facts: about data and batch, by short name, for the screen, report and model card.
-            model_config: in place of ``self.model_config``, for a head of other labels.
-            sample_prompt: text for the exported model to continue at the end.
+            facts: facts about data and batch by short name, for screen, report and model card.
+            model_config: replaces ``self.model_config``, for a head with other labels.
+            sample_prompt: text that the exported model continues at the end; None generates no sample.
+
+        Raises:
+            Preempted: the run was stopped early, with its state saved.
+            UserError: weights, checkpoints or data that cannot be used.
         """
-        cfg, model_config = self._cfg, model_config or self.model_config
+        cfg = self._cfg
+        model_config = model_config or self.model_config
         tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
-        tracker.note("\n".join(f"{name:<6} {facts[name]}" for name in _SHOWN_AT_START if name in facts))
+        for name in _SHOWN_AT_START:
+            if name in facts:
+                tracker.note(f"{name:<6} {facts[name]}")
+
+        # ``build`` is a function: the engine decides where the weights are allocated.
         engine = Engine(
             build=lambda: with_lora(model_class(model_config), cfg.lora),
             init_from=cfg.init_from,
             engine=cfg.engine,
             optim=cfg.optim,
-            global_batch_size=cfg.global_batch_size,
             micro_batch_size=cfg.micro_batch_size,
+            accumulation=self._accumulation,
             seed=cfg.seed,
             mean_rows=self._mean_rows,
         )
         model_files = ModelFiles(model_config, model_class.__name__, self.tokenizer)
-        checkpoints = Checkpoints(cfg.output_dir, cfg.keep_checkpoints, cfg.keep_every, model_files)
-        Trainer(cfg, engine, task, checkpoints, tracker).train(self._resume_from)
-        folder = export(
+        checkpoints = Checkpoints(
+            cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
+        )
+        trainer = Trainer(config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker)
+        trainer.train(self._resume_from)
+
+        export_folder = export(
             engine,
             model_files,
             f"{cfg.output_dir}/export",
@@ -113,26 +137,28 @@ class Finetune:
         tracker.finish()
         if engine.rank != 0:
             return
+
         plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
         memory = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
         report = {**facts, "memory": memory}
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:
-            # After the first report: generating from 6B takes minutes, and the report should not wait or be lost.
-            sample = sample_from(folder, sample_prompt, cfg.seed)
+            # After a first report: generating with 6B takes minutes, in which a killed job would lose the report.
+            sample = sample_from(export_folder, sample_prompt, cfg.seed)
             write_report(cfg.output_dir, report, sample)
         print(summary(cfg.output_dir, model_class.__name__, sample))
 
 
 def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
-    """Return tokenizer, model config and mean rows of a run.
+    """Return the tokenizer, model config and mean rows of a run.
 
-    The tokenizer knows the added tokens; the model config has its BOS, EOS and PAD ids. The mean rows map the
-    embedding row of an added token to the rows whose mean initializes it.
+    Returns:
+        The tokenizer with ``add_tokens``; the model config with the tokenizer's BOS, EOS and PAD ids; the embedding
+        row of each added token, with the rows whose mean initializes it.
 
     Raises:
-        UserError: no tokenizer, fewer embedding rows than it has ids, fewer positions than ``sequence_length``, or
+        UserError: no tokenizer, fewer embedding rows than token ids, fewer positions than ``sequence_length``, or
             more added tokens than unused rows.
     """
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
@@ -142,6 +168,7 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
         raise UserError(
             f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions})"
         )
+    # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
     model_config = replace(
         model_config,
         bos_token_id=tokenizer.end_id,

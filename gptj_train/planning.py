@@ -1,7 +1,7 @@
-"""What a training run needs of memory, disk and time, by arithmetic; nothing is started.
+"""Plan the memory, disk and time of a training run by arithmetic; nothing is started.
 
 Memory follows from DeepSpeed 0.19.8's buffers (runtime/zero/stage3.py, stage_1_and_2.py) and from what autograd
-keeps of our blocks. Not counted: libraries and CUDA context (1 to 2 GB a rank), and what page-locking rounds up.
+keeps of our blocks. Not counted: libraries and the CUDA context (1 to 2 GB a rank), and what page-locking rounds up.
 """
 
 from __future__ import annotations
@@ -20,127 +20,185 @@ from gptj_train.training.retention import disk_needed
 from gptj_train.weights.stored import is_adapter
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
-_CARDS = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of GPUs that there are
-_UNCOUNTED = 2e9  # bytes of a GPU
-_WIDTH = {"bf16": 2, "fp16": 2, "fp32": 4}
+_GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
+_LIBRARIES = 2e9  # bytes of a GPU for the CUDA context and libraries
+_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}  # per element
 _PLACE = {"none": "GPU", "cpu": "host", "nvme": "NVMe"}
-_DEEPSPEED = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
+# DeepSpeed's defaults in elements (runtime/zero/config.py), which engine.deepspeed may change.
+_ZERO_DEFAULTS = {"reduce_bucket_size": 5e8, "stage3_max_live_parameters": 1e9, "sub_group_size": 1e9}
+
+_OPTIMIZER_BYTES = 12  # per trained parameter: fp32 master weight and two fp32 Adam moments
+_GRADIENT_BYTES = 4  # per trained parameter: gradients accumulate in fp32
+# Bytes per trained parameter that an optimizer step on the host moves: gradient clipping reads and writes 8; Adam
+# reads 16 (master, moments, gradient) and writes 12; the copy to bf16 reads 4 and writes 2.
+_HOST_STEP_BYTES = 42
+_NVME_STEP_BYTES = 28  # and from and to NVMe: 16 are read, 12 written
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A run's arithmetic.
+    """The arithmetic of a run.
 
-    Args:
-        shapes: of all parameters. trained: of those that the optimizer changes.
+    Attributes:
+        shapes: shapes of all parameters by name.
+        trained: shapes of the trained parameters.
+        model_config: the model.
+        cfg: config of the run.
     """
 
     shapes: Shapes
     trained: Shapes
-    model: GPTJConfig
+    model_config: GPTJConfig
     cfg: FinetuneConfig
 
     @staticmethod
-    def of(module: nn.Module, model: GPTJConfig, cfg: FinetuneConfig) -> RunPlan:
-        """A run that trains this module, which may lie on the meta device."""
-        shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
-        trained = {name: parameter.shape for name, parameter in module.named_parameters() if parameter.requires_grad}
-        return RunPlan(shapes, trained, model, cfg)
+    def of(module: nn.Module, model_config: GPTJConfig, cfg: FinetuneConfig) -> RunPlan:
+        """Plan a run that trains this module, which may be on the meta device."""
+        shapes, trained = {}, {}
+        for name, parameter in module.named_parameters():
+            shapes[name] = parameter.shape
+            if parameter.requires_grad:
+                trained[name] = parameter.shape
+        return RunPlan(shapes, trained, model_config, cfg)
 
     def memory(self, ranks: int) -> dict[str, float]:
-        """Bytes that each of so many ranks holds at most in a step: on its GPU, the host, NVMe.
+        """Return the peak bytes of each rank in a step: on its GPU, on the host, on NVMe.
 
-        Without a GPU the first two are one memory.
+        Without a GPU the first two are the same memory.
         """
-        engine, width = self.cfg.engine, _WIDTH[self.cfg.engine.precision]
-        zero = _DEEPSPEED | engine.deepspeed.get("zero_optimization", {})
-        all_of_them, changed = _count(self.shapes), _count(self.trained)
-        spread = {stage: ranks if engine.stage >= stage else 1 for stage in (1, 2, 3)}
-        held = {"GPU": self.activations(), "host": 0.0, "NVMe": 0.0}
+        engine = self.cfg.engine
+        element = _BYTES[engine.precision]
+        zero = _ZERO_DEFAULTS | engine.deepspeed.get("zero_optimization", {})
+        parameters = _count(self.shapes)
+        trained = _count(self.trained)
+        # ZeRO 1 partitions the optimizer state over the ranks, 2 the gradients too, 3 the weights too.
+        optimizer_parts = ranks if engine.stage >= 1 else 1
+        gradient_parts = ranks if engine.stage >= 2 else 1
+        weight_parts = ranks if engine.stage >= 3 else 1
 
-        held[_PLACE[engine.offload_parameters]] += width * all_of_them / spread[3]
-        held[_PLACE[engine.offload_optimizer]] += 12 * changed / spread[1]  # fp32 master and two moments
-        if engine.stage == 3:  # whole while they are in use
-            held["GPU"] += width * min(all_of_them, zero["stage3_max_live_parameters"])
+        held = {"GPU": self.activations(), "host": 0.0, "NVMe": 0.0}
+        held[_PLACE[engine.offload_parameters]] += element * parameters / weight_parts
+        held[_PLACE[engine.offload_optimizer]] += _OPTIMIZER_BYTES * trained / optimizer_parts
+        if engine.stage == 3:
+            # Weights are gathered whole for use; DeepSpeed keeps at most this many.
+            held["GPU"] += element * min(parameters, zero["stage3_max_live_parameters"])
         if engine.stage == 0:
-            held["GPU"] += width * changed  # gradients
+            # Whole gradients, and no buckets to reduce them in.
+            held["GPU"] += element * trained
             return held
-        # A bucket of gradients, what it is flattened into, and what its reduction gives.
-        held["GPU"] += 3 * width * min(changed, zero["reduce_bucket_size"])
-        # Gradients accumulated in fp32, and a copy for the optimizer: whole, or on a GPU a sub-group at a time.
-        copy = changed / spread[1]
+        # A bucket of gradients, the tensor it is flattened into, and the result of its reduction.
+        bucket = min(trained, zero["reduce_bucket_size"])
+        held["GPU"] += 3 * element * bucket
+        # The optimizer reads a copy of the accumulated gradients: of all its own at once on the host, of a sub-group
+        # at a time on a GPU.
+        accumulated = _GRADIENT_BYTES * trained / gradient_parts
+        copied = trained / optimizer_parts
         if engine.offload_optimizer == "none":
-            held["GPU"] += 4 * changed / spread[2] + 4 * min(copy, zero["sub_group_size"])
+            held["GPU"] += accumulated + _GRADIENT_BYTES * min(copied, zero["sub_group_size"])
         else:
-            held["host"] += 4 * changed / spread[2] + 4 * copy
+            held["host"] += accumulated + _GRADIENT_BYTES * copied
         return held
 
     def activations(self) -> float:
-        """Bytes that a rank's micro-batch leaves for the backward, and those of the loss."""
-        width, tokens = _WIDTH[self.cfg.engine.precision], self.cfg.micro_batch_size * self.cfg.sequence_length
-        block = width * tokens * (6 * self.model.n_embd + 2 * self.model.inner_size)
-        kept = self.model.n_layer * block
-        if self.cfg.engine.activation_checkpointing:  # each block's input, and one block whole
-            kept = width * tokens * self.model.n_embd * self.model.n_layer + block
-        return kept + self._loss(width, tokens)
+        """Return the bytes that the forward of a micro-batch keeps for the backward, and those of the loss."""
+        cfg = self.cfg
+        element = _BYTES[cfg.engine.precision]
+        tokens = cfg.micro_batch_size * cfg.sequence_length
+        hidden = element * tokens * self.model_config.n_embd
+        inner = element * tokens * self.model_config.inner_size
+        # Of a block: its input, the layer norm's output, queries, keys, values and the attention's output; of the
+        # MLP, what goes into the activation and what comes out.
+        block = 6 * hidden + 2 * inner
+        layers = self.model_config.n_layer
+        kept = layers * block
+        if cfg.engine.activation_checkpointing:
+            # The input of every block, and one block whole while it is recomputed.
+            kept = layers * hidden + block
+        return kept + self._loss_memory(element, tokens)
 
-    def _loss(self, width: int, tokens: int) -> float:
-        """Bytes of a chunk of logits and their gradient, and of the head's, summed up in fp32."""
-        head = "lm_head.weight" in self.trained
-        return self.model.vocab_size * (8 * min(CHUNK, tokens) + head * (4 + width) * self.model.n_embd)
+    def _loss_memory(self, element: int, tokens: int) -> float:
+        """Return the bytes of the loss, which is computed in chunks of tokens (model/loss.py)."""
+        vocabulary = self.model_config.vocab_size
+        # fp32 logits of a chunk and their gradient.
+        logits = 8 * min(CHUNK, tokens) * vocabulary
+        if "lm_head.weight" not in self.trained:
+            return logits
+        # The gradient of the head: summed over the chunks in fp32, then copied to the weights' precision.
+        return logits + (4 + element) * self.model_config.n_embd * vocabulary
 
     def disk(self) -> tuple[int, int, int]:
-        """Bytes of a checkpoint, checkpoints at a time, bytes of the export."""
+        """Return the bytes of a checkpoint, the largest number of checkpoints at a time, the bytes of the export."""
         cfg = self.cfg
-        size, most = disk_needed(
-            _count(self.trained), range(cfg.max_steps), cfg.save_every, cfg.keep_checkpoints, cfg.keep_every
+        checkpoint, most = disk_needed(
+            _count(self.trained),
+            steps=range(cfg.max_steps),
+            save_every=cfg.save_every,
+            keep=cfg.keep_checkpoints,
+            keep_every=cfg.keep_every,
         )
+        # Adapters are merged into the weights.
         exported = {name: shape for name, shape in self.shapes.items() if not is_adapter(name)}
-        return size, most, _WIDTH[cfg.export_dtype] * _count(exported)
+        return checkpoint, most, _BYTES[cfg.export_dtype] * _count(exported)
 
     def flops(self) -> float:
-        """Floating-point operations of a step: matrix products, and causal attention over whole sequences."""
-        cfg, model = self.cfg, self.model
-        matrices = {name: shape for name, shape in self.shapes.items() if len(shape) == 2 and "wte" not in name}
-        attention = model.n_embd * cfg.sequence_length * model.n_layer
+        """Return the floating-point operations of a step: matrix products, and causal attention over whole sequences.
+
+        A product with a matrix of P elements takes 2P operations a token. The two products of causal attention take
+        together 2 * sequence_length * n_embd a token and layer, half of full attention's.
+        """
+        cfg = self.cfg
+        matrices, not_recomputed = {}, {}
+        for name, shape in self.shapes.items():
+            if len(shape) != 2 or "wte" in name:
+                continue  # the embedding is a look-up
+            matrices[name] = shape
+            # Recomputation leaves out the head, and each block's last product: no gradient needs its result.
+            if "lm_head" in name or "fc_out.weight" in name:
+                not_recomputed[name] = shape
+        attention = self.model_config.n_embd * cfg.sequence_length * self.model_config.n_layer
         forward = 2 * (_count(matrices) + attention)
-        # The backward is a pass for the inputs and one for the weights that are trained.
-        passes = 3 if _count(self.trained) > _count(matrices) / 2 else 2
-        # Recomputing leaves out the head, and each block's last product, whose result nobody asks for.
-        left_out = {name: shape for name, shape in matrices.items() if "lm_head" in name or "fc_out.weight" in name}
-        again = forward - 2 * _count(left_out) if cfg.engine.activation_checkpointing else 0
-        return cfg.global_batch_size * cfg.sequence_length * (passes * forward + again)
+        # The backward takes a forward's operations for the gradients of the inputs, and again for those of the
+        # weights, where these are trained: not for frozen weights under adapters.
+        trains_matrices = _count(self.trained) > _count(matrices) / 2
+        passes = 3 if trains_matrices else 2
+        recomputed = 0
+        if cfg.engine.activation_checkpointing:
+            recomputed = forward - 2 * _count(not_recomputed)
+        tokens = cfg.global_batch_size * cfg.sequence_length
+        return tokens * (passes * forward + recomputed)
 
     def memory_line(self, ranks: int, with_gpu: bool) -> str:
-        """For the head of a run's report."""
+        """Describe the memory of a rank, for the table at the top of a run's report."""
         held = self.memory(ranks)
         if not with_gpu:
             held = {"host": held["GPU"] + held["host"], "NVMe": held["NVMe"]}
-        places = ", ".join(f"{size / 2**30:.1f} GiB on the {place}" for place, size in held.items() if size)
-        return f"{places} planned for a rank, without libraries"
+        parts = [f"{size / 2**30:.1f} GiB on the {place}" for place, size in held.items() if size]
+        return ", ".join(parts) + " planned for a rank, without libraries"
 
     def step_seconds(self, ranks: int, speed: PlanConfig) -> float:
-        """Of computing, and of an optimizer that is not on the GPUs; without communication."""
-        changed = _count(self.trained) / -(-ranks // speed.gpus_per_node)  # of a node
+        """Return the seconds of a step: computation, and the optimizer where it is offloaded; no communication."""
+        engine = self.cfg.engine
         seconds = self.flops() / (ranks * speed.tflops_per_gpu * 1e12)
-        if self.cfg.engine.offload_optimizer != "none":  # clipping, Adam and the copy to bf16 move 42 bytes each
-            seconds += 42 * changed / (speed.host_gb_per_second * 1e9)
-        if self.cfg.engine.offload_optimizer == "nvme":  # 16 are read and 12 written
-            seconds += 28 * changed / (speed.nvme_gb_per_second * 1e9)
+        nodes = -(-ranks // speed.gpus_per_node)  # rounded up
+        trained_per_node = _count(self.trained) / nodes
+        if engine.offload_optimizer != "none":
+            seconds += _HOST_STEP_BYTES * trained_per_node / (speed.host_gb_per_second * 1e9)
+        if engine.offload_optimizer == "nvme":
+            seconds += _NVME_STEP_BYTES * trained_per_node / (speed.nvme_gb_per_second * 1e9)
         return seconds
 
 
-def lines(planned: RunPlan, cfg: PlanConfig) -> Iterator[str]:
-    """What recipes/plan.py prints.
+def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
+    """Yield the lines that recipes/plan.py prints.
 
     Raises:
         UserError: a global batch that divides on no number of GPUs.
     """
-    size, most, export = planned.disk()
+    checkpoint, most, export = plan.disk()
     tokens = cfg.global_batch_size * cfg.sequence_length
-    yield f"model   {_count(planned.shapes):,} parameters, {_count(planned.trained):,} of them trained"
+    yield f"model   {_count(plan.shapes):,} parameters, {_count(plan.trained):,} of them trained"
     yield (
         f"engine  ZeRO stage {cfg.engine.stage}, {cfg.engine.precision}, optimizer on the "
         f"{_PLACE[cfg.engine.offload_optimizer]}, idle weights on the {_PLACE[cfg.engine.offload_parameters]}"
@@ -150,16 +208,16 @@ def lines(planned: RunPlan, cfg: PlanConfig) -> Iterator[str]:
         f"{cfg.max_steps:,} steps: {cfg.max_steps * tokens / 1e6:,.1f} million"
     )
     yield (
-        f"disk    {most} checkpoints of {_gb(size)} GB at a time and an export of {_gb(export)} GB: "
-        f"{_gb(most * size + export)} GB"
+        f"disk    {most} checkpoints of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
+        f"{_gb(most * checkpoint + export)} GB"
     )
     yield ""
     yield "GPUs  accumulated  GB a GPU  fits on  host GB a node  NVMe GB a node  s a step     hours"
-    divides = [ranks for ranks in _RANKS if not cfg.global_batch_size % (ranks * cfg.micro_batch_size)]
-    if not divides:
-        accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size=1)  # says why
-    for ranks in divides:
-        yield _row(planned, cfg, ranks)
+    possible = [ranks for ranks in _RANKS if cfg.global_batch_size % (ranks * cfg.micro_batch_size) == 0]
+    if not possible:
+        accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size=1)  # raises, with advice
+    for ranks in possible:
+        yield _row(plan, cfg, ranks)
     yield ""
     yield (
         "Libraries take 1 to 2 GB more of each GPU, and of the host for each rank. Times: at "
@@ -168,19 +226,26 @@ def lines(planned: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     )
 
 
-def _row(planned: RunPlan, cfg: PlanConfig, ranks: int) -> str:
-    held, seconds = planned.memory(ranks), planned.step_seconds(ranks, cfg)
-    card = next((f"{card} GB" for card in _CARDS if card * 1e9 >= held["GPU"] + _UNCOUNTED), "none")
-    on_node = min(ranks, cfg.gpus_per_node)
+def _row(plan: RunPlan, cfg: PlanConfig, ranks: int) -> str:
+    """Format a row of the table: this many GPUs."""
+    held = plan.memory(ranks)
+    seconds = plan.step_seconds(ranks, cfg)
+    hours = seconds * cfg.max_steps / 3600
+    fitting = [size for size in _GPU_SIZES if size * 1e9 >= held["GPU"] + _LIBRARIES]
+    fits_on = f"{fitting[0]} GB" if fitting else "none"
+    ranks_on_node = min(ranks, cfg.gpus_per_node)
+    host = ranks_on_node * held["host"]
+    nvme = ranks_on_node * held["NVMe"]
     accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, ranks)
     return (
-        f"{ranks:>4}{accumulation:>13}{_gb(held['GPU']):>10}{card:>9}{_gb(on_node * held['host']):>16}"
-        f"{_gb(on_node * held['NVMe']):>16}{seconds:>10.1f}{seconds * cfg.max_steps / 3600:>10.1f}"
+        f"{ranks:>4}{accumulation:>13}{_gb(held['GPU']):>10}{fits_on:>9}{_gb(host):>16}{_gb(nvme):>16}"
+        f"{seconds:>10.1f}{hours:>10.1f}"
     )
 
 
 def _count(shapes: Shapes) -> int:
-    return sum(map(prod, shapes.values()))
+    """Return the number of elements."""
+    return sum(prod(shape) for shape in shapes.values())
 
 
 def _gb(size: float) -> str:

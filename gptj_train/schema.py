@@ -1,4 +1,4 @@
-"""How a typed configuration is declared, a frozen dataclass, and how composed YAML becomes one."""
+"""Declare typed configs as frozen dataclasses, and convert composed YAML to them."""
 
 from __future__ import annotations
 
@@ -18,24 +18,26 @@ from gptj_train.errors import UserError
 T = TypeVar("T")
 
 PlainText = Annotated[str, "plain text"]
-"""Type of a key whose value on the command line is text to the letter: ``${...}`` does not interpolate."""
+"""Type of a key whose value on the command line is literal text: ``${...}`` is not interpolated."""
 
 _SECRET = re.compile(r"(api|access|auth|private|secret)_?key|token$|secret|passw(or)?d|credential", re.IGNORECASE)
+_ENVIRONMENT_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def schema(cls: type[T]) -> type[T]:
-    """Class decorator. Fields have no defaults: the values stand in configs/, the types here."""
+    """Make a class a typed config: a frozen dataclass. Fields have types here and values in configs/, no defaults."""
     return dataclass(cls, frozen=True, kw_only=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))  # type: ignore[return-value]
 
 
 def validated(composed: DictConfig, cls: type[T]) -> T:
-    """The composed YAML as the recipe's frozen dataclass.
+    """Convert a composed config to its schema.
 
     Raises:
-        UserError: all unknown keys, all missing values, or all wrong values, in one line; or a secret, which
-            config.yaml and Weights & Biases would show.
+        UserError: one line with all unknown keys, or all missing values, or all invalid values; an interpolation
+            that fails; or a secret, which config.yaml and W&B would publish.
     """
+    # Before interpolation, which would replace ${oc.env:NAME} by the secret itself.
     _refuse_secrets(OmegaConf.to_container(composed, resolve=False))
     try:
         values = OmegaConf.to_container(composed, resolve=True)
@@ -43,20 +45,26 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     assert isinstance(values, dict)
     known = set(keys_of(cls))
-    unknown = [key for key in _keys_in(values, cls) if key not in known]
+    present = list(_keys_in(values, cls))
+    unknown = [key for key in present if key not in known]
     if unknown:
         raise UserError("; ".join(unknown_key_message(key, cls) for key in unknown))
-    missing = [key for key in _keys_in(values, cls) if OmegaConf.is_missing(*_parent(composed, key))]
+    missing = [key for key in present if _is_missing(composed, key)]
     if missing:
-        raise UserError("missing: " + ", ".join(missing) + "; give " + " ".join(f"{key}=..." for key in missing))
+        settings = " ".join(f"{key}=..." for key in missing)
+        raise UserError(f"missing: {', '.join(missing)}; give {settings}")
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_complaint(detail) for detail in error.errors())) from None
+        raise UserError("; ".join(_invalid_value_message(detail) for detail in error.errors())) from None
 
 
 def _refuse_secrets(value: Any, key: str = "") -> None:
-    """Raises UserError for what is named like one, in a key or an environment variable that a value asks for."""
+    """Search a config for secrets, by the names of its keys and of the environment variables that it reads.
+
+    Raises:
+        UserError: such a name.
+    """
     if isinstance(value, dict):
         for name, inner in value.items():
             _refuse_secrets(inner, f"{key}.{name}".lstrip("."))
@@ -65,8 +73,10 @@ def _refuse_secrets(value: Any, key: str = "") -> None:
         for inner in value:
             _refuse_secrets(inner, key)
         return
-    asked_for = re.findall(r"\$\{\s*oc\.env\s*:\s*(\w+)", value) if isinstance(value, str) else []
-    if any(_SECRET.search(name) for name in (key.rpartition(".")[2], *asked_for)):
+    names = [key.rpartition(".")[2]]
+    if isinstance(value, str):
+        names += _ENVIRONMENT_VARIABLE.findall(value)
+    if any(_SECRET.search(name) for name in names):
         raise UserError(
             f"{key} looks like a secret, and the config is written to config.yaml and Weights & Biases; leave it in "
             "the environment, where the libraries that need it look for it"
@@ -74,29 +84,42 @@ def _refuse_secrets(value: Any, key: str = "") -> None:
 
 
 def unknown_key_message(key: str, cls: type) -> str:
-    """Names the nearest key that exists."""
-    if any(f"{key}.".startswith(f"{name}.") for name in _open_keys(cls)):
-        return f"{key!r} is not there yet; add it with +{key}=..."
+    """Return an error message for a key that the schema does not have, with the nearest one that it has."""
+    for free in _free_keys(cls):
+        if key == free or key.startswith(f"{free}."):
+            return f"{key!r} is not there yet; add it with +{key}=..."  # Hydra's override needs the plus
     known = list(keys_of(cls))
-    leaves = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    own = key.rsplit(".", 1)[-1]
-    near = [leaves[own]] if own in leaves else get_close_matches(key, known, n=1)
-    near = near or [leaves[leaf] for leaf in get_close_matches(own, leaves, n=1)]
-    hint = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
-    return f"unknown config key {key!r}; {hint}"
+    full_names: dict[str, str] = {}
+    for name in known:
+        full_names.setdefault(name.rpartition(".")[2], name)  # the first one, of several in different groups
+    last_part = key.rpartition(".")[2]
+    # Best of all is the same name in another group (lr for optim.lr), then a similar full name (optim.lrr), then a
+    # similar last part (warmup_step for optim.warmup_steps).
+    near = []
+    if last_part in full_names:
+        near = [full_names[last_part]]
+    if not near:
+        near = get_close_matches(key, known, n=1)
+    if not near:
+        near = [full_names[name] for name in get_close_matches(last_part, full_names, n=1)]
+    advice = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
+    return f"unknown config key {key!r}; {advice}"
 
 
 def keys_of(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of a schema's keys, groups included."""
+    """Yield the dotted names of a schema's keys, groups included."""
     hints = get_type_hints(cls)
-    for field in fields(cls):  # type: ignore[arg-type]
+    for field in fields(cls):
         yield prefix + field.name
         if is_dataclass(hints[field.name]):
-            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")  # type: ignore[arg-type]
+            yield from keys_of(hints[field.name], f"{prefix}{field.name}.")
 
 
 def text_keys(cls: type, prefix: str = "") -> set[str]:
-    """Return the dotted names of the keys whose value is, or may be, a text."""
+    """Return the dotted names of the keys whose value can be text.
+
+    On the command line their values need no quotes; ``launch.command_line`` adds them.
+    """
     text_types = (str, str | None, str | list[str], str | list[str] | None)
     keys = set()
     for name, hint in get_type_hints(cls).items():
@@ -108,21 +131,25 @@ def text_keys(cls: type, prefix: str = "") -> set[str]:
 
 
 def plain_text_keys(cls: type) -> set[str]:
-    """Return the names of the top-level keys of type ``PlainText``."""
-    hints = get_type_hints(cls, include_extras=True)
-    return {name for name, hint in hints.items() if PlainText in (hint, *get_args(hint))}
+    """Return the names of the keys of type ``PlainText``, which must be at the top level."""
+    keys = set()
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if hint == PlainText or PlainText in get_args(hint):  # PlainText | None
+            keys.add(name)
+    return keys
 
 
-def _open_keys(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Dotted names of the keys whose value is a dict of whatever the user likes."""
+def _free_keys(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of the keys whose value is a dict with any keys."""
     for name, hint in get_type_hints(cls).items():
         if get_origin(hint) is dict:
             yield prefix + name
         elif is_dataclass(hint):
-            yield from _open_keys(hint, f"{prefix}{name}.")
+            yield from _free_keys(hint, f"{prefix}{name}.")
 
 
 def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted names of a config's keys, as deep as the schema goes."""
     hints = get_type_hints(cls)
     for key, value in values.items():
         yield f"{prefix}{key}"
@@ -130,16 +157,20 @@ def _keys_in(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str
             yield from _keys_in(value, hints[key], f"{prefix}{key}.")
 
 
-def _parent(composed: DictConfig, key: str) -> tuple[Any, str]:
-    head, _, leaf = key.rpartition(".")
-    return (OmegaConf.select(composed, head) if head else composed), leaf
+def _is_missing(composed: DictConfig, key: str) -> bool:
+    """Return whether a key's value is ???, which must be given."""
+    group, _, name = key.rpartition(".")
+    parent = OmegaConf.select(composed, group) if group else composed
+    return OmegaConf.is_missing(parent, name)
 
 
-def _complaint(detail: Any) -> str:
+def _invalid_value_message(detail: Any) -> str:
+    """Return one of pydantic's errors as "key: what is wrong, got value"."""
     key = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "value_error":
+    if detail["type"] == "value_error":  # from a __post_init__, whose message may name the key already
         message = str(detail["ctx"]["error"])
         return message if not key or key in message else f"{key}: {message}"
     if detail["type"] == "missing":
         return f"{key} is missing"
-    return f"{key}: {detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}"
+    message = detail["msg"][0].lower() + detail["msg"][1:]
+    return f"{key}: {message}, got {detail['input']!r}"

@@ -1,4 +1,4 @@
-"""What a person sees of a run: progress, metrics.jsonl, Weights & Biases. Rank 0 speaks, the others are silent."""
+"""Progress bar, metrics.jsonl and W&B logging, all on rank 0."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from typing import Any, Literal, TextIO
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
+from gptj_train.atomic_write import write_text
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
-_LINE_SECONDS = 10
+_SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
 _BAR = "{percentage:3.0f}% |{bar:20}| step {n}/{total}{postfix}  {remaining} left"
 _ID_FILE = "wandb_id.txt"
+# Names in metrics.jsonl and in W&B, which groups its charts by what stands before the slash.
 _WANDB_NAMES = {
     "loss": "train/loss",
     "grad_norm": "train/grad_norm",
@@ -37,7 +39,7 @@ _WANDB_NAMES = {
 
 @schema
 class TrackingConfig:
-    """Weights & Biases settings; the WANDB_MODE, WANDB_PROJECT and WANDB_NAME of the environment win."""
+    """W&B settings; the environment variables WANDB_MODE, WANDB_PROJECT and WANDB_NAME override them."""
 
     wandb: Literal["disabled", "offline", "online"]
     project: str
@@ -45,36 +47,49 @@ class TrackingConfig:
 
 
 class Tracker:
-    """Records and shows a run in its folder. On ranks other than 0 every method does nothing."""
+    """Log a run to its folder, the screen and W&B. On ranks other than 0 every method does nothing.
+
+    Args:
+        output_dir: the run folder, created by ``start``.
+        run_config: the resolved config, written to config.yaml and W&B.
+    """
 
     def __init__(self, config: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any], rank: int) -> None:
-        self._config, self._folder, self._run_config = config, Path(output_dir), run_config
-        self._speaks = rank == 0
+        self._config = config
+        self._folder = Path(output_dir)
+        self._run_config = run_config
+        self._enabled = rank == 0
         self._metrics: TextIO | None = None
         self._bar: tqdm | None = None
         self._wandb: Any = None
-        self._last_line = 0.0
-        self._pace = 0.0
+        self._last_line = 0.0  # time of the last printed step
+        self._seconds_per_step = 0.0  # moving average
 
     def start(self, step: int, max_steps: int, wandb_id: str | None = None) -> None:
-        """Open the run folder's files, going on after ``step``: lines of later steps, from a run cut off, go.
+        """Open the files of the run folder, and drop lines of metrics.jsonl after ``step``.
 
-        ``wandb_id`` is that of the run to go on with, where the folder does not say.
+        A run that crashed may have logged steps after its last checkpoint; the resumed run logs them again.
+
+        Args:
+            step: the step to resume from; 0 for a fresh run.
+            wandb_id: W&B run to resume if the folder names none; a checkpoint stores it.
+
+        Raises:
+            UserError: W&B without an API key.
         """
-        if not self._speaks:
+        if not self._enabled:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(self._run_config), self._folder / "config.yaml")
         path = self._folder / "metrics.jsonl"
-        known = read_metrics(self._folder)
-        kept = [line for line in known if 0 < line["step"] <= step or step > 0 == line["step"]]
-        if len(kept) < len(known) or not _ends_whole(path):  # a new file takes its place: none is ever half there
-            scratch = path.with_suffix(".tmp")
-            scratch.write_text("".join(_line(entry) for entry in kept))
-            os.replace(scratch, path)
+        lines = read_metrics(self._folder)
+        # A fresh run drops everything, the evaluation before the first step too.
+        kept = [line for line in lines if line["step"] <= step] if step > 0 else []
+        if len(kept) < len(lines) or not _ends_with_newline(path):
+            write_text(path, "".join(_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         if step == 0:
-            (self._folder / _ID_FILE).unlink(missing_ok=True)  # of a run that was given up
+            (self._folder / _ID_FILE).unlink(missing_ok=True)  # a fresh run is a new W&B run
         self._wandb = _start_wandb(self._config, self._folder, self._run_config, wandb_id)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
@@ -82,46 +97,49 @@ class Tracker:
 
     @property
     def wandb_id(self) -> str | None:
-        """Of the Weights & Biases run, where there is one."""
+        """The id of the W&B run, or None without W&B."""
         return None if self._wandb is None else self._wandb.id
 
     def step(self, metrics: dict[str, float]) -> None:
-        """A finished optimizer step."""
+        """Log a finished optimizer step."""
         if self._metrics is None:
             return
-        self._record(metrics)
+        self._write(metrics)
+        step = int(metrics["step"])
         if self._wandb is not None:
-            self._wandb.log({_WANDB_NAMES[name]: metrics[name] for name in _WANDB_NAMES}, step=int(metrics["step"]))
-        shown = (
+            logged = {wandb_name: metrics[name] for name, wandb_name in _WANDB_NAMES.items()}
+            self._wandb.log(logged, step=step)
+        text = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory']:.1f} GiB"
         )
-        step = int(metrics["step"])
-        self._pace = 0.9 * (self._pace or metrics["step_seconds"]) + 0.1 * metrics["step_seconds"]
+        seconds = metrics["step_seconds"]
+        self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
         if self._bar is not None:
-            self._bar.set_postfix_str(f" {shown}", refresh=False)
+            self._bar.set_postfix_str(f" {text}", refresh=False)
             self._bar.update(step - self._bar.n)
-        elif step == self._max_steps or time.monotonic() - self._last_line > _LINE_SECONDS:
+        elif step == self._max_steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            left = tqdm.format_interval(self._pace * (self._max_steps - step))
-            print(f"step {step}/{self._max_steps}  {shown}  {left} left", flush=True)
+            left = tqdm.format_interval(self._seconds_per_step * (self._max_steps - step))
+            print(f"step {step}/{self._max_steps}  {text}  {left} left", flush=True)
 
     def evaluation(self, metrics: dict[str, Any]) -> None:
-        """The held-out metrics after a step; what is no number is recorded and not shown."""
+        """Log the held-out metrics after a step; values other than numbers go to metrics.jsonl only."""
         if self._metrics is None:
             return
-        self._record(metrics)
+        self._write(metrics)
         results = results_of(metrics)
         if self._wandb is not None:
             logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
-            # Before the first step no training metrics say where on the tokens' axis this belongs.
-            self._wandb.log(logged | {_WANDB_NAMES["tokens"]: metrics["tokens"]}, step=int(metrics["step"]))
-        # Those of components, as in eval_loss/NAME, are too many for a line.
-        shown = {name: value for name, value in results.items() if "/" not in name}
-        self.note(f"step {metrics['step']}: " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+            # Tokens are the x axis of W&B's charts. The evaluation before step 1 has no training metrics to give them.
+            logged[_WANDB_NAMES["tokens"]] = metrics["tokens"]
+            self._wandb.log(logged, step=int(metrics["step"]))
+        # The metrics of components, such as eval_loss/NAME, would be too many for a line.
+        shown = [f"{name} {value:.4f}" for name, value in results.items() if "/" not in name]
+        self.note(f"step {metrics['step']}: " + "  ".join(shown))
 
-    def _record(self, metrics: Mapping[str, Any]) -> None:
-        """A line of metrics.jsonl; a disk that takes none is no reason to end the run."""
+    def _write(self, metrics: Mapping[str, Any]) -> None:
+        """Write a line of metrics.jsonl. A full disk costs the line, not the run."""
         assert self._metrics is not None
         try:
             self._metrics.write(_line(metrics))
@@ -129,26 +147,28 @@ class Tracker:
             self.note(f"metrics.jsonl lacks step {metrics['step']}: {error.strerror}")
 
     def note(self, text: str) -> None:
-        """A line of its own on the screen."""
-        if self._speaks:
+        """Print a line, above the progress bar if there is one."""
+        if self._enabled:
             tqdm.write(text)
             sys.stdout.flush()
 
     def finish(self) -> None:
-        """Close everything; says how to upload an offline Weights & Biases run."""
+        """Close files, progress bar and W&B; for an offline W&B run, print how to upload it."""
         if self._bar is not None:
             self._bar.close()
         if self._metrics is not None:
-            with contextlib.suppress(OSError):  # what a full disk did not take has been told
+            with contextlib.suppress(OSError):  # lines lost to a full disk were reported when they were written
                 self._metrics.close()
         if self._wandb is not None:
-            offline_folder = Path(self._wandb.dir).parent if self._wandb.settings.mode == "offline" else None
+            is_offline = self._wandb.settings.mode == "offline"
+            folder = Path(self._wandb.dir).parent
             self._wandb.finish()
-            if offline_folder is not None:
-                self.note(f"upload this run with: wandb sync {offline_folder}")
+            if is_offline:
+                self.note(f"upload this run with: wandb sync {folder}")
 
 
-def _ends_whole(path: Path) -> bool:
+def _ends_with_newline(path: Path) -> bool:
+    """Return whether a file is absent, empty, or ends with a whole line."""
     return not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
 
 
@@ -157,7 +177,7 @@ def _line(metrics: Mapping[str, Any]) -> str:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON knows no NaN or infinity: they become null."""
+    """Replace NaN and infinity, which JSON does not have, with null."""
     if isinstance(value, Mapping):
         return {key: _without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -166,13 +186,16 @@ def _without_nan(value: Any) -> Any:
 
 
 def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that an evaluation line of metrics.jsonl reports."""
-    counters = ("step", "tokens")
-    return {name: value for name, value in evaluation.items() if name not in counters and isinstance(value, float)}
+    """Return the numeric results in an evaluation line of metrics.jsonl, without its counters."""
+    results = {}
+    for name, value in evaluation.items():
+        if isinstance(value, float) and name not in ("step", "tokens"):
+            results[name] = value
+    return results
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line cut off by a crash is left out."""
+    """Return the lines of a run's metrics.jsonl, without a last line that a crash cut off; [] if there is no file."""
     lines = []
     try:
         text = (Path(folder) / "metrics.jsonl").read_text()
@@ -187,17 +210,18 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any], wandb_id: str | None) -> Any:
+    """Start or resume the W&B run of a folder; return None if W&B is disabled."""
     mode = os.environ.get("WANDB_MODE", config.wandb)
     if mode == "disabled":
         return None
-    import wandb
+    import wandb  # slow to import, and most runs have it disabled
 
-    # The id is made once and kept, so that a resumed job goes on in the same run.
+    # The id is created once and kept in the run folder, so that a resumed job continues the same W&B run.
     id_file = folder / _ID_FILE
     if not id_file.exists():
         id_file.write_text(wandb_id or secrets.token_hex(4))
 
-    def begin(mode: str) -> Any:
+    def init(mode: str) -> Any:
         return wandb.init(
             mode=mode,  # type: ignore[arg-type]
             project=os.environ.get("WANDB_PROJECT", config.project),
@@ -210,11 +234,11 @@ def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any
         )
 
     try:
-        run = begin(mode)
+        run = init(mode)
     except wandb.errors.UsageError as error:  # no API key
         raise UserError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
-    except wandb.errors.CommError as error:  # a run is not to end for want of a network
-        print(f"Weights & Biases cannot be reached ({error}); it is written offline", file=sys.stderr, flush=True)
-        run = begin("offline")
+    except wandb.errors.CommError as error:  # an unreachable server must not end a training run
+        print(f"cannot reach Weights & Biases ({error}); logging offline", file=sys.stderr, flush=True)
+        run = init("offline")
     run.define_metric("*", step_metric="train/tokens", step_sync=False)
     return run

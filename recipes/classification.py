@@ -11,7 +11,7 @@ from gptj_train.launch.recipe import recipe
 from gptj_train.tasks.classification import Classification, known_labels
 
 
-@recipe(ClassificationConfig)
+@recipe(ClassificationConfig, primary="classification")
 def main(cfg: ClassificationConfig) -> None:
     run = Finetune(cfg)
     problem = cfg.task.problem_type

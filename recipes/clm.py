@@ -8,7 +8,7 @@ from gptj_train.launch.recipe import recipe
 from gptj_train.tasks.clm import CausalLM
 
 
-@recipe(ClmConfig)
+@recipe(ClmConfig, primary="clm")
 def main(cfg: ClmConfig) -> None:
     run = Finetune(cfg)
     data = prepare(cfg.data, run.tokenizer, cfg.sequence_length)

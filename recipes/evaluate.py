@@ -9,7 +9,7 @@ from gptj_train.launch.run_folder import check_run_folder
 from gptj_train.tracking import results_of
 
 
-@recipe(EvaluateConfig)
+@recipe(EvaluateConfig, primary="evaluate")
 def main(cfg: EvaluateConfig) -> None:
     share_cores()
     if cfg.output_dir is not None:

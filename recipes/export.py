@@ -5,7 +5,7 @@ from gptj_train.export.from_checkpoint import export_checkpoint
 from gptj_train.launch.recipe import recipe
 
 
-@recipe(ExportConfig, one_process=True)
+@recipe(ExportConfig, primary="export", one_process=True)
 def main(cfg: ExportConfig) -> None:
     folder = export_checkpoint(cfg.run, cfg.output_dir, cfg.dtype)
     print(f"exported to {folder}; what was checked: {folder.parent}/export_report.json")

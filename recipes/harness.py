@@ -6,14 +6,22 @@ from gptj_train.launch.recipe import recipe
 from gptj_train.launch.run_folder import check_run_folder
 
 
-@recipe(HarnessConfig, one_process=True)
+@recipe(HarnessConfig, primary="harness", one_process=True)
 def main(cfg: HarnessConfig) -> None:
-    from gptj_train.inference.lm_eval import run_tasks  # here, so that what is missing is told in a line
+    # Inside the function: a missing lm-eval package is then an error of one line.
+    from gptj_train.inference.lm_eval import run_tasks
 
     if cfg.output_dir is not None:
         check_run_folder(cfg.output_dir)
-    writer = TextGenerator(cfg.checkpoint, cfg.dtype)
-    table = run_tasks(writer, cfg.tasks, cfg.include_path, cfg.num_fewshot, cfg.limit, cfg.batch_size, cfg.output_dir)
+    table = run_tasks(
+        TextGenerator(cfg.checkpoint, cfg.dtype),
+        tasks=cfg.tasks,
+        include_path=cfg.include_path,
+        num_fewshot=cfg.num_fewshot,
+        limit=cfg.limit,
+        batch_size=cfg.batch_size,
+        output_dir=cfg.output_dir,
+    )
     print(table)
 
 

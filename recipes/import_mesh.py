@@ -12,7 +12,7 @@ from gptj_train.training.model_files import ModelFiles
 from gptj_train.weights.hf_writer import DTYPES
 
 
-@recipe(ImportMeshConfig, one_process=True)
+@recipe(ImportMeshConfig, primary="import_mesh", one_process=True)
 def main(cfg: ImportMeshConfig) -> None:
     checkpoint = MeshCheckpoint(cfg.source, GPTJConfig(**asdict(cfg.model)))
     tokenizer = Tokenizer.load(cfg.tokenizer) if cfg.tokenizer is not None else None

@@ -6,15 +6,16 @@ from gptj_train import GPTJForCausalLM
 from gptj_train.config import PlanConfig, model_config_of
 from gptj_train.launch.recipe import recipe
 from gptj_train.model.lora import with_lora
-from gptj_train.planning import RunPlan, lines
+from gptj_train.planning import RunPlan, plan_lines
 
 
-@recipe(PlanConfig, one_process=True)
+@recipe(PlanConfig, primary="plan", one_process=True)
 def main(cfg: PlanConfig) -> None:
     model_config = model_config_of(cfg.model, cfg.init_from)
     with torch.device("meta"):
-        planned = RunPlan.of(with_lora(GPTJForCausalLM(model_config), cfg.lora), model_config, cfg)
-    print("\n".join(lines(planned, cfg)))
+        model = with_lora(GPTJForCausalLM(model_config), cfg.lora)
+    plan = RunPlan.of(model, model_config, cfg)
+    print("\n".join(plan_lines(plan, cfg)))
 
 
 if __name__ == "__main__":

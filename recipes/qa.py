@@ -10,7 +10,7 @@ from gptj_train.launch.recipe import recipe
 from gptj_train.tasks.question_answering import QuestionAnswering, build_features
 
 
-@recipe(QAConfig)
+@recipe(QAConfig, primary="qa")
 def main(cfg: QAConfig) -> None:
     run = Finetune(cfg)
     train_questions, held_out_questions = read_questions(cfg.data)

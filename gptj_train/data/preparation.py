@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 from filelock import FileLock
 
+from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
 from gptj_train.data.progress import Progress
-from gptj_train.data.store import FORMAT, TokenStore, remove_unfinished_stores, unfinished_store
+from gptj_train.data.store import FORMAT, TokenStore
 from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.workers import cannot_write, tokenize_file, tokenize_in_workers
@@ -49,7 +51,10 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with FileLock(cache / "preparing.lock"):
-                remove_unfinished_stores(cache)
+                for leftover in cache.glob(
+                    SCRATCH_PATTERN
+                ):  # a killed process left it; the lock says that none is writing
+                    shutil.rmtree(leftover, ignore_errors=True)
                 # Look again: while this process waited for the lock, another one may have made them. And by folder:
                 # a file that is listed twice is tokenized once.
                 missing = {}
@@ -116,7 +121,7 @@ def _make(missing: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> 
         if workers == 1:
             # The tokenizer uses all cores by itself; one process gains from it as long as reading is not the limit.
             for folder, file in missing.items():
-                with unfinished_store(folder) as scratch:
+                with new_folder(folder) as scratch:
                     tokenize_file(file, scratch, data, tokenizer, progress=progress)
         else:
             # The largest first: at the end no worker is left alone with a large file.

@@ -12,12 +12,8 @@ A store is a folder of
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +30,6 @@ _DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.u
 _MOST_COMPONENTS = 2**16  # what uint16 can count
 # Enough text to keep all cores busy; a few times as many bytes of memory.
 _CHARACTERS_AT_ONCE = 4_000_000
-_UNFINISHED = ".making-"
 
 
 class TokenStore:
@@ -73,29 +68,6 @@ class TokenStore:
             return all((folder / name).stat().st_size == size for name, size in sizes.items())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return False
-
-
-@contextmanager
-def unfinished_store(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to ``folder`` at the end, or removed if an exception is raised."""
-    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_UNFINISHED))
-    try:
-        yield scratch
-        # Content before name: after a power failure, a file system may keep the rename and lose what was written.
-        for path in (*scratch.iterdir(), scratch):
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged store
-        scratch.rename(folder)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def remove_unfinished_stores(cache: Path) -> None:
-    """Remove what killed processes left. The caller makes sure that no other process is writing."""
-    for leftover in cache.glob(f"{_UNFINISHED}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_store(

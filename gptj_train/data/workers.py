@@ -40,8 +40,9 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from threading import Event
 
+from gptj_train.atomic_write import new_folder
 from gptj_train.data.sources import read_segments
-from gptj_train.data.store import unfinished_store, write_store
+from gptj_train.data.store import write_store
 from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
@@ -132,7 +133,7 @@ def _drive_worker(
                     folder, file = queue.get_nowait()
                 except Empty:
                     return
-                with unfinished_store(folder) as scratch:
+                with new_folder(folder) as scratch:
                     _send(process, [str(scratch), str(file)])
                     _wait_for_file(process, file, progress, stop)
     except BrokenPipeError:

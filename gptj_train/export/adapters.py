@@ -1,4 +1,4 @@
-"""LoRA adapters in and out: the layout of PEFT, and weights with the adapters' products added."""
+"""Write LoRA adapters in PEFT's layout, and merge those of a checkpoint into base weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gptj_train.weights.hf_writer import write_file
 from gptj_train.weights.stored import StoredWeights, is_adapter
 
 _TASK_TYPES = {"GPTJForCausalLM": "CAUSAL_LM", "GPTJForSequenceClassification": "SEQ_CLS"}
-_PREFIX = "base_model.model."
+_PREFIX = "base_model.model."  # the model inside PEFT's wrappers, as its state dict names it
 
 
 def save_adapter(
@@ -29,17 +29,17 @@ def save_adapter(
     base: str | None,
     architecture: str,
 ) -> None:
-    """Write what ``peft.PeftModel.from_pretrained(base_model, folder)`` reads, in fp32.
+    """Write the two files that ``peft.PeftModel.from_pretrained(base_model, folder)`` reads, in fp32.
 
     Args:
         folder: an existing folder.
         tensors: (name, tensor) of everything that was trained, in the order of ``shapes``.
-        heads: modules that were trained whole.
-        base: where the frozen weights are.
+        heads: modules that were trained in full.
+        base: the folder of the frozen weights.
     """
-    named = ((_PREFIX + name, tensor) for name, tensor in tensors)
-    placed = {_PREFIX + name: shape for name, shape in shapes.items()}
-    write_file(folder / "adapter_model.safetensors", named, placed, torch.float32)
+    prefixed_tensors = ((_PREFIX + name, tensor) for name, tensor in tensors)
+    prefixed_shapes = {_PREFIX + name: shape for name, shape in shapes.items()}
+    write_file(folder / "adapter_model.safetensors", prefixed_tensors, prefixed_shapes, dtype=torch.float32)
     config = {
         "peft_type": "LORA",
         "task_type": _TASK_TYPES.get(architecture, "QUESTION_ANS"),
@@ -48,6 +48,7 @@ def save_adapter(
         "lora_alpha": alpha,
         "lora_dropout": dropout,
         "target_modules": list(targets),
+        # PEFT tells "no modules" by null.
         "modules_to_save": list(heads) or None,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -57,34 +58,39 @@ def save_adapter(
 
 
 class MergedWeights(StoredWeights):
-    """The weights that were frozen, with those that were trained beside them: adapters added, heads in place.
+    """Frozen base weights with what was trained on top: adapters added, heads replaced.
 
     Args:
-        base: as they were read from.
-        trained: of a checkpoint.
-        scale: of an adapter's product.
-        precision: that the base was rounded to while it was trained with.
+        base: the weights that training started from.
+        trained: adapters and heads, of a checkpoint.
+        scale: of an adapter's product, alpha / rank.
+        precision: dtype of the base weights during training.
     """
 
-    def __init__(self, base: StoredWeights, trained: StoredWeights, scale: float, precision: torch.dtype) -> None:
+    def __init__(self, base: StoredWeights, trained: StoredWeights, *, scale: float, precision: torch.dtype) -> None:
         self.folder = trained.folder
         self._base, self._trained, self._scale, self._precision = base, trained, scale, precision
-        self._adapters = set(filter(is_adapter, trained.names()))
+        self._adapters = {name for name in trained.names() if is_adapter(name)}
         self._heads = set(trained.names()) - self._adapters
 
     def names(self) -> list[str]:
-        frozen = [name for name in self._base.names() if name.startswith("transformer.") or not self._heads]
+        frozen = self._base.names()
+        # A new head replaces the whole head of the base, whatever its tensors are called.
+        if self._heads:
+            frozen = [name for name in frozen if name.startswith("transformer.")]
         return [*frozen, *sorted(self._heads)]
 
-    def form(self, name: str) -> tuple[tuple[int, ...], str]:
-        return (self._trained if name in self._heads else self._base).form(name)
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        source = self._trained if name in self._heads else self._base
+        return source.shape_and_dtype(name)
 
     def tensor(self, name: str) -> Tensor:
         if name in self._heads:
             return self._trained.tensor(name)
+        # Rounded as in training: the adapters were fitted to the rounded base, not to the stored one.
         tensor = self._base.tensor(name).to(self._precision).float()
         module = name.removesuffix(".weight")
-        down, up = (f"{module}.lora_{side}.weight" for side in "AB")
+        down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
         if down in self._adapters:
             tensor = tensor.addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
         return tensor

@@ -1,10 +1,8 @@
-"""The trained model as an HF folder, from the fp32 master weights: written, read again, checked, then renamed."""
+"""Export the trained model as a Transformers folder: write from the fp32 masters, read again, check, then rename."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptj_train.atomic_write import new_folder, write_text
 from gptj_train.export.adapters import save_adapter
 from gptj_train.export.model_card import model_card
 from gptj_train.export.verify import ExportError, check_logits, verify_folder
@@ -21,17 +20,19 @@ from gptj_train.model.lora import LoraConfig, merged
 from gptj_train.tracking import read_metrics, results_of
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.weights.hf_writer import DTYPES, replace_folder, write_weights
+from gptj_train.weights.hf_writer import DTYPES, write_weights
 from gptj_train.weights.stored import is_adapter
 
 REPORT = "export_report.json"
 _PROMPT_TOKENS = 32
+_PROMPT_STRIDE = 7919  # a prime: the ids spread over the vocabulary and do not repeat
 
 
 def export(
     engine: Engine,
     model_files: ModelFiles,
     folder: str | Path,
+    *,
     dtype: str,
     facts: Mapping[str, str],
     lora: LoraConfig,
@@ -39,37 +40,47 @@ def export(
 ) -> Path:
     """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
-    Rank 0 holds one tensor besides its own part. The folder gets its name once it has been read again and
-    agrees with the live model; what was found goes to export_report.json beside it. With LoRA the weights are
-    merged, and ``adapter`` beside the folder has the adapters alone.
+    Rank 0 holds one tensor besides its own part. The folder gets its name after it was read again and agrees with
+    the live model; the results go to export_report.json beside it. With LoRA the weights are merged, and
+    ``adapter`` beside the folder holds the adapters only.
 
     Args:
         dtype: bf16, fp16 or fp32.
-        facts: of the run, for model card and report.
-        base: the folder that a run with LoRA began from.
+        facts: about the run, for model card and report.
+        base: the folder that a LoRA run started from.
 
     Raises:
-        ExportError: on all ranks, when a check fails; no folder is left.
+        ExportError: on all ranks, when a check fails; no new folder is left.
     """
     target = Path(folder)
+    # In this order on every rank: each of the three gathers weights from all of them.
     expected = _live_logits(engine, model_files.config)
     trained = _trained_with_lora(engine, lora)
     weights = _merged_weights(engine, lora, trained)
-    shapes = {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)}
-    failures = [""]
+    failure = ""
     if engine.rank == 0:
         try:
             facts = dict(facts) | progress(target.parent, base)
-            card = model_card(model_files.architecture, facts)
-            report = write_verified(target, weights, shapes, DTYPES[dtype], model_files, card, expected)
+            report = write_verified(
+                target,
+                weights,
+                {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)},
+                dtype=DTYPES[dtype],
+                model_files=model_files,
+                facts=facts,
+                expected=expected,
+            )
             if trained:
-                _write_adapter_folder(target.with_name("adapter"), trained, lora, base, model_files.architecture)
+                adapter = target.with_name("adapter")
+                _write_adapter_folder(adapter, trained, lora, architecture=model_files.architecture, base=base)
             write_export_report(target, report | {"architecture": model_files.architecture, "run": facts})
         except (ExportError, OSError) as error:
-            failures = [f"the export failed, {target} is not written: {error}"]
-    deque(weights, maxlen=0)  # the other ranks take part in the gathering, whatever became of rank 0
-    if failure := "".join(engine.gathered(failures)):
-        raise ExportError(failure)
+            failure = f"the export failed, {target} is not written: {error}"
+    # Other ranks only take part in the gathering. Rank 0 finishes it too if it failed: else they would wait for it.
+    deque(weights, maxlen=0)
+    failures = "".join(engine.gathered([failure]))
+    if failures:
+        raise ExportError(failures)
     return target
 
 
@@ -77,57 +88,70 @@ def write_verified(
     target: Path,
     weights: Iterator[tuple[str, Tensor]],
     shapes: Mapping[str, torch.Size],
+    *,
     dtype: torch.dtype,
     model_files: ModelFiles,
-    card: str,
+    facts: Mapping[str, str],
     expected: Tensor,
 ) -> dict[str, Any]:
-    """A folder of these weights, which takes the place of ``target`` if every check finds what it should.
+    """Write a model folder, which replaces ``target`` after every check has passed.
 
     Args:
-        expected: what the head of the model says to ``prompt_ids``.
+        weights: (name, tensor) in the order of ``shapes``.
+        facts: about the run, for the model card.
+        expected: logits of the model for ``prompt_ids``.
 
     Returns:
-        What the checks found.
+        The results of the checks.
 
     Raises:
         ExportError: a check failed.
     """
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        written = write_weights(scratch, weights, shapes, dtype)
+    with new_folder(target) as scratch:
+        hashes = write_weights(scratch, weights, shapes, dtype=dtype)
         model_files.save(scratch, dtype)
-        (scratch / "README.md").write_text(card)
-        report = verify_folder(scratch, shapes, dtype, written)
+        (scratch / "README.md").write_text(model_card(model_files.architecture, facts))
+        report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
         report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
-        replace_folder(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     return report
 
 
 def prompt_ids(config: GPTJConfig) -> Tensor:
-    """(1, T) ids from all over the vocabulary, always the same."""
-    return (1 + 7919 * torch.arange(min(_PROMPT_TOKENS, config.n_positions)))[None] % config.vocab_size
+    """Return (1, T) ids from all over the vocabulary, the same for every model of this size."""
+    positions = torch.arange(min(_PROMPT_TOKENS, config.n_positions))
+    return (1 + _PROMPT_STRIDE * positions)[None] % config.vocab_size
 
 
 def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
-    """What a run did up to a step, or so far, and what came of it, from its metrics."""
-    lines = [line for line in read_metrics(run) if until is None or line["step"] <= until]
-    step = next((line for line in reversed(lines) if line.get("loss") is not None), None)
-    evaluation: dict[str, Any] = next((line for line in reversed(lines) if "eval_loss" in line), {})
+    """Return facts about a run's training from its metrics.jsonl: its start, last step and last evaluation.
+
+    Args:
+        base: the folder that it started from.
+        until: ignore later steps.
+    """
+    step: dict[str, Any] | None = None
+    evaluation: dict[str, Any] = {}
+    for line in read_metrics(run):
+        if until is not None and line["step"] > until:
+            continue
+        # A skipped step has a null loss.
+        if line.get("loss") is not None:
+            step = line
+        if "eval_loss" in line:
+            evaluation = line
     facts = {"start": "random weights" if base is None else Path(base).name}
     if step is not None:
         facts["training"] = f"{step['step']:,} steps, {step['tokens']:,} target tokens, loss {step['loss']:.4f}"
-    return facts | {name.replace("_", " "): f"{value:.4f}" for name, value in results_of(evaluation).items()}
+    for name, value in results_of(evaluation).items():
+        facts[name.replace("_", " ")] = f"{value:.4f}"
+    return facts
 
 
 def _trained_with_lora(engine: Engine, lora: LoraConfig) -> dict[str, Tensor]:
     """Gather adapters and new heads, fp32 on the host; empty without LoRA. Collective."""
     if not lora.rank:
         return {}
+    # clone: the engine may yield views of buffers that its next tensor overwrites.
     return {name: tensor.cpu().clone() for name, tensor in engine.full_parameters(set(engine.trained))}
 
 
@@ -138,39 +162,35 @@ def _merged_weights(engine: Engine, lora: LoraConfig, trained: Mapping[str, Tens
 
 
 def _live_logits(engine: Engine, config: GPTJConfig) -> Tensor:
-    """(T or 1, rows of the head) of the model as it computes now."""
+    """Return (T or 1, rows of the head): the logits of the model in its current precision. Collective."""
     ids = prompt_ids(config)
     with engine.evaluating():
         output = engine.forward({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, 1.0)
         if hasattr(output, "start_logits"):
             return torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1).cpu()
-        return output.logits.flatten(0, -2).cpu()
+        logits: Tensor = output.logits
+        return logits.flatten(0, -2).cpu()
 
 
 def _write_adapter_folder(
-    target: Path, trained: Mapping[str, Tensor], lora: LoraConfig, base: str | None, architecture: str
+    target: Path, trained: Mapping[str, Tensor], lora: LoraConfig, *, architecture: str, base: str | None
 ) -> None:
-    scratch = target.with_name(f".{target.name}.tmp")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir()
     heads = {name.partition(".")[0] for name in trained if not is_adapter(name)}
-    save_adapter(
-        scratch,
-        trained.items(),
-        {name: tensor.shape for name, tensor in trained.items()},
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=lora.targets,
-        heads=sorted(heads),
-        base=base,
-        architecture=architecture,
-    )
-    replace_folder(scratch, target)
+    with new_folder(target) as scratch:
+        save_adapter(
+            scratch,
+            trained.items(),
+            {name: tensor.shape for name, tensor in trained.items()},
+            rank=lora.rank,
+            alpha=lora.alpha,
+            dropout=lora.dropout,
+            targets=lora.targets,
+            heads=sorted(heads),
+            base=base,
+            architecture=architecture,
+        )
 
 
 def write_export_report(target: Path, report: dict[str, Any]) -> None:
-    """export_report.json beside an export."""
-    scratch = target.with_name(f".{REPORT}.tmp")
-    scratch.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(scratch, target.with_name(REPORT))
+    """Write export_report.json beside an export."""
+    write_text(target.with_name(REPORT), json.dumps(report, indent=2) + "\n")

@@ -1,10 +1,11 @@
-"""README.md of an export: what the model is, how it was made, how it is loaded."""
+"""Write the README.md of an export: the model, its training, and how to load it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.metadata import version
 
+# Transformers class -> the auto class that loads it, and the hub's name of the task.
 _LOADED_BY = {
     "GPTJForCausalLM": ("AutoModelForCausalLM", "text-generation"),
     "GPTJForSequenceClassification": ("AutoModelForSequenceClassification", "text-classification"),
@@ -13,7 +14,12 @@ _LOADED_BY = {
 
 
 def model_card(architecture: str, facts: Mapping[str, str]) -> str:
-    """Markdown with the front matter that model hubs read, and what was done, by short names."""
+    """Return a model card in Markdown, with the front matter that model hubs read.
+
+    Args:
+        architecture: the Transformers class.
+        facts: about data, training and evaluation, by short name; one row of a table each.
+    """
     loader, pipeline = _LOADED_BY.get(architecture, ("AutoModel", "feature-extraction"))
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in facts.items())
     return f"""---
@@ -42,4 +48,5 @@ The folder holds weights and settings only; no code in it runs.
 
 
 def _cell(text: str) -> str:
+    # A bar or a line break would end the cell.
     return " ".join(text.replace("|", "\\|").split())

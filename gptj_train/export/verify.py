@@ -1,4 +1,4 @@
-"""Is a written folder what it should be? Read again from the disk, one tensor or one block at a time."""
+"""Check a written model folder by reading it again from disk, one tensor or one block at a time."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from gptj_train.model.gptj import GPTJBlock
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.rotary import rotary_angles
 from gptj_train.weights.hf_reader import HFWeights
+from gptj_train.weights.safetensors_file import count_tensor_bytes
 from gptj_train.weights.stored import StoredWeights
 
-_EXACT, _ROUNDED = 1e-3, 0.1  # of the logits' size, in fp32 and where half precision takes part
-_ROWS = 4096  # of a head that are held at once
+# Largest difference of logits, relative to their size: in fp32, and where half precision takes part. Half precision
+# rounds every activation, so that only gross faults can be seen: mixed-up names, a transposed or forgotten tensor.
+_FP32_LIMIT, _HALF_LIMIT = 1e-3, 0.1
+
+_HEAD_ROWS = 4096  # of a head that are in memory at once
 
 
 class ExportError(RuntimeError):
@@ -27,34 +31,36 @@ class ExportError(RuntimeError):
 
 
 def verify_folder(
-    folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype, written: Mapping[str, str]
+    folder: Path, shapes: Mapping[str, torch.Size], *, dtype: torch.dtype, written: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Names, shapes, dtype and values of a folder's weights, and the hashes of all its files.
+    """Check names, shapes, dtype and values of a folder's weights, and hash all its files.
 
     Args:
-        written: the sha256 of the bytes that went into each weight file.
+        written: file name -> sha256 of the bytes that were sent to the disk.
 
     Returns:
-        What export_report.json says of the folder.
+        Parameter count, sizes and hashes, for export_report.json.
 
     Raises:
-        ExportError: anything missing or different, of another dtype, or not finite.
+        ExportError: a tensor that is missing, unexpected, of another shape or dtype, or has NaN or infinity; a file
+            whose bytes are not those that were sent.
     """
     try:
-        with HFWeights(folder) as weights:
-            weights.match(shapes)
-            for name, shape in shapes.items():
-                assert shape.numel(), f"{name} is empty"
-                _check_tensor(weights.tensor(name), name, dtype)
-        size = sum(_weight_bytes(file) for file in folder.glob("*.safetensors"))
+        _check_tensors(folder, shapes, dtype)
+        size = sum(count_tensor_bytes(file) for file in folder.glob("*.safetensors"))
     except ValueError as error:
+        # To the readers a bad folder is the user's mistake; this one is ours.
         raise ExportError(str(error)) from None
     count = sum(shape.numel() for shape in shapes.values())
+    # A tensor in a file that no index names is seen by its bytes alone.
     if size != count * dtype.itemsize:
         raise ExportError(f"{folder}: {size:,} bytes of weights, {count:,} parameters in {dtype} have another size")
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
-    if changed := [name for name, digest in written.items() if files[name]["sha256"] != digest]:
-        raise ExportError(f"{folder / changed[0]}: what is on the disk is not what was written; check the disk")
+    files = {}
+    for file in sorted(folder.iterdir()):
+        files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256_of(file)}
+    for name, expected_hash in written.items():
+        if files[name]["sha256"] != expected_hash:
+            raise ExportError(f"{folder / name}: the disk does not hold the bytes that were written; check the disk")
     return {
         "parameters": count,
         "dtype": str(dtype).removeprefix("torch."),
@@ -64,89 +70,113 @@ def verify_folder(
     }
 
 
-def _weight_bytes(file: Path) -> int:
-    """Of a safetensors file without its header."""
-    with file.open("rb") as opened:
-        return file.stat().st_size - 8 - int.from_bytes(opened.read(8), "little")
+def _check_tensors(folder: Path, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> None:
+    with HFWeights(folder) as weights:
+        weights.match(shapes)
+        for name, shape in shapes.items():
+            # Under ZeRO-3 a parameter that was not gathered is an empty tensor.
+            assert shape.numel(), f"{name} is empty"
+            _check_tensor(weights.tensor(name), name, dtype)
 
 
 def _check_tensor(tensor: Tensor, name: str, dtype: torch.dtype) -> None:
     if tensor.dtype != dtype:
         raise ExportError(f"{name} is stored as {tensor.dtype}, not {dtype}")
     if not tensor.isfinite().all():
-        beyond = "; a weight is beyond fp16's range: use export_dtype=bf16" if dtype == torch.float16 else ""
-        raise ExportError(f"{name} holds values that are not finite{beyond}")
+        hint = "; a weight is beyond fp16's range: use export_dtype=bf16" if dtype == torch.float16 else ""
+        raise ExportError(f"{name} contains NaN or infinity{hint}")
 
 
-def sha256_of(file: Path) -> str:
+def _sha256_of(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def check_logits(folder: Path, input_ids: Tensor, expected: Tensor) -> dict[str, Any]:
-    """Compare what the folder's model says of a prompt with what it should say.
-
-    Half precision rounds every activation, so that only what is grossly wrong can be told from it: names that
-    were mixed up, a transposed or forgotten tensor.
+    """Compare the logits of the folder's model for a prompt with those that it should have.
 
     Args:
-        expected: (R, rows of the head), for the last R tokens.
+        input_ids: (1, T).
+        expected: (R, rows of the head), of the last R tokens.
+
+    Returns:
+        The prompt, the relative difference and its limit, for export_report.json.
 
     Raises:
-        ExportError: another answer.
+        ExportError: the logits differ by more than rounding explains.
     """
     config = GPTJConfig.from_pretrained(folder)
     with HFWeights(folder) as weights:
-        found, scale = streamed_logits(weights, config, input_ids)
+        found, chance_size = streamed_logits(weights, config, input_ids)
     found = found[-len(expected) :]
-    apart = (found - expected.float()).pow(2).mean().sqrt() / torch.maximum(found.pow(2).mean().sqrt(), scale)
-    limit = _EXACT if expected.dtype == torch.float32 and config.dtype == "float32" else _ROUNDED
-    if not apart <= limit:
-        raise ExportError(f"{folder}: its logits differ by {apart:.3g} of their size from the trained model's")
-    return {"prompt_ids": input_ids[0].tolist(), "relative_difference": round(apart.item(), 8), "limit": limit}
+    size = torch.maximum(_rms(found), chance_size)
+    difference = _rms(found - expected.float()) / size
+    in_fp32 = expected.dtype == torch.float32 and config.dtype == "float32"
+    limit = _FP32_LIMIT if in_fp32 else _HALF_LIMIT
+    # "not <=", since a NaN is greater than nothing.
+    if not difference <= limit:
+        raise ExportError(f"{folder}: its logits differ by {difference:.3g} of their size from the trained model's")
+    return {"prompt_ids": input_ids[0].tolist(), "relative_difference": round(difference.item(), 8), "limit": limit}
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.pow(2).mean().sqrt()
 
 
 @torch.no_grad()
 def streamed_logits(weights: StoredWeights, config: GPTJConfig, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """What the head says of every token, computed in fp32 with one block of the model in memory at a time.
+    """Compute a model's logits for every token in fp32, with one block of it in memory at a time.
 
     Args:
         input_ids: (1, T).
 
     Returns:
-        (T, rows of the head): of the vocabulary, the labels, or start and end. And, scalar, the size that logits
-        of this model would have by chance: where they are few, they may cancel to far less.
+        (T, rows of the head): logits of the vocabulary, of the labels, or of start and end. And, scalar, the size
+        that logits of such weights have by chance: a head of few rows may happen to give far smaller ones.
     """
     width = config.n_embd
-    hidden = torch.empty(1, input_ids.shape[1], width)
+    length = input_ids.shape[1]
+    hidden = torch.empty(1, length, width)
+    # Only the prompt's rows are read: the embedding of 6B would take 0.8 GB.
     for position, row in enumerate(input_ids[0].tolist()):
         weights.read("transformer.wte.weight", row * width, hidden[0, position])
-    angles = rotary_angles(torch.arange(input_ids.shape[1])[None], config.n_positions, config.rotary_size)
-    pattern = attention_pattern(hidden, 0, None, None, explicit=False)
+    angles = rotary_angles(torch.arange(length)[None], config.n_positions, config.rotary_size)
+    pattern = attention_pattern(hidden)
     for layer in range(config.n_layer):
+        # On the meta device: fresh weights would be made only to be replaced.
         with torch.device("meta"):
             block = GPTJBlock(config, layer).eval()
-        hidden, _ = _filled(block, weights, f"transformer.h.{layer}.")(hidden, angles, pattern)
-    norm = _filled(nn.LayerNorm(width, config.layer_norm_epsilon, device="meta"), weights, "transformer.ln_f.")
-    return _head(norm(hidden)[0], weights)
+        block = _filled(block, weights, prefix=f"transformer.h.{layer}.")
+        hidden, _ = block(hidden, angles, pattern)
+    norm = nn.LayerNorm(width, config.layer_norm_epsilon, device="meta")
+    norm = _filled(norm, weights, prefix="transformer.ln_f.")
+    hidden = norm(hidden)
+    return _head_logits(hidden[0], weights)
 
 
 def _filled(module: nn.Module, weights: StoredWeights, prefix: str) -> Any:
+    """Return a module from the meta device with its stored weights, in fp32."""
     state = {name: weights.tensor(prefix + name).float() for name, _ in module.named_parameters()}
     module.load_state_dict(state, assign=True)
     return module
 
 
-def _head(hidden: Tensor, weights: StoredWeights) -> tuple[Tensor, Tensor]:
-    names = [name for name in weights.names() if not name.startswith("transformer.")]
-    weight = next((name for name in names if name.endswith("weight")), "transformer.wte.weight")  # tied
-    rows, width = weights.form(weight)[0]
-    logits, squares = torch.empty(len(hidden), rows), 0.0
-    for start in range(0, rows, _ROWS):
-        part = torch.empty(min(_ROWS, rows - start), width)
-        weights.read(weight, start * width, part.view(-1))
+def _head_logits(hidden: Tensor, weights: StoredWeights) -> tuple[Tensor, Tensor]:
+    in_head = [name for name in weights.names() if not name.startswith("transformer.")]
+    # A tied head is the embedding, which is stored once.
+    matrices = [name for name in in_head if name.endswith("weight")] or ["transformer.wte.weight"]
+    (rows, width), _ = weights.shape_and_dtype(matrices[0])
+    logits = torch.empty(len(hidden), rows)
+    squares = 0.0
+    for start in range(0, rows, _HEAD_ROWS):
+        end = min(start + _HEAD_ROWS, rows)
+        part = torch.empty(end - start, width)
+        weights.read(matrices[0], start * width, part.view(-1))
         squares += part.pow(2).sum().item()
-        logits[:, start : start + len(part)] = F.linear(hidden, part)
-    for bias in (name for name in names if name.endswith("bias")):
-        logits += weights.tensor(bias).float()
-    return logits, hidden.pow(2).mean().sqrt() * (squares / rows) ** 0.5
+        logits[:, start:end] = F.linear(hidden, part)
+    for name in in_head:
+        if name.endswith("bias"):
+            logits += weights.tensor(name).float()
+    # A row's product with a hidden state, were their signs random: the size of the one times that of the other.
+    chance_size = _rms(hidden) * (squares / rows) ** 0.5
+    return logits, chance_size

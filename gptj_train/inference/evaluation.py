@@ -1,4 +1,4 @@
-"""Metrics and predictions of a checkpoint of any task, by one process or shared by several ranks."""
+"""Evaluate a checkpoint of any task on held-out data, in one process or on several ranks."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from gptj_train.inference.placement import place
 from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
-from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, names_of
+from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, label_names
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.question_answering import QuestionAnswering, build_features
 from gptj_train.tasks.task import Task
 from gptj_train.weights.hf_writer import DTYPES
 
-_TIMEOUT = timedelta(hours=6)  # for the ranks that are done first
+_GATHER_TIMEOUT = timedelta(hours=6)  # ranks meet only at the end; the fast ones wait for the slowest
 
 
 def build_task(cfg: EvaluateConfig) -> Task:
-    """Build the task that the checkpoint's config.json names, on the held-out data.
+    """Build the task of the checkpoint's architecture, with the held-out data.
 
     Raises:
-        UserError: a folder without tokenizer or one of our task heads, or data that does not suit the task.
+        UserError: a checkpoint without a tokenizer or a task head, or data that does not suit the task.
     """
     model_config = GPTJConfig.from_pretrained(cfg.checkpoint)
     tokenizer = Tokenizer.load(cfg.checkpoint)
@@ -56,20 +56,15 @@ def build_task(cfg: EvaluateConfig) -> Task:
 
 def _causal_lm(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
     data = prepare(cfg.data, tokenizer, length)
-    return CausalLM(
-        held_out=data.held_out,
-        tokenizer=tokenizer,
-        isolate=data.isolate,
-        batch_size=cfg.batch_size,
-    )
+    return CausalLM(held_out=data.held_out, tokenizer=tokenizer, isolate=data.isolate, batch_size=cfg.batch_size)
 
 
 def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: Tokenizer, length: int) -> Task:
     problem = model_config.problem_type
     if problem is None:
-        # Transformers leaves it open in folders it writes itself, and decides by the number of labels.
+        # Folders written by Transformers may leave it out. Its own forward then decides by the number of labels.
         problem = "regression" if model_config.num_labels == 1 else "single_label_classification"
-    names = names_of(model_config)
+    names = label_names(model_config)
     config = ClassificationTaskConfig(problem_type=problem, labels=None, class_weights=None)  # type: ignore[arg-type]
     validation = labelled_rows(
         cfg.data.validation,
@@ -96,34 +91,43 @@ def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) 
 
 @torch.no_grad()
 def evaluate(checkpoint: str, dtype: str | None, task: Task, rank: int, world_size: int) -> dict[str, Any]:
-    """Run a checkpoint's model over all held-out data; the metrics, on every rank.
+    """Run a checkpoint's model over all held-out data and return the metrics, on every rank. Collective.
 
     Each rank holds the whole model and takes its share of the data.
 
     Args:
-        dtype: of the weights, a key of ``DTYPES``; None keeps what is stored.
+        dtype: of the weights, a key of ``DTYPES``; None keeps the stored dtype.
     """
     model = class_of(checkpoint).from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
     device = place(model)
     records: list[Any] = []
     batches = task.evaluation_batches(rank, world_size)
-    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=rank > 0 or not sys.stderr.isatty()):
-        moved = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
-        records += task.records(model(**moved, use_cache=False, num_items_in_batch=1.0), batch)
-    return task.metrics(_gathered(records, world_size))
+    show_progress = rank == 0 and sys.stderr.isatty()
+    for batch in tqdm(batches, desc="evaluating", unit="batch", disable=not show_progress):
+        inputs = {name: tensor.to(device) for name, tensor in batch.inputs.items()}
+        # num_items_in_batch=1 makes the loss a sum, as Task.records expects.
+        output = model(**inputs, use_cache=False, num_items_in_batch=1.0)
+        records += task.records(output, batch)
+    if world_size > 1:
+        records = _all_gather(records, world_size)
+    return task.metrics(records)
 
 
-def _gathered(rows: list[Any], world_size: int) -> list[Any]:
-    if world_size == 1:
-        return rows
-    dist.init_process_group("gloo", timeout=_TIMEOUT)
-    of_rank: list[list[Any]] = [[] for _ in range(world_size)]
-    dist.all_gather_object(of_rank, rows)
-    return [row for rows in of_rank for row in rows]
+def _all_gather(records: list[Any], world_size: int) -> list[Any]:
+    """Return the records of all ranks, in the order of the ranks, on every rank."""
+    # There is no engine here to set up the ranks: this is their only message. gloo, since records are on the CPU.
+    dist.init_process_group("gloo", timeout=_GATHER_TIMEOUT)
+    by_rank: list[list[Any]] = [[] for _ in range(world_size)]
+    dist.all_gather_object(by_rank, records)
+    gathered = []
+    for records_of_rank in by_rank:
+        gathered += records_of_rank
+    return gathered
 
 
 def write_results(folder: str | Path, metrics: dict[str, Any], task: Task) -> None:
-    """metrics.json and what the task predicted."""
+    """Write metrics.json and the task's predictions into a folder, which is created."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(metrics, indent=2, ensure_ascii=False)
+    (Path(folder) / "metrics.json").write_text(text + "\n")
     task.write_predictions(folder)

@@ -1,4 +1,4 @@
-"""Where a model that only answers lives: on the accelerator, and what does not fit in host memory or files."""
+"""Device placement for inference: the accelerator, and host memory for what does not fit."""
 
 from __future__ import annotations
 
@@ -8,31 +8,37 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from torch import nn
 
-_FOR_WEIGHTS = 0.8  # of the accelerator's free memory; the rest is for activations and the KV cache
+_WEIGHTS_SHARE = 0.8  # of the accelerator's free memory; activations and the KV cache need the rest
 
 
 def place(model: nn.Module) -> torch.device:
-    """Put a model on this process's accelerator, as far as it fits; returns the device its inputs go to.
+    """Move a model to this process's accelerator, as far as it fits, and return the device of its inputs.
 
-    The blocks that do not fit stay where ``from_pretrained`` left them, in memory-mapped files that the host's
-    memory caches, and visit the accelerator when their turn comes (accelerate's ``dispatch_model``). Without an
-    accelerator everything stays.
+    Blocks that do not fit stay where ``from_pretrained`` left them, in memory-mapped files that the host caches,
+    and are copied to the accelerator for their forward (accelerate's ``dispatch_model``). Without an accelerator
+    the model stays on the CPU.
     """
     if not torch.accelerator.is_available():
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", 0))
+    index = int(os.environ.get("LOCAL_RANK", 0))  # evaluation runs one rank for each accelerator of the host
     torch.accelerator.set_device_index(index)
     device = torch.device(torch.accelerator.current_accelerator().type, index)  # type: ignore[union-attr]
-    room = int(_FOR_WEIGHTS * torch.accelerator.get_memory_info(index)[0])
-    placed = device_map(model, room, index)
-    if set(placed.values()) == {index}:
-        model.to(device)
+    free, _ = torch.accelerator.get_memory_info(index)
+    devices = device_map(model, int(_WEIGHTS_SHARE * free), index)
+    if set(devices.values()) == {index}:
+        model.to(device)  # no hooks, which cost time in every module's forward
     else:
-        dispatch_model(model, placed, main_device=index)
+        dispatch_model(model, devices, main_device=index)
     return device
 
 
-def device_map(model: nn.Module, room: int, index: int) -> dict[str, int | str]:
-    """Module name -> accelerator ``index`` or "cpu", filling ``room`` bytes in the order of the forward."""
-    endless = {index: room, "cpu": 1 << 62}
-    return infer_auto_device_map(model, max_memory=endless, no_split_module_classes=["GPTJBlock"])
+def device_map(model: nn.Module, size: int, index: int) -> dict[str, int | str]:
+    """Map module names to accelerator ``index``, until ``size`` bytes are full in the order of the forward, or "cpu".
+
+    Blocks are not split: a block's residual connections need all its parts on one device.
+    """
+    limits = {index: size, "cpu": 1 << 62}  # the files on disk back the CPU's part: no limit
+    devices: dict[str, int | str] = infer_auto_device_map(
+        model, max_memory=limits, no_split_module_classes=["GPTJBlock"]
+    )
+    return devices

@@ -1,4 +1,4 @@
-"""From the command line to a recipe's typed config, by Hydra."""
+"""Compose a recipe's typed config from the command line, with Hydra, and run Hydra's own switches."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ T = TypeVar("T")
 CONFIGS = Path(__file__).parents[1] / "configs"
 """The package's own configs, so that a recipe runs from any directory and as a copy."""
 
-# A value that the user has quoted for Hydra: 'a, b' or "a, b", with escaped quotes inside.
+# A value that the user has already quoted for Hydra: 'a, b' or "a, b", with escaped quotes inside.
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
+# The start of an interpolation, and the backslashes before it, which OmegaConf reads as escapes.
+_INTERPOLATION = re.compile(r"(\\*)\$\{")
 
 
 def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
@@ -58,6 +60,7 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     Raises:
         UserError: no such folder.
     """
+    # Hydra's compose() has no such option. Everything else is for Hydra: no --help here, no abbreviations.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", "-cd", type=Path)
     known, others = parser.parse_known_args(list(arguments))
@@ -76,15 +79,18 @@ def run_hydra(script: Path, primary: str, cls: type) -> None:
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=primary)
     def sweep(composed: DictConfig) -> None:
-        # Each job of a sweep runs in its own process: a process group cannot be started twice.
+        # A new process for each job of a sweep: a process group cannot be started twice.
         settings = HydraConfig.get()
         command = [sys.executable, str(script), *settings.overrides.task]
         own_configs, _ = split_config_dir(sys.argv[1:])
         if own_configs is not None:
             command += ["--config-dir", str(own_configs)]
-        if output_dir := composed.get("output_dir"):
+        output_dir = composed.get("output_dir")
+        if output_dir:
+            # Otherwise the second job would resume the first one's run.
             command.append(f"output_dir={output_dir}/{settings.job.num}")
-        if code := subprocess.run(command, check=False).returncode:
+        code = subprocess.run(command, check=False).returncode
+        if code != 0:
             sys.exit(code)
 
     try:
@@ -94,27 +100,30 @@ def run_hydra(script: Path, primary: str, cls: type) -> None:
 
 
 def _quote_text(override: str, cls: type) -> str:
-    """Quote the value of a text key, in which Hydra's grammar would otherwise find commas, braces or numbers."""
-    key, _, value = override.partition("=")
-    key = key.lstrip("+")
-    if key not in text_keys(cls) or value in ("", "null", "???"):
+    """Quote the value of a text key, in which Hydra's grammar would otherwise find commas, braces or numbers.
+
+    The value of a plain text key, such as a prompt, is taken to the letter, but for null and quotes around it.
+    """
+    prefixed_key, _, value = override.partition("=")
+    key = prefixed_key.lstrip("+")
+    if key not in text_keys(cls) or value in ("", "null", "???") or _QUOTED.fullmatch(value):
         return override
-    # Hydra itself parses lists, interpolations and what is already quoted.
-    if value.startswith(("[", "${")) or _QUOTED.fullmatch(value):
-        return override
-    quoted = QuotedString(text=value, quote=Quote.single).with_quotes()
     if key in plain_text_keys(cls):
-        quoted = quoted.replace("${", "\\${")
-    return override[: override.index("=") + 1] + quoted
+        # Each backslash doubled, then one for the interpolation itself.
+        value = _INTERPOLATION.sub(lambda match: match[1] * 2 + r"\${", value)
+    elif value.startswith(("[", "${")):  # a list or an interpolation, which Hydra parses
+        return override
+    return f"{prefixed_key}={QuotedString(text=value, quote=Quote.single).with_quotes()}"
 
 
 def _explain(error: Exception, cls: type) -> str:
-    """Return one line on an error of Hydra's or OmegaConf's."""
+    """Return the user's line for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(error.options)}"
-    unknown_key = getattr(error.__cause__, "full_key", None)  # OmegaConf knows it, Hydra only spells it in a text
+    # Hydra only mentions the key in its message; OmegaConf's error, its cause, has it as a field.
+    unknown_key = getattr(error.__cause__, "full_key", None)
     if unknown_key:
         return unknown_key_message(unknown_key, cls)
-    # OmegaConf appends its internals from "full_key:" on.
+    # From "full_key:" on OmegaConf's message describes its internals.
     return f"the command line or config cannot be read: {str(error).partition('full_key:')[0]}"

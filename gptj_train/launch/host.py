@@ -1,4 +1,4 @@
-"""This host's compiler and cores, made ready for DeepSpeed, which is not imported here."""
+"""Set up this host's environment, compiler and cores for DeepSpeed, which is not imported here."""
 
 from __future__ import annotations
 
@@ -14,47 +14,52 @@ from pathlib import Path
 import cpuinfo
 import torch
 
-_LONGEST_COMPILATION = 1800  # seconds
+# Seconds. An extension takes about a minute on a free core; an older lock belongs to a process that was killed.
+_LONGEST_COMPILATION = 1800
 
 
 def prepare_environment() -> None:
-    """What DeepSpeed reads from the environment as it is imported, and asks of the CPU later.
-
-    It asks three times on every rank, and each answer takes a process that runs for a second.
-    """
+    """Set what DeepSpeed reads from the environment; call it before the import of deepspeed."""
+    # DeepSpeed asks for it three times on every rank, and each answer takes a process that runs for a second.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # spares a warning about finding no GPU
+        # Otherwise DeepSpeed warns that it finds no GPU.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
-        # Its CPU optimizer is compiled at first use: once for each virtual environment, with its ninja.
+        # The CPU optimizer is compiled at first use: once per virtual environment, whose bin has ninja.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
         os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def is_compiled(extension: str) -> bool:
-    """Whether an extension of DeepSpeed is there already, as far as can be told."""
+def announce_compilation(extension: str) -> None:
+    """Print a line if a DeepSpeed extension must first be compiled: the run would otherwise seem to hang."""
     folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    return folder is None or any(Path(folder).rglob(f"{extension}*.so"))
+    if folder is not None and not any(Path(folder).rglob(f"{extension}*.so")):
+        print(f"Compiling DeepSpeed's {extension}; once per installation, about a minute ...", flush=True)
 
 
 def clear_stale_locks() -> None:
-    """Remove what a killed compilation left: torch would wait for its end without limit."""
+    """Remove the locks of compilations that were killed: torch would wait for them forever."""
     for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another rank was faster
             if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION:
                 lock.unlink()
 
 
 def usable_cores() -> int:
-    """Of this process, which may be allowed fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores that this process may use; a container or scheduler may allow it only some."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def share_cores() -> None:
-    """Give each rank its part of the host's cores: the optimizer on the host uses them beside a GPU too."""
+    """Set torch's threads to this rank's share of the host's cores, which an offloaded optimizer needs."""
+    # LOCAL_WORLD_SIZE is set by torchrun and by ranks.py under srun, LOCAL_SIZE by the deepspeed launcher.
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     share = max(1, usable_cores() // ranks_here)
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun sets one thread, which starves the optimizer
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # torchrun sets OMP_NUM_THREADS=1 unasked, which starves the optimizer.
         torch.set_num_threads(share)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), share))
@@ -62,11 +67,11 @@ def share_cores() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep DeepSpeed's print calls from the screen of every rank; shown if it fails."""
-    said = io.StringIO()
+    """Hide what DeepSpeed prints on every rank; print it after all if the block raises."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             yield
     except BaseException:
-        print(said.getvalue(), end="")
+        print(output.getvalue(), end="")
         raise

@@ -1,4 +1,4 @@
-"""Asked to end early, by a signal, a file or a deadline: a rank takes note, and the trainer makes the ranks agree."""
+"""Requests to end a run early, by a signal, a file or a deadline. Each rank notes them; the trainer makes all agree."""
 
 from __future__ import annotations
 
@@ -14,25 +14,29 @@ import psutil
 SIGNALS = signal.SIGTERM, signal.SIGUSR1
 STOP_FILE = "STOP"
 
-_MARGIN = 60  # seconds before Slurm's end that are nobody's
+_MARGIN = 60  # seconds, the safety margin before Slurm kills the job
 
 
-class Preempted(Exception):  # noqa: N818 (no error: the run did as it was told)
-    """The run has ended before its last step because it was asked to: the same command goes on from there."""
+class Preempted(Exception):  # noqa: N818 (it ends the run in good order)
+    """The run was preempted before its last step; rerun the same command to resume."""
 
 
 class StopRequest:
-    """Whether this rank has been asked to end the run, while in its ``with`` block, and by what.
+    """A context manager that notes requests to end the run, as far as this rank sees them.
 
-    A signal only leaves its name here. Rank 0 looks for the stop file; every rank keeps an eye on the deadline
-    and, under a launcher, on whether that is still there.
+    Signals reach single ranks and do not interrupt: the handler only notes them. Rank 0 looks for the stop file.
+    Every rank checks the deadlines and, under a launcher, that the launcher still runs.
     """
 
     def __init__(self, output_dir: str | Path, max_hours: float | None, rank: int) -> None:
         """``max_hours`` count from the start of this process."""
+        # Only rank 0 looks: on a shared disk other ranks may see the file later, or after its removal.
         self._stop_file = Path(output_dir) / STOP_FILE if rank == 0 else None
         self._max_hours = max_hours
-        self._ends = psutil.Process().create_time() + max_hours * 3600 if max_hours is not None else float("inf")
+        self._deadline = float("inf")
+        if max_hours is not None:
+            # From the process's start, since loading 6B takes part of the hours that a queue grants.
+            self._deadline = psutil.Process().create_time() + max_hours * 3600
         self._killed_at = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
         self._rank = rank
         self._launchers = _launchers()
@@ -52,26 +56,27 @@ class StopRequest:
         self._signal = number
 
     def reason(self, step_seconds: float, save_seconds: float) -> str | None:
-        """Why to end now, or None.
+        """Return why to end now, or None.
 
         Args:
-            step_seconds, save_seconds: what the next step and a save may take; before Slurm's end there must be
-                time for each of them twice.
+            step_seconds, save_seconds: expected time of the next step and of a save. Before Slurm's end there must
+                be time for both twice, since either may be slower than the last.
         """
         if self._signal is not None:
             return f"{signal.Signals(self._signal).name} reached rank {self._rank}"
         if self._stop_file is not None and self._stop_file.exists():
-            return f"{self._stop_file} is there; remove it before you start again"
-        if time.time() > self._ends:
-            return f"max_hours={self._max_hours} are over"
+            return f"found {self._stop_file}; remove it before you rerun"
+        if time.time() > self._deadline:
+            return f"max_hours={self._max_hours} have passed"
         if self._seconds_left() < 2 * (step_seconds + save_seconds) + _MARGIN:
             return f"the Slurm job ends in {self._seconds_left():.0f} s"
         if _launchers() != self._launchers:
-            return f"the launcher of rank {self._rank} has gone"
+            # A killed launcher leaves its ranks to the init process: without this they would train on unseen.
+            return f"the launcher of rank {self._rank} has exited"
         return None
 
     def leaves_time_for(self, save_seconds: float) -> bool:
-        """Whether a save begun now ends before Slurm kills the job."""
+        """Return whether a save that starts now ends before Slurm kills the job."""
         return self._seconds_left() > save_seconds
 
     def _seconds_left(self) -> float:
@@ -79,9 +84,9 @@ class StopRequest:
 
 
 def _launchers() -> tuple[int, ...]:
-    """Process ids of what started this rank. torchrun is its parent; deepspeed has one more process above that."""
-    levels = 1 if "TORCHELASTIC_RUN_ID" in os.environ else 2 if "CROSS_RANK" in os.environ else 0
-    pids: list[int] = []
-    for _ in range(levels):
-        pids.append(psutil.Process(pids[-1]).ppid() if pids else os.getppid())
-    return tuple(pids)
+    """Return the process ids of this rank's launcher; empty without one."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, the parent
+        return (os.getppid(),)
+    if "CROSS_RANK" in os.environ:  # deepspeed: its launch.py is the parent, the command itself the grandparent
+        return (os.getppid(), psutil.Process(os.getppid()).ppid())
+    return ()

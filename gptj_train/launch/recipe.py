@@ -1,4 +1,4 @@
-"""How a recipe starts and ends: launcher, config, exit codes."""
+"""The recipe decorator: a function of a config becomes a command with launcher, config and exit codes."""
 
 from __future__ import annotations
 
@@ -20,35 +20,37 @@ from gptj_train.launch.ranks import rank, set_rank_variables
 
 T = TypeVar("T")
 
-EXIT_MISTAKE = 2
-EXIT_PREEMPTED = 85  # preempted; rerun the same command to resume
-_LAUNCHER_KILLS_WITHIN = 5  # seconds
+# The exit codes. docs/cluster.md tells users and schedulers what to do about each.
+EXIT_DONE = 0
+EXIT_MISTAKE = 2  # a UserError, printed as one line by rank 0
+EXIT_PREEMPTED = 85  # preempted, saved if there was time; rerun the same command to resume
+# Any other exception is a bug of ours: Python prints its traceback and exits with 1. So does the watchdog on a hang.
+
+_LAUNCHER_KILLS_WITHIN = 5  # seconds after rank 0 has failed
 
 
 def recipe(
-    cls: type[T], primary: str | None = None, one_process: bool = False
+    cls: type[T], *, primary: str | None = None, one_process: bool = False
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Make ``job(config)`` a command that runs under deepspeed, torchrun, srun or plain python.
 
-    Exit codes: 0 done; 2 a UserError, printed as one line; 85 preempted, immediately or once the trainer has saved;
-    1 with a traceback for any other exception, which is a bug of ours.
-
     Args:
         cls: the schema of the config.
-        primary: name of the primary config; None: the name of the recipe's file.
-        one_process: rank 0 does the job; further ranks of a launcher exit.
+        primary: name of the primary config; None takes the name of the recipe's file.
+        one_process: only rank 0 runs the job; other ranks of a launcher exit at once.
     """
 
     def wrap(job: Callable[[T], None]) -> Callable[[], None]:
         script = Path(job.__code__.co_filename)
 
         def main() -> None:
+            # Before training starts there is nothing to save. The trainer installs its own handlers later.
             for number in SIGNALS:
                 signal.signal(number, lambda *_: sys.exit(_preempted()))
             # The deepspeed launcher passes --local_rank=N, which Hydra would reject.
             sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
             code = _run(job, cls, script, primary or script.stem, one_process)
-            if dist.is_initialized() and code in (0, EXIT_PREEMPTED):
+            if dist.is_initialized() and code in (EXIT_DONE, EXIT_PREEMPTED):
                 _leave(code)
             sys.exit(code)
 
@@ -61,9 +63,9 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
     try:
         set_rank_variables()
         if one_process and rank() != 0:
-            return 0
+            return EXIT_DONE
         _, overrides = split_config_dir(sys.argv[1:])
-        if any(override.startswith("-") for override in overrides):
+        if any(override.startswith("-") for override in overrides):  # --help, --cfg, --multirun and the like
             run_hydra(script, primary, cls)
         else:
             job(compose(primary, sys.argv[1:], cls))
@@ -73,11 +75,11 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         return _preempted()
     except UserError as error:
         return _mistake(str(error))
-    return 0
+    return EXIT_DONE
 
 
 def _preempted() -> int:
-    # The launcher sends SIGTERM to the other ranks once the first has exited; every exit code shall be 85.
+    # Once the first rank has exited, the launcher sends SIGTERM to the others: it must not change their exit code.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     return EXIT_PREEMPTED
@@ -86,8 +88,8 @@ def _preempted() -> int:
 def _leave(code: int) -> NoReturn:
     """Destroy the process group and exit without interpreter teardown.
 
-    A library's unjoined C++ thread aborts the process in about one of a hundred teardowns, and the launcher then
-    takes a finished run for a failed one.
+    In about one of a hundred teardowns a library's unjoined C++ thread aborts the process, and the launcher would
+    report a finished run as failed.
     """
     dist.destroy_process_group()
     logging.shutdown()
@@ -99,8 +101,9 @@ def _leave(code: int) -> NoReturn:
 def _mistake(message: str) -> int:
     number = os.environ.get("RANK", "0")
     if number != "0":
-        # If rank 0 fails in the same way, it reports, and the launcher ends this process meanwhile.
+        # Most mistakes occur on every rank. Then rank 0 prints the line and the launcher kills this process meanwhile.
         time.sleep(_LAUNCHER_KILLS_WITHIN)
         message = f"[rank {number}] {message}"
-    print("error: " + " ".join(message.split()), file=sys.stderr, flush=True)
+    one_line = " ".join(message.split())
+    print(f"error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_MISTAKE

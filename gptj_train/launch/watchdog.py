@@ -1,4 +1,4 @@
-"""A rank that makes no progress ends itself, and leaves on disk where it was stuck."""
+"""A watchdog for ranks that hang: it leaves their stacks on disk and ends them."""
 
 from __future__ import annotations
 
@@ -13,36 +13,38 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted
 
 _TICK = 0.5  # seconds
 
 
 class Watchdog:
-    """Wants to hear a ``beat`` every ``limit`` seconds while in its ``with`` block, from a thread of its own.
+    """A context manager that exits the process unless ``beat()`` is called within the limit.
 
-    The stacks of all threads go to ``stacks/rank_N.txt`` in the run folder: when the limit is over, and when
-    SIGTERM comes, with which launchers end the ranks beside one that failed. So does an error that ends the
-    block. After an orderly end the file is gone.
+    It writes the stacks of all threads to ``stacks/rank_N.txt`` in the run folder when the limit passes, and on
+    SIGTERM, which launchers send to the other ranks when one fails. A crash inside the block leaves its traceback
+    there. Otherwise the file is removed at the end.
 
-    It counts its own ticks and not the clock: a job that was suspended as a whole is not hung.
+    A thread counts its own ticks instead of reading the clock: a job that was suspended as a whole does not hang.
     """
 
     def __init__(self, output_dir: str | Path, limit: float, rank: int) -> None:
-        """A ``limit`` of 0 waits without end."""
+        """``limit`` is in seconds; 0 sets no limit."""
         self._path = Path(output_dir) / "stacks" / f"rank_{rank}.txt"
-        self._limit, self._rank = limit, rank
+        self._limit = limit
+        self._rank = rank
         self._ticks = 0
         self._paused = False
         self._done = threading.Event()
 
     def beat(self) -> None:
-        """There was progress."""
+        """Report progress."""
         self._ticks = 0
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """No limit inside, for what takes as long as it takes."""
+        """Suspend the limit, for work whose time depends on the disk."""
         self._paused = True
         try:
             yield
@@ -51,9 +53,10 @@ class Watchdog:
             self._paused = False
 
     def __enter__(self) -> Watchdog:
+        # The file is opened now: a process that hangs on a dead disk could not open it later.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w")
-        # After the handlers of signals, which it goes on to call.
+        # With chain=True the SIGTERM handler registered before this one is called next.
         faulthandler.register(signal.SIGTERM, self._file, all_threads=True, chain=True)
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -63,17 +66,18 @@ class Watchdog:
         self._done.set()
         self._thread.join()
         faulthandler.unregister(signal.SIGTERM)
-        if isinstance(error, Exception) and not isinstance(error, Preempted | ValueError):
+        if isinstance(error, Exception) and not isinstance(error, Preempted | UserError):
             traceback.print_exception(error, file=self._file)
         else:
             self._path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another rank's file is still there
+            with contextlib.suppress(OSError):  # not empty: another rank's file is still there
                 self._path.parent.rmdir()
         self._file.close()
 
     def _watch(self) -> None:
         while not self._done.wait(_TICK):
-            self._ticks += not self._paused
+            if not self._paused:
+                self._ticks += 1
             if 0 < self._limit < self._ticks * _TICK:
                 self._end()
 
@@ -81,8 +85,9 @@ class Watchdog:
         faulthandler.dump_traceback(self._file, all_threads=True)
         print(
             f"error: rank {self._rank} made no progress for {self._limit:g} s (hang_timeout); "
-            f"where it was: {self._path}; ending the job",
+            f"its stacks: {self._path}; ending the job",
             file=sys.stderr,
             flush=True,
         )
+        # Not sys.exit: the main thread may hang in a call that never returns to Python.
         os._exit(1)

@@ -1,22 +1,34 @@
-"""The activations that a GPT-J config.json may name, by Transformers' names (ACT2FN)."""
+"""The activations that a GPT-J config.json may name, under Transformers' names (its ACT2FN).
+
+GPT-J 6B uses ``gelu_new``. Fine-tuned and tiny models on disk name others; each is a few lines.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
 def _gelu_fast(x: Tensor) -> Tensor:
-    return 0.5 * x * (1.0 + torch.tanh(x * 0.7978845608 * (1.0 + 0.044715 * x * x)))
+    # 0.7978845608 is sqrt(2 / pi), with the digits of Transformers.
+    # 0.5 * x comes first as it does there: the order decides how the gradients of x add up, to the bit.
+    half = 0.5 * x
+    inner = x * 0.7978845608 * (1.0 + 0.044715 * x * x)
+    return half * (1.0 + torch.tanh(inner))
 
 
 def _gelu_accurate(x: Tensor) -> Tensor:
-    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    half = 0.5 * x
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+    return half * (1 + torch.tanh(inner))
 
 
 def _gelu_10(x: Tensor) -> Tensor:
@@ -32,15 +44,16 @@ def _relu2(x: Tensor) -> Tensor:
 
 
 def _laplace(x: Tensor) -> Tensor:
-    mu, sigma = 0.707107, 0.282095
-    return 0.5 * (1.0 + torch.erf((x - mu) / (sigma * math.sqrt(2.0))))
+    # The constants make it approximate relu2 (Mega, arXiv 2209.10655).
+    mu = 0.707107
+    sigma = 0.282095
+    standardized = (x - mu) / (sigma * math.sqrt(2.0))
+    return 0.5 * (1.0 + torch.erf(standardized))
 
 
 def _linear(x: Tensor) -> Tensor:
     return x
 
-
-_gelu_tanh = partial(F.gelu, approximate="tanh")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,

@@ -1,4 +1,4 @@
-"""Causal, padded, cached and document-isolated attention: one door to the kernels."""
+"""GPT-J's self-attention: causal, padded, cached, and isolated between packed documents."""
 
 from __future__ import annotations
 
@@ -10,196 +10,212 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptj_train.errors import UserError
+from gptj_train.model.documents import document_lengths, document_starts
 from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.kv_cache import KVCache
 from gptj_train.model.layers import Linear
 from gptj_train.model.rotary import rotate
 
 
-class KVCache:
-    """Keys and values of the tokens seen so far, one (B, N, T, H) pair a layer; grows as it is used."""
-
-    def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._layers[layer]
-
-    def get_seq_length(self) -> int:
-        """Tokens held."""
-        return self._layers[0][0].shape[2] if self._layers else 0
-
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Append this layer's new keys and values (B, N, T, H); returns all of them."""
-        if layer == len(self._layers):
-            self._layers.append((key, value))
-        else:
-            past_key, past_value = self._layers[layer]
-            self._layers[layer] = (torch.cat((past_key, key), dim=2), torch.cat((past_value, value), dim=2))
-        return self._layers[layer]
-
-    def reorder(self, rows: Tensor) -> None:
-        """Keep these batch rows, in this order."""
-        self._layers = [(key[rows], value[rows]) for key, value in self._layers]
-
-
 @dataclass(frozen=True)
 class AttentionPattern:
-    """Who sees whom, worked out once a forward and shared by all layers.
+    """Which keys each query attends to, and by which implementation; computed once for all layers.
 
-    At most one of the fields is set; with none, attention is plainly causal.
+    Without ``mask`` and ``lengths`` attention is plainly causal. At most one of the two is set.
 
     Attributes:
-        mask: additive, (B or 1, 1, T, past + T): 0 where a query sees a key, else the dtype's lowest number.
-        lengths: lengths of the documents in the flattened (B * T) batch, in order; none crosses a row.
+        mask: additive attention mask (B or 1, 1, T, past + T): 0 to attend, the dtype's lowest number not to.
+        lengths: lengths of the packed documents in the flattened (B * T) batch; no document crosses a row.
+        eager: compute the score matrix in plain torch instead of a fused kernel; needs ``mask``.
     """
 
     mask: Tensor | None = None
     lengths: tuple[int, ...] | None = None
-
-    def has_blind_rows(self) -> bool:
-        """Some query sees no key, as left padding does.
-
-        Such a row averages all keys. The fused kernels' backward recomputes its weights from a sum too coarse
-        to hold log(S) beside the mask's number, and takes them for 1 instead of 1 / S.
-        """
-        if self.mask is None:
-            return False
-        return bool((self.mask <= torch.finfo(self.mask.dtype).min).all(dim=-1).any())
-
-
-def document_lengths(document_ids: Tensor) -> tuple[int, ...]:
-    """Lengths of the runs of equal ids in each row of (B, T), row after row."""
-    starts = document_starts(document_ids).flatten().nonzero().flatten()
-    ends = torch.cat((starts[1:], starts.new_tensor([document_ids.numel()])))
-    return tuple((ends - starts).tolist())
-
-
-def document_starts(document_ids: Tensor) -> Tensor:
-    """(B, T) bool: True at the first token of each document; each row begins one."""
-    changes = document_ids[:, 1:] != document_ids[:, :-1]
-    return F.pad(changes, (1, 0), value=True)
-
-
-def positions_in_documents(document_ids: Tensor) -> Tensor:
-    """(B, T) position of each token in its own document, from 0."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    return index - torch.where(document_starts(document_ids), index, 0).cummax(dim=1).values
+    eager: bool = False
 
 
 def attention_pattern(
     hidden: Tensor,
-    past_length: int,
-    attention_mask: Tensor | None,
-    document_ids: Tensor | None,
-    explicit: bool,
+    *,
+    past_length: int = 0,
+    attention_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    eager: bool = False,
 ) -> AttentionPattern:
-    """The pattern of one forward.
+    """Build the attention pattern of one forward: the cheapest that masks what must be masked.
 
     Args:
-        hidden: (B, T, D), for its sizes, dtype and device.
-        past_length: tokens already in the cache.
-        attention_mask: (B, past + T), nonzero for real tokens; or a finished (B, 1, T, past + T) mask,
-            bool (True = seen) or additive.
-        document_ids: (B, T); tokens see only tokens of their own run of equal ids.
-        explicit: the caller computes scores itself, so a dense mask is wanted in any case.
+        hidden: (B, T, D); only its shape, dtype and device are used.
+        past_length: number of cached tokens.
+        attention_mask: (B, past + T), nonzero for real tokens; or a complete (B or 1, 1, T, past + T) mask,
+            bool (True = attend) or additive.
+        document_ids: (B, T); tokens attend only within their run of equal ids.
+        eager: ask for eager attention, for its weights or to scale heads.
 
     Raises:
-        UserError: sizes that do not fit, or documents together with a cache.
+        UserError: shapes that do not match, or documents together with a cache.
     """
     batch, length = hidden.shape[:2]
-    if document_ids is not None:
-        if past_length:
-            raise UserError("document_ids cannot be combined with past_key_values")
-        if document_ids.shape != (batch, length):
-            raise UserError(f"document_ids must be {(batch, length)}, got {tuple(document_ids.shape)}")
     total = past_length + length
+    if document_ids is not None:
+        _check_documents(document_ids, (batch, length), past_length)
+    if attention_mask is not None and attention_mask.dim() == 4:
+        # A complete mask is the caller's: causality and documents are not added to it, as in Transformers.
+        return _masked(_additive(attention_mask, hidden.dtype), eager)
     if attention_mask is not None:
-        if attention_mask.dim() == 4:
-            return AttentionPattern(mask=_additive(attention_mask, hidden.dtype))
-        if attention_mask.shape != (batch, total):
-            raise UserError(f"attention_mask must be {(batch, total)}, got {tuple(attention_mask.shape)}")
-        if attention_mask.all():
-            attention_mask = None
-    if not explicit and attention_mask is None:
+        attention_mask = _without_padding_is_none(attention_mask, (batch, total))
+    if attention_mask is None and not eager:
+        # The two patterns that the fused kernels know without a dense mask, which would cost them their speed.
         if document_ids is not None:
             lengths = document_lengths(document_ids)
-            return AttentionPattern(lengths=lengths if len(lengths) > batch else None)
+            one_per_row = len(lengths) == batch
+            return AttentionPattern() if one_per_row else AttentionPattern(lengths=lengths)
         if past_length == 0 or length == 1:
             return AttentionPattern()
-    query = torch.arange(past_length, total, device=hidden.device)
-    seen = (torch.arange(total, device=hidden.device) <= query[:, None])[None, None]
+    key_index = torch.arange(total, device=hidden.device)
+    query_index = torch.arange(past_length, total, device=hidden.device)
+    attends = (key_index <= query_index[:, None])[None, None]
     if attention_mask is not None:
-        seen = seen & attention_mask.bool()[:, None, None, :]
+        attends = attends & attention_mask.bool()[:, None, None, :]
     if document_ids is not None:
+        # Numbered runs, not the ids: an id that returns later in a row names another document.
         runs = document_starts(document_ids).cumsum(dim=1)
-        seen = seen & (runs[:, None, :, None] == runs[:, None, None, :])
-    return AttentionPattern(mask=_additive(seen, hidden.dtype))
+        attends = attends & (runs[:, None, :, None] == runs[:, None, None, :])
+    return _masked(_additive(attends, hidden.dtype), eager)
+
+
+def _check_documents(document_ids: Tensor, shape: tuple[int, int], past_length: int) -> None:
+    if past_length:
+        raise UserError("document_ids cannot be combined with past_key_values")
+    if document_ids.shape != shape:
+        raise UserError(f"document_ids must be {shape}, got {tuple(document_ids.shape)}")
+
+
+def _without_padding_is_none(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+    """Return None for a mask without padding, which masks nothing that causality does not."""
+    if attention_mask.shape != shape:
+        raise UserError(f"attention_mask must be {shape}, got {tuple(attention_mask.shape)}")
+    return None if attention_mask.all() else attention_mask
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    # The lowest finite number, not -inf: a fully masked row (left padding) then averages its
-    # keys, as in Transformers, where -inf would make it NaN.
+    # The lowest finite number, not -inf: the softmax of a fully masked row (left padding) is then uniform over
+    # all keys, as in Transformers. With -inf it would be NaN.
+    lowest = torch.finfo(dtype).min
     if mask.dtype != torch.bool:
-        return mask.clamp(min=torch.finfo(dtype).min).to(dtype)  # fp32's lowest would become bf16's -inf
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+        # Clamped before the cast, because fp32's lowest number would round to bf16's -inf.
+        return mask.clamp(min=lowest).to(dtype)
+    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    return zeros.masked_fill_(~mask, lowest)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, pattern: AttentionPattern, dropout: float) -> Tensor:
-    """Attention through torch's fused kernels; no (T, T) score matrix is stored.
+def _masked(mask: Tensor, eager: bool) -> AttentionPattern:
+    # The fused kernels' backward recomputes the softmax from its saved log-sum-exp. In a fully masked row that
+    # sum is lowest + log(S), which rounds to lowest, so every weight would come back as 1 instead of 1 / S.
+    if not eager and torch.is_grad_enabled():
+        eager = has_fully_masked_rows(mask)
+    return AttentionPattern(mask=mask, eager=eager)
+
+
+def has_fully_masked_rows(mask: Tensor) -> bool:
+    """Return whether an additive mask (..., T, S) hides every key from some query, as left padding does."""
+    hidden_keys = mask <= torch.finfo(mask.dtype).min
+    return bool(hidden_keys.all(dim=-1).any())
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, *, pattern: AttentionPattern, dropout: float) -> Tensor:
+    """Attend by torch's fused kernels, which store no (T, S) score matrix.
 
     Args:
-        query, key, value: (B, N, T, H), (B, N, S, H), (B, N, S, H), with S >= T.
-        dropout: probability applied to the attention weights.
+        query: (B, N, T, H).
+        key, value: (B, N, S, H) with S >= T.
+        dropout: probability of dropping an attention weight.
 
     Returns:
-        (B, T, N, H).
+        (B, T, N, H) in the dtype of the inputs.
     """
     if pattern.lengths is not None:
-        return _attend_documents(query, key, value, pattern.lengths, dropout)
+        return _document_attention(query, key, value, lengths=pattern.lengths, dropout=dropout)
+    # A single query attends to the whole cache. is_causal would show it the first key alone.
     causal = pattern.mask is None and query.shape[2] > 1
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=pattern.mask, dropout_p=dropout, is_causal=causal)
+    out = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=pattern.mask,
+        dropout_p=dropout,
+        is_causal=causal,
+    )
     return out.transpose(1, 2)
 
 
-def _attend_documents(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], dropout: float) -> Tensor:
-    # One causal call a document does the least work and keeps the fast causal kernel (a dense mask
-    # loses it at head size 256), and no other document can touch the result. split, not slicing:
-    # its backward is one concatenation.
+def _document_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    lengths: tuple[int, ...],
+    dropout: float,
+) -> Tensor:
+    # One causal call for each document does the least work and keeps the fast causal kernel, which a dense mask
+    # rules out at GPT-J's head size of 256. No other document can touch the result.
     batch, _, length, _ = query.shape
-    per_document = (x.transpose(1, 2).flatten(0, 1).split(lengths) for x in (query, key, value))
-    outs = [
-        F.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], dropout_p=dropout, is_causal=True
-        )
-        for q, k, v in zip(*per_document, strict=True)
-    ]
-    return torch.cat([out.squeeze(0).transpose(0, 1) for out in outs]).unflatten(0, (batch, length))
+    outs = []
+    documents = zip(
+        _split_documents(query, lengths),
+        _split_documents(key, lengths),
+        _split_documents(value, lengths),
+        strict=True,
+    )
+    for one_query, one_key, one_value in documents:
+        out = F.scaled_dot_product_attention(one_query, one_key, one_value, dropout_p=dropout, is_causal=True)
+        outs.append(out.squeeze(0).transpose(0, 1))
+    return torch.unflatten(torch.cat(outs), 0, (batch, length))
 
 
-def attend_explicitly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float, head_mask: Tensor | None
+def _split_documents(x: Tensor, lengths: tuple[int, ...]) -> list[Tensor]:
+    """Split (B, N, T, H) into one (1, N, length, H) for each document."""
+    tokens = x.transpose(1, 2).flatten(0, 1)
+    # split, not slices: its backward is one concatenation, while each slice's would fill a tensor of full size.
+    pieces = torch.split(tokens, list(lengths))
+    return [piece.transpose(0, 1)[None] for piece in pieces]
+
+
+def eager_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor,
+    dropout: float,
+    head_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also returns its weights: scores and softmax in fp32, as Transformers' eager GPT-J.
+    """Attend by explicit scores and return the attention weights too, as Transformers' eager GPT-J.
 
     Args:
+        query: (B, N, T, H).
+        key, value: (B, N, S, H).
         mask: additive (B or 1, 1, T, S).
+        dropout: probability of dropping an attention weight.
         head_mask: broadcastable to (B, N, T, S); multiplies the weights.
 
     Returns:
-        (B, T, N, H) and the weights (B, N, T, S).
+        (B, T, N, H) and the weights (B, N, T, S), both in the value's dtype.
     """
-    scores = query.float() @ key.float().transpose(-1, -2) / math.sqrt(query.shape[-1])
-    weights = F.dropout((scores + mask).softmax(dim=-1).to(value.dtype), dropout)
+    # fp32 as in Transformers: in bf16 the scores of long rows would lose the small differences.
+    scores = query.float() @ key.float().transpose(-1, -2)
+    scores = scores / math.sqrt(query.shape[-1])
+    weights = (scores + mask).softmax(dim=-1)
+    weights = weights.to(value.dtype)
+    weights = F.dropout(weights, dropout)
     if head_mask is not None:
         weights = weights * head_mask
-    return (weights @ value).transpose(1, 2), weights
+    out = weights @ value
+    return out.transpose(1, 2), weights
 
 
 class GPTJAttention(nn.Module):
-    """Multi-head self-attention with rotary positions; parameter names of Transformers."""
+    """Multi-head self-attention with rotary positions. Parameter names are those of Transformers."""
 
     def __init__(self, config: GPTJConfig, layer: int) -> None:
         super().__init__()
@@ -207,7 +223,9 @@ class GPTJAttention(nn.Module):
         self.head_size = config.head_size
         self.attn_pdrop = config.attn_pdrop
         self.resid_pdrop = config.resid_pdrop
-        size, std = config.n_embd, config.initializer_range
+        size = config.n_embd
+        std = config.initializer_range
+        # The order decides which random numbers each matrix gets from a seed.
         self.k_proj = Linear(size, size, std, bias=False)
         self.v_proj = Linear(size, size, std, bias=False)
         self.q_proj = Linear(size, size, std, bias=False)
@@ -220,22 +238,41 @@ class GPTJAttention(nn.Module):
         pattern: AttentionPattern,
         cache: KVCache | None = None,
         head_mask: Tensor | None = None,
-        explicit: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, D) -> (B, T, D) and, when ``explicit``, the weights (B, N, T, S)."""
-        query, key, value = (
-            projection(hidden).unflatten(-1, (-1, self.head_size))
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        query, key = rotate(query, *angles).transpose(1, 2), rotate(key, *angles).transpose(1, 2)
-        value = value.transpose(1, 2)
+        """Attend and project.
+
+        Args:
+            hidden: (B, T, D) after the LayerNorm.
+            angles: sine and cosine of the positions, from ``rotary_angles``.
+            cache: extended by this layer's new keys and values.
+            head_mask: broadcastable to (B, N, T, S); used by eager attention only.
+
+        Returns:
+            (B, T, D), and the attention weights (B, N, T, S) of eager attention or None.
+        """
+        # Rotation takes heads behind tokens (B, T, N, H), attention before them (B, N, T, H).
+        query = rotate(self._heads(self.q_proj(hidden)), *angles).transpose(1, 2)
+        key = rotate(self._heads(self.k_proj(hidden)), *angles).transpose(1, 2)
+        value = self._heads(self.v_proj(hidden)).transpose(1, 2)
         if cache is not None:
             key, value = cache.update(self.layer, key, value)
         dropout = self.attn_pdrop if self.training else 0.0
         weights = None
-        if explicit:
+        if pattern.eager:
             assert pattern.mask is not None
-            out, weights = attend_explicitly(query, key, value, pattern.mask, dropout, head_mask)
+            out, weights = eager_attention(
+                query,
+                key,
+                value,
+                mask=pattern.mask,
+                dropout=dropout,
+                head_mask=head_mask,
+            )
         else:
-            out = attend(query, key, value, pattern, dropout)
-        return F.dropout(self.out_proj(out.flatten(2)), self.resid_pdrop, self.training), weights
+            out = fused_attention(query, key, value, pattern=pattern, dropout=dropout)
+        out = self.out_proj(out.flatten(2))
+        return F.dropout(out, self.resid_pdrop, self.training), weights
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, N, H)."""
+        return torch.unflatten(x, -1, (-1, self.head_size))

@@ -1,4 +1,4 @@
-"""The model class that a folder's config.json names."""
+"""Choose the model class that a folder's config.json names."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ def class_of(folder: str | Path) -> type[PreTrained]:
     Raises:
         UserError: no readable config.json, or none of our classes in it.
     """
-    named = GPTJConfig.from_pretrained(folder).architectures
-    for name in named:
+    architectures = GPTJConfig.from_pretrained(folder).architectures
+    for name in architectures:
         if name in _CLASSES:
             return _CLASSES[name]
-    raise UserError(f"{folder}/config.json: architectures is {named!r}; it must name one of {', '.join(_CLASSES)}")
+    known = ", ".join(_CLASSES)
+    raise UserError(f"{folder}/config.json: architectures is {architectures!r}; it must name one of {known}")

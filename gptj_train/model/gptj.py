@@ -1,4 +1,4 @@
-"""GPT-J's trunk: parallel attention and MLP on one LayerNorm, summed into the residual."""
+"""GPT-J's trunk: attention and MLP in parallel on one LayerNorm, both added to the residual."""
 
 from __future__ import annotations
 
@@ -11,14 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
-from gptj_train.model.attention import (
-    AttentionPattern,
-    GPTJAttention,
-    KVCache,
-    attention_pattern,
-    positions_in_documents,
-)
+from gptj_train.model.attention import AttentionPattern, GPTJAttention, attention_pattern
+from gptj_train.model.documents import documents_from_positions, positions_in_documents
 from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.kv_cache import KVCache
 from gptj_train.model.layers import Embedding, Linear
 from gptj_train.model.outputs import BaseModelOutput
 from gptj_train.model.pretrained import PreTrained
@@ -26,7 +22,7 @@ from gptj_train.model.rotary import rotary_angles
 
 
 class GPTJMLP(nn.Module):
-    """D -> F -> D with the config's activation."""
+    """The feed-forward network D -> F -> D with the config's activation."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__()
@@ -36,7 +32,9 @@ class GPTJMLP(nn.Module):
         self.resid_pdrop = config.resid_pdrop
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.dropout(self.fc_out(self.activation(self.fc_in(hidden))), self.resid_pdrop, self.training)
+        """(B, T, D) -> (B, T, D)."""
+        inner = self.activation(self.fc_in(hidden))
+        return F.dropout(self.fc_out(inner), self.resid_pdrop, self.training)
 
 
 class GPTJBlock(nn.Module):
@@ -55,15 +53,16 @@ class GPTJBlock(nn.Module):
         pattern: AttentionPattern,
         cache: KVCache | None = None,
         head_mask: Tensor | None = None,
-        explicit: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        """Return the next hidden states (B, T, D) and the attention weights; arguments of ``GPTJAttention``."""
         normed = self.ln_1(hidden)
-        attended, weights = self.attn(normed, angles, pattern, cache, head_mask, explicit)
+        attended, weights = self.attn(normed, angles, pattern, cache, head_mask)
+        # The order of the sum decides how it rounds; it is that of Transformers.
         return attended + self.mlp(normed) + hidden, weights
 
 
 class GPTJModel(PreTrained):
-    """The transformer without a head. Numbers and parameter names equal ``transformers.GPTJModel``."""
+    """The transformer without a head. Parameter names and numbers equal ``transformers.GPTJModel``."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
@@ -79,6 +78,7 @@ class GPTJModel(PreTrained):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,  # Transformers' order ends here: version 5 removed head_mask, the next one.
         head_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
@@ -88,89 +88,151 @@ class GPTJModel(PreTrained):
         cache_position: Tensor | None = None,
         document_ids: Tensor | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
-        """Hidden states of a batch.
+        """Compute the hidden states of a batch. Arguments that are None take the config's value.
 
         Args:
-            input_ids: (B, T) token ids; or ``inputs_embeds`` (B, T, D), exactly one of the two.
-            past_key_values: the cache a previous call returned.
-            attention_mask: (B, past + T), nonzero for real tokens; or a finished 4-D mask.
+            input_ids: (B, T) token ids. Give them or ``inputs_embeds``.
+            past_key_values: the cache of a previous call; the new tokens are appended to it.
+            attention_mask: (B, past + T), nonzero for real tokens; or a complete 4-D mask.
             token_type_ids: (B, T) ids whose embeddings are added to the tokens'.
-            position_ids: (B, T) or (1, T); by default from ``cache_position``, the documents, or the cache
+            position_ids: (B, T) or (1, T); by default from ``document_ids``, ``cache_position`` or the cache
                 length. Positions that jump isolate documents as in Transformers: without mask and cache.
-            head_mask: (N) or (n_layer, N), multiplies attention weights; takes the explicit, slower path.
-            output_attentions: also return attention weights; takes the explicit, slower path.
+            head_mask: (N) or (n_layer, N) factors of the attention weights; uses eager attention, which is slower.
+            inputs_embeds: (B, T, D) in place of ``input_ids``.
+            use_cache: return a KVCache; not with ``document_ids`` nor while recomputing blocks.
+            output_attentions: return the attention weights; uses eager attention, which is slower.
+            output_hidden_states: return the inputs of all blocks.
+            return_dict: return a ``BaseModelOutput``, else a tuple.
             cache_position: (T) positions of the new tokens.
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
 
         Raises:
-            UserError: both or neither of the inputs, positions beyond ``n_positions``, sizes that do not fit.
+            UserError: both or neither of the inputs, positions beyond ``n_positions``, shapes that do not match.
         """
         config = self.config
-        if (input_ids is None) == (inputs_embeds is None):
-            raise UserError("give exactly one of input_ids and inputs_embeds")
-        output_attentions = config.output_attentions if output_attentions is None else output_attentions
-        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
-        use_cache = config.use_cache if use_cache is None else use_cache
-        checkpointing = self.gradient_checkpointing and self.training
-        use_cache = use_cache and not checkpointing and document_ids is None
-        cache = KVCache() if use_cache and past_key_values is None else past_key_values
+        if use_cache is None:
+            use_cache = config.use_cache
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
 
-        hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if token_type_ids is not None:
-            hidden = hidden + self.wte(token_type_ids.view(hidden.shape[:2]))
-        hidden = F.dropout(hidden, config.embd_pdrop, self.training)
-
-        past = 0 if cache is None else cache.get_seq_length()
+        hidden = self._embed(input_ids, inputs_embeds, token_type_ids)
+        cache = past_key_values
+        # A recomputed block would append its keys a second time; documents are never continued.
+        if cache is None and use_cache and not self._recomputes_blocks and document_ids is None:
+            cache = KVCache()
+        past_length = 0 if cache is None else cache.get_seq_length()
         if position_ids is None:
-            position_ids = self._default_positions(hidden, past, cache_position, document_ids)
+            position_ids = _default_positions(hidden, past_length, cache_position, document_ids)
         elif document_ids is None and attention_mask is None and cache is None:
-            document_ids = (position_ids.diff(prepend=position_ids[:, :1] - 1) != 1).cumsum(1)
-            document_ids = document_ids.expand(hidden.shape[:2])
+            document_ids = documents_from_positions(position_ids).expand(hidden.shape[:2])
         self._check_positions(position_ids)
-        angles = rotary_angles(position_ids, config.n_positions, config.rotary_size)
-        explicit = output_attentions or head_mask is not None
-        pattern = attention_pattern(hidden, past, attention_mask, document_ids, explicit)
-        explicit = explicit or (torch.is_grad_enabled() and pattern.has_blind_rows())
 
-        all_hidden: tuple[Tensor, ...] = ()
-        all_weights: tuple[Tensor | None, ...] = ()
-        for layer, block in enumerate(self.h):
-            all_hidden += (hidden,) if output_hidden_states else ()
-            mask = _layer_head_mask(head_mask, layer)
-            arguments = (hidden, angles, pattern, cache, mask, explicit)
-            hidden, weights = checkpoint(block, *arguments, use_reentrant=False) if checkpointing else block(*arguments)
-            all_weights += (weights,) if output_attentions else ()
-        hidden = self.ln_f(hidden)
-        all_hidden += (hidden,) if output_hidden_states else ()
+        # Angles and pattern are the same in every layer, so they are computed once.
+        angles = rotary_angles(position_ids, config.n_positions, config.rotary_size)
+        pattern = attention_pattern(
+            hidden,
+            past_length=past_length,
+            attention_mask=attention_mask,
+            document_ids=document_ids,
+            eager=output_attentions or head_mask is not None,
+        )
+        hidden, all_hidden, all_weights = self._run_blocks(
+            hidden,
+            (angles, pattern, cache),
+            head_mask=head_mask,
+            keep_hidden=output_hidden_states,
+            keep_weights=output_attentions,
+        )
         output = BaseModelOutput(
             last_hidden_state=hidden,
             past_key_values=cache,
             hidden_states=all_hidden or None,
             attentions=all_weights or None,
         )
-        return output if return_dict else output.to_tuple()
+        return self._as_requested(output, return_dict)
 
-    @staticmethod
-    def _default_positions(
-        hidden: Tensor, past: int, cache_position: Tensor | None, document_ids: Tensor | None
-    ) -> Tensor:
-        if document_ids is not None:
-            return positions_in_documents(document_ids)
-        if cache_position is not None:
-            return cache_position.view(1, -1)
-        return torch.arange(past, past + hidden.shape[1], device=hidden.device).unsqueeze(0)
+    def _run_blocks(
+        self,
+        hidden: Tensor,
+        shared: tuple[tuple[Tensor, Tensor], AttentionPattern, KVCache | None],
+        *,
+        head_mask: Tensor | None,
+        keep_hidden: bool,
+        keep_weights: bool,
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+        """Run all blocks and the final LayerNorm.
+
+        Args:
+            hidden: (B, T, D), the embeddings.
+            shared: angles, pattern and cache, arguments of every block.
+
+        Returns:
+            The last hidden states (B, T, D), and what was asked to be kept: n_layer + 1 hidden states, n_layer
+            attention weights, else nothing, so that their memory is freed layer by layer.
+        """
+        all_hidden: list[Tensor] = []
+        all_weights: list[Tensor | None] = []
+        for layer, block in enumerate(self.h):
+            if keep_hidden:
+                all_hidden.append(hidden)
+            arguments = (hidden, *shared, _layer_head_mask(head_mask, layer, hidden.dtype))
+            if self._recomputes_blocks:
+                hidden, weights = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                hidden, weights = block(*arguments)
+            if keep_weights:
+                all_weights.append(weights)
+        hidden = self.ln_f(hidden)
+        if keep_hidden:
+            all_hidden.append(hidden)
+        return hidden, tuple(all_hidden), tuple(all_weights)
+
+    @property
+    def _recomputes_blocks(self) -> bool:
+        return self.gradient_checkpointing and self.training
+
+    def _embed(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, token_type_ids: Tensor | None) -> Tensor:
+        """Return the input (B, T, D) of the first block."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise UserError("give exactly one of input_ids and inputs_embeds")
+        hidden = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if token_type_ids is not None:
+            hidden = hidden + self.wte(token_type_ids.view(hidden.shape[:2]))
+        return F.dropout(hidden, self.config.embd_pdrop, self.training)
 
     def _check_positions(self, position_ids: Tensor) -> None:
-        # On an accelerator the indexing itself asserts; reading the maximum would stall it.
-        length = position_ids.shape[1]
-        beyond = length > self.config.n_positions
-        if beyond or (not position_ids.is_cuda and int(position_ids.max()) >= self.config.n_positions):
-            raise UserError(f"the sequence is longer than the model's n_positions ({self.config.n_positions})")
+        limit = self.config.n_positions
+        too_long = position_ids.shape[1] > limit
+        # On a GPU the lookup itself asserts; reading the maximum would wait for the device.
+        if not too_long and not position_ids.is_cuda:
+            too_long = int(position_ids.max()) >= limit
+        if too_long:
+            raise UserError(f"the sequence is longer than the model's n_positions ({limit})")
 
 
-def _layer_head_mask(head_mask: Tensor | None, layer: int) -> Tensor | None:
+def _default_positions(
+    hidden: Tensor,
+    past_length: int,
+    cache_position: Tensor | None,
+    document_ids: Tensor | None,
+) -> Tensor:
+    """Return (B, T) or (1, T) positions: in the documents, else in the cache."""
+    if document_ids is not None:
+        return positions_in_documents(document_ids)
+    if cache_position is not None:
+        return cache_position.view(1, -1)
+    end = past_length + hidden.shape[1]
+    return torch.arange(past_length, end, device=hidden.device).unsqueeze(0)
+
+
+def _layer_head_mask(head_mask: Tensor | None, layer: int, dtype: torch.dtype) -> Tensor | None:
+    """Return a layer's head mask, (N) as (1, N, 1, 1)."""
     if head_mask is None:
         return None
     mask = head_mask[layer] if head_mask.dim() > 1 else head_mask
-    return mask.view(1, -1, 1, 1) if mask.dim() == 1 else mask
+    if mask.dim() == 1:
+        mask = mask.view(1, -1, 1, 1)
+    # An fp32 mask would promote bf16 weights, and their product with bf16 values would fail.
+    return mask.to(dtype)

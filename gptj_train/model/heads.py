@@ -1,4 +1,4 @@
-"""Task heads on the GPT-J trunk."""
+"""Task heads on the GPT-J trunk: language model, sequence classification, question answering."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_train.errors import UserError
-from gptj_train.model.attention import KVCache
 from gptj_train.model.generation import GenerationMixin
 from gptj_train.model.gptj import GPTJModel
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.loss import IGNORE, linear_cross_entropy, next_token_targets
-from gptj_train.model.outputs import CausalLMOutput, Deferred, QuestionAnsweringOutput, SequenceClassifierOutput
+from gptj_train.model.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from gptj_train.model.pretrained import PreTrained
 
 
-class LMHead(Linear):
-    """D -> V logits, or their summed loss at given targets without storing the logits.
-
-    Both go through this module's own forward, because ZeRO-3 gathers a module's weights only there.
-    """
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, V); with targets (B, T) -> scalar fp32 sum of their losses."""
-        if targets is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
-
-
 class GPTJWithHead(PreTrained):
-    """The trunk as ``transformer``; subclasses add a head."""
+    """The trunk as ``transformer``; each subclass adds a head.
+
+    All heads have one shape: ``forward(input_ids, *, <the head's own arguments>, **inputs)``, where ``inputs`` are
+    arguments of ``GPTJModel.forward``. Only ``input_ids`` is positional, because Transformers' heads differ in
+    what comes second.
+    """
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.transformer = GPTJModel(config)
 
     def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block in the backward instead of keeping its activations (training only)."""
+        """Recompute each block in the backward instead of keeping its activations (training mode only)."""
         self.transformer.gradient_checkpointing = True
 
 
+class LMHead(Linear):
+    """Hidden states -> logits, or -> the summed loss at given targets without storing the logits.
+
+    Both go through this module's forward, because ZeRO-3 gathers a module's weights only there.
+    """
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, V); with targets (B, T) -> scalar fp32, the sum of their losses."""
+        if targets is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
+
+
 class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
-    """GPT-J with its language-model head. Numbers and parameter names equal ``transformers.GPTJForCausalLM``."""
+    """GPT-J with a language-model head. Parameter names and numbers equal ``transformers.GPTJForCausalLM``."""
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
@@ -60,57 +64,50 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
+        *,
         labels: Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        cache_position: Tensor | None = None,
         document_ids: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
         logits_to_keep: int = 0,
-        num_items_in_batch: int | Tensor | None = None,
+        skip_logits: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
-        """Logits, and with labels the next-token loss. Arguments not named here: see ``GPTJModel.forward``.
+        """Compute logits, and with labels the next-token loss.
 
         Args:
-            labels: (B, T) token ids, IGNORE (-100) where none is to be predicted; shifted inside, so
-                ``labels=input_ids`` trains on every token.
-            logits_to_keep: compute only the last this many positions' logits; 0 means all.
-            num_items_in_batch: divide the summed loss by this instead of by the batch's own targets.
+            input_ids: (B, T) token ids.
+            labels: (B, T) token ids, IGNORE (-100) at tokens not to predict. The model shifts them: with
+                ``labels=input_ids`` it learns every token.
+            document_ids: (B, T); see ``GPTJModel.forward``. No document's first token is a target.
+            num_items_in_batch: divides the summed loss, in place of the batch's own number of targets.
+            logits_to_keep: compute the logits of the last this many positions only; 0 means all.
+            skip_logits: compute the loss alone. By default if ``num_items_in_batch`` is given with labels.
+            **inputs: other arguments of ``GPTJModel.forward``.
+
+        Raises:
+            UserError: ``skip_logits`` without labels, and as ``GPTJModel.forward``.
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        base = self.transformer(
-            input_ids=input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            head_mask=head_mask,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-            cache_position=cache_position,
-            document_ids=document_ids,
-        )
+        base = self.transformer(input_ids, document_ids=document_ids, return_dict=True, **inputs)
         hidden = base.last_hidden_state
-        kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
         loss = None
-        logits: Tensor | Deferred
-        if labels is None:
-            logits = self.lm_head(kept)
-        else:
+        if labels is not None:
             targets = next_token_targets(labels, document_ids)
-            count = (targets != IGNORE).sum() if num_items_in_batch is None else num_items_in_batch
+            count = num_items_in_batch
+            if count is None:
+                count = (targets != IGNORE).sum()
             loss = self.lm_head(hidden, targets) / count
-            logits = Deferred(lambda: self.lm_head(kept))
+        # The loss needs no stored logits: for 8 x 2048 tokens they would take 1.65 GB in bf16 and a second product
+        # with the largest matrix. A caller that counts the items of a batch runs a training or evaluation loop,
+        # which reads the loss alone; any other caller expects logits beside the loss, as Transformers returns them.
+        if skip_logits is None:
+            skip_logits = labels is not None and num_items_in_batch is not None
+        if skip_logits and loss is None:
+            raise UserError("skip_logits=True leaves nothing to return without labels")
+        logits = None
+        if not skip_logits:
+            kept = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+            logits = self.lm_head(kept)
         output = CausalLMOutput(
             loss=loss,
             logits=logits,
@@ -118,7 +115,7 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return output if return_dict else output.to_tuple()
+        return self._as_requested(output, return_dict)
 
 
 class GPTJForSequenceClassification(GPTJWithHead):
@@ -135,32 +132,40 @@ class GPTJForSequenceClassification(GPTJWithHead):
         input_ids: Tensor | None = None,
         *,
         attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         loss_weights: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
         return_dict: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
-        """Label logits, and with labels their loss. Other arguments: see ``GPTJModel.forward``.
+        """Compute label logits, and with labels their loss.
 
         Args:
+            input_ids: (B, T) token ids.
+            attention_mask: (B, T), nonzero for real tokens; it also tells where each row ends.
             labels: (B) class ids, (B, num_labels) floats of 0 and 1, or (B) or (B, num_labels) floats to
-                regress on; ``config.problem_type`` says which, else it is taken from their type and
-                ``num_labels`` and kept there. IGNORE rows of class ids are no targets.
-            loss_weights: like ``labels``; factors of their losses, by default 1. The mean stays one over targets.
-            num_items_in_batch: divide the summed loss by this instead of taking its mean.
+                regress on, as ``config.problem_type`` says. IGNORE rows of class ids are no targets.
+            loss_weights: shaped like ``labels``; factors of their losses. The mean is still over targets.
+            num_items_in_batch: divides the summed loss, in place of the batch's own number of targets.
+            **inputs: other arguments of ``GPTJModel.forward``.
 
         Raises:
-            UserError: several rows, and neither a mask nor a pad id to find their ends by.
+            UserError: several rows without a mask or pad id to find their ends by; and as ``GPTJModel.forward``.
         """
-        base = self.transformer(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **inputs
-        )
+        base = self.transformer(input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
         hidden = base.last_hidden_state
+        rows = torch.arange(len(hidden), device=hidden.device)
         last = self._last_tokens(input_ids, attention_mask, hidden)
-        logits = self.score(hidden[torch.arange(len(hidden), device=hidden.device), last])
-        loss = None if labels is None else self._loss(logits, labels, loss_weights, num_items_in_batch)
+        logits = self.score(hidden[rows, last])
+        loss = None
+        if labels is not None:
+            losses = self._losses(logits, labels)
+            if loss_weights is not None:
+                losses = losses * loss_weights.view_as(losses)
+            count = num_items_in_batch
+            if count is None:
+                count = self._count_targets(labels)
+            loss = losses.sum() / count
         output = SequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -168,14 +173,14 @@ class GPTJForSequenceClassification(GPTJWithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return self._as_requested(output, return_dict)
 
     def _last_tokens(self, input_ids: Tensor | None, attention_mask: Tensor | None, hidden: Tensor) -> Tensor:
-        """(B) position of each row's last real token: by mask, else by pad id, else the last one."""
+        """Return the (B) position of each row's last real token: by mask, else by pad id, else the last one."""
         rows, length = hidden.shape[:2]
         pad = self.config.pad_token_id
         if attention_mask is not None and attention_mask.dim() == 2:
+            # With a cache the mask also covers past tokens.
             real = attention_mask[:, -length:] != 0
         elif pad is not None and input_ids is not None:
             real = input_ids != pad
@@ -185,25 +190,37 @@ class GPTJForSequenceClassification(GPTJWithHead):
             raise UserError(
                 "cannot tell where the rows of the batch end: give attention_mask, or set config.pad_token_id"
             )
-        return (real * torch.arange(length, device=hidden.device)).argmax(dim=-1)
+        positions = torch.arange(length, device=hidden.device)
+        return (real * positions).argmax(dim=-1)
 
-    def _loss(self, logits: Tensor, labels: Tensor, weights: Tensor | None, items: int | Tensor | None) -> Tensor:
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the fp32 loss of each label, (B) or (B, num_labels)."""
         config = self.config
         if config.problem_type is None:
-            integers = not labels.is_floating_point()
-            multiple = "single_label_classification" if integers else "multi_label_classification"
-            config.problem_type = "regression" if config.num_labels == 1 else multiple
+            # Kept in the config, as in Transformers: the first labels decide for all later calls.
+            config.problem_type = _problem_type(config.num_labels, labels)
+        # fp32 softmax and sums: bf16 has three decimal digits.
+        logits = logits.float()
         if config.problem_type == "single_label_classification":
-            losses = F.cross_entropy(logits.float(), labels.flatten(), ignore_index=IGNORE, reduction="none")
-            targets: int | Tensor = (labels != IGNORE).sum()
-        else:
-            regression = config.problem_type == "regression"
-            loss = F.mse_loss if regression else F.binary_cross_entropy_with_logits
-            losses = loss(logits.float(), labels.float().view_as(logits), reduction="none")
-            targets = losses.numel()
-        if weights is not None:
-            losses = losses * weights.view_as(losses)
-        return losses.sum() / (targets if items is None else items)
+            return F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none")
+        targets = labels.float().view_as(logits)
+        if config.problem_type == "regression":
+            return F.mse_loss(logits, targets, reduction="none")
+        return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+    def _count_targets(self, labels: Tensor) -> int | Tensor:
+        if self.config.problem_type == "single_label_classification":
+            return (labels != IGNORE).sum()
+        return labels.numel()
+
+
+def _problem_type(num_labels: int, labels: Tensor) -> str:
+    """Infer the problem type as Transformers does."""
+    if num_labels == 1:
+        return "regression"
+    if labels.is_floating_point():
+        return "multi_label_classification"
+    return "single_label_classification"
 
 
 class GPTJForQuestionAnswering(GPTJWithHead):
@@ -221,31 +238,29 @@ class GPTJForQuestionAnswering(GPTJWithHead):
         *,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
         return_dict: bool | None = None,
-        num_items_in_batch: int | Tensor | None = None,
         **inputs: Any,
     ) -> QuestionAnsweringOutput | tuple[Any, ...]:
-        """Logits of answer starts and ends, and with both positions the mean of their losses.
+        """Compute the logits of answer starts and ends, and with both positions the mean of their losses.
 
         Args:
-            start_positions, end_positions: (B) token positions of the answer; below 0 counts as 0, and T or
-                beyond as no target, as in Transformers.
-            num_items_in_batch: divide the summed loss by this instead of taking its mean.
+            input_ids: (B, T) token ids.
+            start_positions, end_positions: (B) first and last token of the answer. As in Transformers a negative
+                position counts as 0, and T or more is no target.
+            num_items_in_batch: divides the summed loss, in place of the batch's own number of targets.
+            **inputs: other arguments of ``GPTJModel.forward``; ``use_cache`` is ignored, an answer has no next token.
         """
-        base = self.transformer(input_ids, return_dict=True, **(inputs | {"use_cache": False}))
+        inputs["use_cache"] = False
+        base = self.transformer(input_ids, return_dict=True, **inputs)
         start_logits, end_logits = self.qa_outputs(base.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            beyond = start_logits.shape[1]
-            reduction = "mean" if num_items_in_batch is None else "sum"
-            start_loss, end_loss = (
-                F.cross_entropy(
-                    logits.float(), where.flatten().clamp(0, beyond), ignore_index=beyond, reduction=reduction
-                )
-                for logits, where in ((start_logits, start_positions), (end_logits, end_positions))
-            )
+            start_loss = _position_loss(start_logits, start_positions, num_items_in_batch)
+            end_loss = _position_loss(end_logits, end_positions, num_items_in_batch)
             loss = (start_loss + end_loss) / 2
-            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
         output = QuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits,
@@ -253,5 +268,12 @@ class GPTJForQuestionAnswering(GPTJWithHead):
             hidden_states=base.hidden_states,
             attentions=base.attentions,
         )
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        return output if return_dict else output.to_tuple()
+        return self._as_requested(output, return_dict)
+
+
+def _position_loss(logits: Tensor, positions: Tensor, num_items_in_batch: int | float | Tensor | None) -> Tensor:
+    """Return the scalar fp32 loss of positions (B) in logits (B, T): the mean, or the sum if items are counted."""
+    beyond = logits.shape[1]
+    targets = positions.flatten().clamp(0, beyond)
+    reduction = "mean" if num_items_in_batch is None else "sum"
+    return F.cross_entropy(logits.float(), targets, ignore_index=beyond, reduction=reduction)

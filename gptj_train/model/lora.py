@@ -16,14 +16,14 @@ from gptj_train.schema import schema
 from gptj_train.weights.stored import is_adapter
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
-"""Matrices of each block that may be adapted."""
+"""Matrices of each block that can have adapters."""
 
-M = TypeVar("M", bound=nn.Module)
+ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @schema
 class LoraConfig:
-    """Thin matrices beside frozen weights; with ``rank`` 0 there are none and all weights are trained."""
+    """Which matrices have adapters, and of what size; ``rank`` 0 trains all weights without adapters."""
 
     rank: int
     alpha: float
@@ -38,68 +38,90 @@ class LoraConfig:
 
 
 class LoRALinear(nn.Module):
-    """A linear map whose weight stays, plus ``scale * B A``; B starts at zero, so that nothing changes at first.
+    """A frozen linear layer plus ``scale * B A x``.
 
-    The frozen parameters keep their names; ``lora_A.weight`` is (rank, in), ``lora_B.weight`` (out, rank).
+    Attributes:
+        weight, bias: those of the frozen layer, under its names, so that its checkpoints still match.
+        lora_A: Linear with weight (rank, in_features).
+        lora_B: Linear with weight (out_features, rank), zero at first: training starts from the frozen model.
     """
 
-    def __init__(self, base: Linear, rank: int, scale: float, dropout: float) -> None:
+    def __init__(self, base: Linear, *, rank: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.weight, self.bias = base.weight, base.bias
-        self.scale, self.dropout = scale, dropout
-        # The standard deviation of PEFT's uniform start, U(-1/sqrt(in), 1/sqrt(in)).
-        self.lora_A = Linear(base.in_features, rank, 1 / math.sqrt(3 * base.in_features), bias=False)
+        self.weight = base.weight
+        self.bias = base.bias
+        self.scale = scale
+        self.dropout = dropout
+        # PEFT draws A from U(-1/sqrt(in), 1/sqrt(in)); a normal draw with its standard deviation learns alike.
+        std = 1 / math.sqrt(3 * base.in_features)
+        self.lora_A = Linear(base.in_features, rank, std, bias=False)
         self.lora_B = Linear(rank, base.out_features, 0.0, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        adapted = self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training)))
-        return F.linear(x, self.weight, self.bias) + self.scale * adapted
+        """(..., in_features) -> (..., out_features)."""
+        # Before the frozen product: the order decides how the gradients of x add up, to the bit.
+        dropped = F.dropout(x, self.dropout, self.training)
+        adapted: Tensor = self.lora_B(self.lora_A(dropped))
+        frozen = F.linear(x, self.weight, self.bias)
+        return frozen + self.scale * adapted
 
 
-def with_lora(model: M, lora: LoraConfig) -> M:
-    """Add adapters to the target matrices of every block, in place; unchanged if ``lora.rank`` is 0.
+def with_lora(model: ModelT, lora: LoraConfig) -> ModelT:
+    """Add adapters to the target matrices of every block, in place, and freeze all else but a new head.
 
-    Everything else is frozen, except a new head.
+    Return the model, unchanged if ``lora.rank`` is 0.
 
     Raises:
-        UserError: names that are no targets, or none.
+        UserError: ``lora.targets`` is empty or names something else than TARGETS.
     """
     if not lora.rank:
         return model
-    wanted = set(lora.targets)
-    if not wanted or not wanted <= set(TARGETS):
-        raise UserError(f"lora.targets must be some of {', '.join(TARGETS)}; got {', '.join(sorted(wanted)) or 'none'}")
+    targets = set(lora.targets)
+    if not targets or not targets <= set(TARGETS):
+        names = ", ".join(sorted(targets)) or "none"
+        raise UserError(f"lora.targets must be some of {', '.join(TARGETS)}; got {names}")
+    heads = new_heads(model)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.startswith(new_heads(model)))
+        parameter.requires_grad_(name.startswith(heads))
     scale = lora.alpha / lora.rank
+    # Lists, because the loop replaces children of the modules that it visits.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name in wanted and isinstance(child, Linear):
-                setattr(parent, name, LoRALinear(child, lora.rank, scale, lora.dropout))
+            if name in targets and isinstance(child, Linear):
+                adapter = LoRALinear(child, rank=lora.rank, scale=scale, dropout=lora.dropout)
+                setattr(parent, name, adapter)
     return model
 
 
 def new_heads(model: nn.Module) -> tuple[str, ...]:
-    """Prefixes of the parameters that no pretrained folder has, such as ``score.``."""
-    fresh = getattr(model, "new_head_allowed", False)
-    return tuple(f"{name}." for name, _ in model.named_children() if fresh and name != "transformer")
+    """Return prefixes of the parameters that no pretrained folder has, such as ``("score.",)``."""
+    if not getattr(model, "new_head_allowed", False):
+        return ()
+    return tuple(f"{name}." for name, _ in model.named_children() if name != "transformer")
 
 
 def merged(
-    parameters: Iterable[tuple[str, Tensor]], adapters: Mapping[str, Tensor], scale: float
+    parameters: Iterable[tuple[str, Tensor]],
+    adapters: Mapping[str, Tensor],
+    scale: float,
 ) -> Iterator[tuple[str, Tensor]]:
-    """The parameters with each product added to its weight, in fp32, and without the adapters.
+    """Yield the parameters without adapters, each adapter's product added to its weight.
 
     Args:
-        parameters: (name, tensor) of the whole model.
-        adapters: its A and B by name.
+        parameters: (name, tensor) of the whole model, adapters included.
+        adapters: the matrices A and B by name.
+        scale: factor of the products, ``alpha / rank``.
+
+    Yields:
+        (name, tensor): fp32 where a product was added, else the given tensor.
     """
     for name, tensor in parameters:
         if is_adapter(name):
             continue
         module = name.removesuffix(".weight")
-        down, up = (adapters.get(f"{module}.lora_{side}.weight") for side in "AB")
-        if down is not None and up is not None:
-            tensor = torch.addmm(tensor.float(), up.float(), down.float(), alpha=scale)
+        lora_a = adapters.get(f"{module}.lora_A.weight")
+        lora_b = adapters.get(f"{module}.lora_B.weight")
+        if lora_a is not None and lora_b is not None:
+            # In fp32: a small update added in bf16 would round away.
+            tensor = torch.addmm(tensor.float(), lora_b.float(), lora_a.float(), alpha=scale)
         yield name, tensor

@@ -1,4 +1,8 @@
-"""Token losses. The vocabulary is large, so the logits of all tokens are never held at once."""
+"""The next-token loss, computed in chunks so that the logits of all tokens never exist at once.
+
+At GPT-J's vocabulary of 50400, one sequence of 2048 tokens has 0.4 GB of fp32 logits, and their gradient takes as
+much again. Here the forward turns a chunk's logits into the chunk's loss and gradients, and reuses their memory.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +12,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptj_train.model.attention import document_starts
+from gptj_train.model.documents import document_starts
 
 IGNORE = -100
 """Label of a token that is no target (torch's ``ignore_index``)."""
 
 CHUNK = 512
-"""Tokens whose logits exist at one time: 100 MB in fp32 at GPT-J's vocabulary."""
+"""Tokens in a chunk.
+
+A chunk's fp32 logits take 103 MB at GPT-J's vocabulary. Larger chunks take memory in proportion. Smaller ones take
+time: each chunk adds to the head's whole fp32 gradient (V, D), however few its tokens.
+"""
 
 
 def next_token_targets(labels: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """(B, T) labels -> (B, T) targets: each position's next label, IGNORE where there is none.
+    """Shift labels (B, T) to targets (B, T): each position's next label, IGNORE where there is none.
 
-    With ``document_ids`` the first token of a document is nobody's target: what precedes it is
-    another document.
+    With ``document_ids`` (B, T) no document's first token is a target, because another document precedes it.
     """
     if document_ids is not None:
         labels = labels.masked_fill(document_starts(document_ids), IGNORE)
@@ -29,67 +36,97 @@ def next_token_targets(labels: Tensor, document_ids: Tensor | None = None) -> Te
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
-    """Sum over targets of cross_entropy(hidden @ weight.T + bias), in chunks of tokens.
+    """Sum cross_entropy(hidden @ weight.T + bias, targets) over the targets, in chunks of tokens.
 
-    Equal in value and gradient to computing all logits in the input's dtype and the softmax in fp32, as
-    Transformers does, while only CHUNK x V fp32 numbers exist at a time. Gradients are formed during the
-    forward, where the chunk's logits are at hand (the idea of Liger's fused loss, arXiv 2410.10989).
+    Values and gradients equal those of all logits in the input's dtype with an fp32 softmax, as Transformers
+    computes them. The forward also forms the gradients, while a chunk's logits exist (the idea of Liger's fused
+    loss, arXiv 2410.10989), so that the backward computes no logits a second time.
 
     Args:
-        hidden: (M, D). weight: (V, D). bias: (V) or None.
-        targets: (M) token ids, or IGNORE.
+        hidden: (M, D).
+        weight: (V, D).
+        bias: (V) or None.
+        targets: (M) int64 token ids, or IGNORE.
 
     Returns:
-        Scalar fp32; exactly 0 when nothing is a target.
+        Scalar fp32; exactly 0 without any target.
     """
-    wanted = targets != IGNORE
-    return _LinearCrossEntropy.apply(hidden[wanted], weight, bias, targets[wanted], torch.is_grad_enabled())
+    # Prompts and padding are no targets; their logits are not computed at all.
+    is_target = targets != IGNORE
+    # Grad mode is passed on because it is always off within an autograd Function.
+    return _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call,no-any-return]
+        hidden[is_target],
+        weight,
+        bias,
+        targets[is_target],
+        torch.is_grad_enabled(),
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, grad_enabled: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        grad_enabled: bool,
     ) -> Tensor:
-        wants_hidden, wants_weight, wants_bias = (grad_enabled and need for need in ctx.needs_input_grad[:3])
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        # Summed over chunks in fp32: bf16 sums would lose the small terms.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and wants_bias else None
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = None
+        grad_weight = None
+        grad_bias = None
+        # A token's gradient is written once, in the input's dtype. Those of weight and bias are sums over chunks,
+        # kept in fp32: bf16 sums would lose the small terms.
+        if grad_enabled and needs_hidden:
+            grad_hidden = torch.empty_like(hidden)
+        if grad_enabled and needs_weight:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        if grad_enabled and needs_bias and bias is not None:
+            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
+        needs_any = grad_enabled and (needs_hidden or needs_weight or needs_bias)
         loss = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(targets), CHUNK):
             rows = slice(start, start + CHUNK)
             target = targets[rows, None]
             logits = F.linear(hidden[rows], weight, bias).float()
-            normaliser = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (normaliser - logits.gather(1, target)).sum()
-            if not (wants_hidden or wants_weight or wants_bias):
+            log_sum_exp = logits.logsumexp(dim=-1, keepdim=True)
+            loss += (log_sum_exp - logits.gather(1, target)).sum()
+            if not needs_any:
                 continue
-            slope = logits.sub_(normaliser).exp_()  # softmax; minus one at the target: d loss / d logits
-            slope.scatter_add_(1, target, torch.full_like(target, -1, dtype=slope.dtype))
+            # d loss / d logits = softmax - one_hot(target), in the logits' own memory.
+            grad_logits = logits.sub_(log_sum_exp).exp_()
+            minus_one = torch.full_like(target, -1, dtype=grad_logits.dtype)
+            grad_logits.scatter_add_(1, target, minus_one)
             if grad_bias is not None:
-                grad_bias += slope.sum(dim=0)
-            slope = slope.to(hidden.dtype)
+                grad_bias += grad_logits.sum(dim=0)
+            # The products run in the input's dtype, as autograd's would.
+            grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
-                torch.mm(slope, weight, out=grad_hidden[rows])
+                torch.mm(grad_logits, weight, out=grad_hidden[rows])
             if grad_weight is not None:
-                _add_product(grad_weight, slope.T, hidden[rows])
+                _add_product(grad_weight, grad_logits.T, hidden[rows])
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        gradients, ctx.gradients = ctx.gradients, None
-        scaled = (
-            None if gradient is None else gradient.mul_(grad).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        )
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = ctx.gradients
+        # Scaled in place and handed over: a second backward would have to find the first one's numbers.
+        ctx.gradients = None
+        scaled: list[Tensor | None] = []
+        for gradient, dtype in zip(gradients, ctx.dtypes, strict=True):
+            # The loss is a scalar, so the chain rule is one factor.
+            scaled.append(None if gradient is None else gradient.mul_(grad).to(dtype))
         return *scaled, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to an fp32 total in place."""
     if right.dtype == total.dtype:
+        # Without a temporary of the total's size; addmm_ takes no bf16 factors for an fp32 total.
         total.addmm_(left, right)
     else:
         total += left @ right

@@ -1,19 +1,22 @@
-"""Reading and writing of Transformers folders: the base class of the trunk and of every task head."""
+"""The base class of the trunk and of every task head: reads and writes Transformers folders."""
 
 from __future__ import annotations
 
 import logging
-import tempfile
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 
+from gptj_train.atomic_write import scratch_folder
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
+from gptj_train.model.outputs import ModelOutput
 from gptj_train.weights.checkpoint_weights import open_weights
-from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_files, write_weights
+from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
+
+OutputT = TypeVar("OutputT", bound=ModelOutput)
 
 
 class PreTrained(nn.Module):
@@ -35,57 +38,81 @@ class PreTrained(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: torch.dtype | None = None) -> Self:
-        """Read an HF folder (safetensors or .bin, sharded or not) or a training checkpoint into a model in eval mode.
+        """Read a Transformers folder or a training checkpoint into a model in eval mode.
+
+        The weights may be safetensors or ``pytorch_model.bin``, sharded or not.
 
         Args:
-            dtype: of the parameters; None keeps what is stored.
+            folder: a local folder.
+            dtype: of the parameters; None keeps the stored one.
 
         Raises:
-            UserError: a folder without GPT-J config or weights, or weights that do not match the config.
+            UserError: a folder without a GPT-J config or weights, or weights that do not match the config.
         """
         config = GPTJConfig.from_pretrained(folder)
+        # Without memory and initialization: every parameter but a new head is replaced below.
         with torch.device("meta"):
             model = cls(config)
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        tied = frozenset({"lm_head.weight"}) if config.tie_word_embeddings else frozenset()
+        tensors = {}
         with open_weights(folder) as weights:
-            shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-            tied = frozenset({"lm_head.weight"} if config.tie_word_embeddings else ())
-            stored = weights.match(shapes, tied, model.new_head_allowed)
-            tensors = {name: weights.tensor(place).to(dtype) for name, place in stored.items()}
+            stored_names = weights.match(shapes, tied, model.new_head_allowed)
+            for name, stored_name in stored_names.items():
+                tensors[name] = weights.tensor(stored_name).to(dtype)
+        # assign: the parameters become these tensors, memory-mapped files included, instead of copies of them.
         model.load_state_dict(tensors, strict=False, assign=True)
-        if new := shapes.keys() - stored.keys():
-            _initialise_head(model, new, config.initializer_range, next(iter(tensors.values())).dtype)
+        missing = shapes.keys() - stored_names.keys()
+        if missing:
+            loaded_dtype = next(iter(tensors.values())).dtype
+            _initialize_head(model, missing, config.initializer_range, loaded_dtype)
+        # Assigning gave the two names of a tied weight one parameter each.
         model.tie_weights()
         return model.requires_grad_().eval()
 
     def save_pretrained(
-        self, folder: str | Path, dtype: torch.dtype | None = None, max_shard_bytes: int = MAX_SHARD_BYTES
+        self,
+        folder: str | Path,
+        dtype: torch.dtype | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
-        """Write config.json and safetensors that Transformers loads, once all of them are finished.
+        """Write config.json and safetensors that Transformers loads.
 
-        In a folder that exists, earlier weights and config give way; other files stay.
+        An existing folder keeps its other files; its weights and config are replaced once the new ones are complete.
 
         Args:
+            folder: created with its parents.
             dtype: of the written tensors; None keeps the parameters' own.
+            max_shard_bytes: size above which the weights are split into several files.
+
+        Raises:
+            OSError: no space left, or the folder cannot be written; it then keeps its earlier files.
         """
         target = Path(folder)
-        target.parent.mkdir(parents=True, exist_ok=True)
         parameters = dict(self.named_parameters())
         dtype = dtype or next(iter(parameters.values())).dtype
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
-            finished = Path(scratch) / target.name
-            finished.mkdir()
-            shapes = {name: parameter.shape for name, parameter in parameters.items()}
-            write_weights(finished, parameters.items(), shapes, dtype, max_shard_bytes)
+        shapes = {name: parameter.shape for name, parameter in parameters.items()}
+        with scratch_folder(target) as finished:
+            write_weights(finished, parameters.items(), shapes, dtype=dtype, max_shard_bytes=max_shard_bytes)
             self.config.dtype = str(dtype).removeprefix("torch.")
             self.config.save_pretrained(finished, architecture=type(self).__name__)
-            install_files(finished, target)
+            install_model(finished, target)
+
+    def _as_requested(self, output: OutputT, return_dict: bool | None) -> OutputT | tuple[Any, ...]:
+        """Return the output itself or its tuple; None asks the config."""
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return output if return_dict else output.to_tuple()
 
 
-def _initialise_head(model: nn.Module, names: set[str], std: float, dtype: torch.dtype) -> None:
-    """Fresh weights for a head that the folder, one of another task, does not have."""
-    logging.getLogger(__name__).warning("new head, not in the folder: %s", ", ".join(sorted(names)))
+def _initialize_head(model: nn.Module, missing: set[str], std: float, dtype: torch.dtype) -> None:
+    """Give a head that the folder lacks, being of another task, fresh weights."""
+    logging.getLogger(__name__).warning("new head, not in the folder: %s", ", ".join(sorted(missing)))
     for name, child in model.named_children():
-        if any(parameter.startswith(f"{name}.") for parameter in names):
-            assert isinstance(child, Linear)
-            fresh = Linear(child.in_features, child.out_features, std, bias=f"{name}.bias" in names)
-            setattr(model, name, fresh.to(dtype))
+        if f"{name}.weight" not in missing:
+            continue
+        assert isinstance(child, Linear)
+        has_bias = child.bias is not None
+        # Built anew rather than filled: the meta device gave it no memory.
+        fresh = Linear(child.in_features, child.out_features, std, bias=has_bias)
+        setattr(model, name, fresh.to(dtype))

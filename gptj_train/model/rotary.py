@@ -7,40 +7,61 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+_BASE = 10000
+
 
 @lru_cache(maxsize=8)
 def _table(n_positions: int, rotary_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    # A cached function of its arguments, not a module buffer: zero.Init and module.to(bfloat16)
-    # would round a buffer, and the table must stay fp32.
+    """Return sine and cosine, fp32 (n_positions, rotary_size / 2), of position * base^(-2i / rotary_size)."""
+    # A cached function instead of a module buffer: zero.Init and module.to(bfloat16) would round a buffer.
+    # Not inference tensors, even if generation asks first: training could not save those for its backward.
     with torch.inference_mode(False), torch.no_grad():
-        exponent = torch.tensor(range(0, rotary_size, 2), dtype=torch.int64) / rotary_size
-        angle = torch.tensor(range(n_positions), dtype=torch.int64).float()[:, None] * (1.0 / 10000 ** exponent.float())
+        # int64 first, the same numbers as in Transformers: fp32 enters with the division and the cast alone.
+        even = torch.tensor(range(0, rotary_size, 2), dtype=torch.int64)
+        exponent = even / rotary_size
+        frequency = 1.0 / _BASE ** exponent.float()
+        position = torch.tensor(range(n_positions), dtype=torch.int64).float()
+        angle = position[:, None] * frequency
         return angle.sin().to(device), angle.cos().to(device)
 
 
 def rotary_angles(position_ids: Tensor, n_positions: int, rotary_size: int) -> tuple[Tensor, Tensor]:
-    """Sine and cosine of each position's angles.
+    """Look up sine and cosine of each position's angles.
 
     Args:
         position_ids: (B, T) or (1, T) integers below ``n_positions``.
+        n_positions: size of the table, for all positions of the model.
+        rotary_size: dimensions of a head that rotate, an even number.
 
     Returns:
-        Two fp32 tensors (B, T, 1, rotary_size / 2), to broadcast over heads.
+        Two fp32 tensors (B or 1, T, 1, rotary_size / 2), to broadcast over heads.
     """
     sin, cos = _table(n_positions, rotary_size, position_ids.device)
-    return sin[position_ids].unsqueeze(2), cos[position_ids].unsqueeze(2)
+    sin = sin[position_ids]
+    cos = cos[position_ids]
+    return sin.unsqueeze(2), cos.unsqueeze(2)
 
 
 def rotate(x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
-    """Rotate the leading dimensions of each head, pair by neighbouring pair, in fp32.
+    """Rotate the leading dimensions of each head, each even one with its odd neighbour, in fp32.
 
     Args:
-        x: (B, T, N, H); its first ``2 * sin.shape[-1]`` dimensions rotate, the rest pass through.
+        x: (B, T, N, H); its first ``2 * sin.shape[-1]`` dimensions rotate, the others stay.
+        sin, cos: from ``rotary_angles``.
 
     Returns:
         A tensor of x's shape and dtype.
     """
-    size = 2 * sin.shape[-1]
-    even, odd = x[..., :size].float().unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
-    return torch.cat((rotated, x[..., size:]), dim=-1) if size < x.shape[-1] else rotated
+    rotary_size = 2 * sin.shape[-1]
+    # GPT-J pairs dimensions (0, 1), (2, 3), ...; NeoX and Llama pair the first half with the second.
+    leading = x[..., :rotary_size].float()
+    pairs = torch.unflatten(leading, -1, (-1, 2))
+    even, odd = pairs.unbind(-1)
+    rotated_even = even * cos - odd * sin
+    rotated_odd = odd * cos + even * sin
+    pairs = torch.stack((rotated_even, rotated_odd), dim=-1)
+    rotated = pairs.flatten(-2).to(x.dtype)
+    if rotary_size == x.shape[-1]:
+        return rotated
+    unrotated = x[..., rotary_size:]
+    return torch.cat((rotated, unrotated), dim=-1)

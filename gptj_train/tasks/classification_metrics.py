@@ -1,4 +1,4 @@
-"""What predictions for texts are judged by, computed by torchmetrics."""
+"""Metrics of sequence classification, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -11,21 +11,26 @@ from torch import Tensor
 def classification_metrics(
     problem_type: str, loss: float, logits: Tensor, labels: Tensor, names: Sequence[str]
 ) -> dict[str, Any]:
-    """The loss a term and what the problem is commonly judged by.
+    """Compute the mean loss and the usual metrics of the problem, as JSON values.
 
     Args:
-        loss: summed.
+        problem_type: one of ``ClassificationTaskConfig.problem_type``.
+        loss: summed over all rows.
         logits: (R, L) fp32.
         labels: (R) int64 class ids, or (R, L) fp32.
         names: of the L labels.
     """
-    found: dict[str, Any] = {"eval_loss": loss / labels.numel()}
+    metrics: dict[str, Any] = {"eval_loss": loss / labels.numel()}
     if problem_type == "single_label_classification":
-        return found | _single_label(logits.argmax(dim=1), labels, names)
-    return found | (_multi_label(logits, labels) if problem_type.startswith("multi") else _regression(logits, labels))
+        metrics |= _single_label(logits.argmax(dim=1), labels, names)
+    elif problem_type == "multi_label_classification":
+        metrics |= _multi_label(logits, labels)
+    else:
+        metrics |= _regression(logits, labels)
+    return metrics
 
 
-# torchmetrics is imported where it is used: it takes seconds, which no other recipe need spend.
+# Each function imports torchmetrics itself: the import takes seconds, and only this task needs it.
 
 
 def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, Any]:
@@ -37,31 +42,39 @@ def _single_label(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> di
     )
 
     count = len(names)
+    # Without the zeros: with hundreds of labels almost all cells are 0.
+    confusion: dict[str, dict[str, int]] = {}
     matrix = multiclass_confusion_matrix(predicted, labels, count).tolist()
+    for true, row in zip(names, matrix, strict=True):
+        confusion[true] = {name: texts for name, texts in zip(names, row, strict=True) if texts}
     return {
         "accuracy": multiclass_accuracy(predicted, labels, count, average="micro").item(),
         "macro_f1": multiclass_f1_score(predicted, labels, count, average="macro").item(),
-        # One class more than there are: torchmetrics does not give 0 where one of just two is never predicted.
+        # One class too many: with two classes, torchmetrics takes another path, which does not give 0 where one
+        # of them is never predicted. A class without texts changes nothing.
         "mcc": multiclass_matthews_corrcoef(predicted, labels, count + 1).item(),
-        "confusion_matrix": {
-            true: {name: times for name, times in zip(names, row, strict=True) if times}
-            for true, row in zip(names, matrix, strict=True)
-        },
+        "confusion_matrix": confusion,
     }
 
 
 def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """F1 at a probability of one half, and at the hundredth that makes micro-F1 largest on this very data."""
+    """Compute F1 at a threshold of 0.5, and at the best threshold.
+
+    The best threshold is the multiple of 0.01 with the largest micro-F1 on the same data, so its scores flatter.
+    """
     from torchmetrics.functional.classification import binary_f1_score, multilabel_f1_score
 
-    probabilities, wanted, count = logits.sigmoid(), labels.long(), labels.shape[1]
+    probabilities = logits.sigmoid()
+    targets = labels.long()
+    count = labels.shape[1]
 
     def f1(average: Literal["micro", "macro"], threshold: float) -> float:
-        if count == 1:
-            return binary_f1_score(probabilities, wanted, threshold).item()
-        return multilabel_f1_score(probabilities, wanted, count, threshold, average).item()
+        if count == 1:  # torchmetrics refuses a multi-label problem of one label
+            return binary_f1_score(probabilities, targets, threshold).item()
+        return multilabel_f1_score(probabilities, targets, count, threshold, average).item()
 
-    best = max((hundredth / 100 for hundredth in range(1, 100)), key=lambda threshold: f1("micro", threshold))
+    thresholds = [hundredth / 100 for hundredth in range(1, 100)]
+    best = max(thresholds, key=lambda threshold: f1("micro", threshold))
     return {
         "micro_f1": f1("micro", 0.5),
         "macro_f1": f1("macro", 0.5),
@@ -72,10 +85,15 @@ def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def _regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Correlations are means over the numbers of a row; they need two rows, and are NaN for constants."""
+    """Compute the mean squared error and the correlations, averaged over the L numbers of a row.
+
+    Correlations need two rows, and are NaN where the labels or the predictions are constant.
+    """
     from torchmetrics.functional import mean_squared_error, pearson_corrcoef, spearman_corrcoef
 
-    predicted, labels = predicted.squeeze(1), labels.squeeze(1)
+    # torchmetrics wants (R), not (R, 1), for a single number; squeeze leaves (R, L) alone.
+    predicted = predicted.squeeze(1)
+    labels = labels.squeeze(1)
     return {
         "mse": mean_squared_error(predicted, labels).item(),
         "pearson": pearson_corrcoef(predicted, labels).mean().item(),

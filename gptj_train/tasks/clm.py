@@ -21,7 +21,13 @@ from gptj_train.tasks.task import Batch, EvaluationBatch
 
 
 class ComponentLoss(NamedTuple):
-    """The loss of an evaluation batch: of which component, the summed loss, its targets and their UTF-8 bytes."""
+    """The loss of an evaluation batch, whose windows all belong to one component.
+
+    Attributes:
+        loss: summed over the targets.
+        targets: number of predicted tokens.
+        bytes: UTF-8 bytes of these tokens.
+    """
 
     component: str
     loss: float
@@ -33,9 +39,10 @@ class CausalLM:
     """Next-token prediction on packed windows.
 
     Args:
-        train: windows by component; None: the task only evaluates.
+        train: windows by component; None if the task only evaluates.
         sampler: order of the training windows, over the components in the order of ``train``.
         held_out: windows by component; one may be ``FORGETTING``, which the overall metrics leave out.
+        tokenizer: for the bytes of each token.
         isolate: documents in a window neither see nor predict each other.
         batch_size: windows of an evaluation batch.
     """
@@ -61,10 +68,14 @@ class CausalLM:
         """Return window numbers, or "component:number" where there are several components."""
         assert self._sampler is not None
         names = list(self._train)
-        rows = []
+        batches = []
         for batch in self._sampler.micro_batches(step, rank, world_size):
-            rows.append([f"{names[number]}:{window}" if names[number] else window for number, window in batch])
-        return rows
+            rows: list[Any] = []
+            for number, window in batch:
+                # Data without components has a single one, named "".
+                rows.append(f"{names[number]}:{window}" if names[number] else window)
+            batches.append(rows)
+        return batches
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         assert self._sampler is not None
@@ -75,13 +86,14 @@ class CausalLM:
         return batches
 
     def epochs(self, steps: int) -> str:
-        """Return how often this number of steps visits the data, or each component of a mixture, as text."""
+        """Describe how often this number of steps visits the data, or each component of a mixture."""
         assert self._sampler is not None
         epochs = zip(self._train, self._sampler.epochs(steps), strict=True)
         return ", ".join(f"{name} {count:.2f}".strip() for name, count in epochs)
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
         for component, windows in self._held_out.items():
+            # One component after the other, so that a batch's loss belongs to one.
             padding = _padding_window(windows.length)
             for rows in evaluation_batches(len(windows), self._batch_size, rank, world_size):
                 inputs = self._batch([padding if row is None else windows[row] for row in rows])
@@ -99,11 +111,12 @@ class CausalLM:
     def metrics(self, records: list[ComponentLoss]) -> dict[str, float]:
         """Compute loss in nats per token, perplexity, and bits per UTF-8 byte, which compares across tokenizers.
 
-        Over all validation data and, with several components, as ``<metric>/<component>`` for each.
+        The metrics cover all validation data. With several components, ``<metric>/<component>`` covers each.
         """
         by_component: defaultdict[str, list[ComponentLoss]] = defaultdict(list)
         for record in records:
             by_component[record.component].append(record)
+        # The forgetting set is other data, whose share would hide what the run improves; alone, it is the validation.
         validation = [record for record in records if record.component != FORGETTING]
         metrics = _loss_metrics(validation or records)
         if len(by_component) > 1:
@@ -113,12 +126,13 @@ class CausalLM:
         return metrics
 
     def write_predictions(self, folder: str | Path) -> None:
-        """Write nothing: a language model has losses, no predictions."""
+        """Write no file: the evaluation of a language model has losses but no predictions."""
 
     def _batch(self, windows: Sequence[Window]) -> Batch:
         """Collate windows into input_ids, labels and document_ids, (B, T) int64."""
-        stacked = [torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True)]
-        input_ids, document_ids, is_target = stacked
+        input_ids, document_ids, is_target = (
+            torch.from_numpy(np.stack(arrays)) for arrays in zip(*windows, strict=True)
+        )
         labels = input_ids.masked_fill(~is_target, IGNORE)
         if not self._isolate:
             # One document for the whole window; padding keeps its own id, so that text does not see it.
@@ -127,7 +141,7 @@ class CausalLM:
 
 
 def _padding_window(length: int) -> Window:
-    """Return a window without a target, which fills up the last batch of a rank."""
+    """Return a window without targets: every rank needs as many batches of the same shape."""
     return Window(
         np.zeros(length, dtype=np.int64),
         np.zeros(length, dtype=np.int64),
@@ -136,10 +150,11 @@ def _padding_window(length: int) -> Window:
 
 
 def _loss_metrics(records: Sequence[ComponentLoss]) -> dict[str, float]:
+    # fsum is exact: the result does not depend on how the batches fall on ranks.
     loss_sum = math.fsum(record.loss for record in records)
     targets = sum(record.targets for record in records)
     size = sum(record.bytes for record in records)
-    loss = loss_sum / max(targets, 1)
+    loss = loss_sum / max(targets, 1)  # held-out data may hold no target, such as texts of one token
     return {
         "eval_loss": loss,
         "perplexity": math.exp(min(loss, 700)),  # exp(710) overflows a double

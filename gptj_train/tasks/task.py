@@ -1,4 +1,4 @@
-"""What the trainer and the evaluation need from a task."""
+"""The interface between a task and the code that trains and evaluates it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ Batch = dict[str, Tensor]
 
 
 class EvaluationBatch(NamedTuple):
-    """A batch of held-out data, and where its rows come from; the task alone reads ``source``."""
+    """A batch of held-out data.
+
+    Attributes:
+        inputs: keyword arguments of the model's forward.
+        source: where the rows come from; only the task that built the batch reads it.
+    """
 
     inputs: Batch
     source: Any
@@ -26,19 +31,25 @@ class Task(Protocol):
         """Return this rank's micro-batches of an optimizer step, a pure function of the arguments."""
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[Any]]:
-        """Return the names of the training samples in each of these micro-batches, for messages."""
+        """Return a name for each row of these micro-batches, so that a message can name the bad samples."""
 
     def evaluation_batches(self, rank: int, world_size: int) -> Iterable[EvaluationBatch]:
-        """Yield this rank's share of the held-out data, as many batches on every rank; none without such data."""
+        """Yield this rank's share of the held-out data; nothing if there is no held-out data.
+
+        Every rank yields the same number of batches, since forward is a collective call under ZeRO-3.
+        """
 
     def targets(self, batch: Batch) -> int:
-        """Return the number of terms in the batch's loss sum."""
+        """Count the terms of the batch's loss sum; the trainer divides by their number over all ranks."""
 
     def records(self, output: Any, batch: EvaluationBatch) -> list[Any]:
-        """Return what the metrics need from an evaluation batch, as picklable rows; ``output.loss`` is a sum."""
+        """Return what ``metrics`` needs from an evaluation batch, as picklable values without tensors on a GPU.
+
+        ``output.loss`` is the sum over the batch.
+        """
 
     def metrics(self, records: list[Any]) -> dict[str, Any]:
-        """Compute the metrics of the records of all batches and ranks, as JSON values, ``eval_loss`` among them."""
+        """Compute the metrics, as JSON values with ``eval_loss`` among them, from the records of all ranks."""
 
     def write_predictions(self, folder: str | Path) -> None:
-        """Write the predictions of the last evaluation to files; tasks without predictions write none."""
+        """Write the predictions of the last evaluation to files in an existing folder, if there are any."""

@@ -1,66 +1,101 @@
-"""From stored weights into what this rank keeps of them, without anything whole on the way.
+"""Fill what a rank keeps of the model from stored weights, reading only its slices.
 
-What is trained goes into the optimizer's fp32 master, which holds a file's fp32 as it is; the weights of compute
-follow from it. What is frozen goes where DeepSpeed keeps its part. Its attributes are used without importing it.
+A trained parameter goes into the optimizer's fp32 master, which keeps every bit of an fp32 file; the low-precision
+weights follow from it. A frozen parameter goes where DeepSpeed keeps this rank's part.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
-from torch import nn
+from torch import Size, nn
 
-from gptj_train.training.deepspeed_internals import OptimizerState
-from gptj_train.weights.moments import StoredMoments
-from gptj_train.weights.stored import StoredWeights
+from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned, partition
+from gptj_train.weights.checkpoint_weights import open_weights
+from gptj_train.weights.mean_rows import WithMeanRows
+from gptj_train.weights.moments import StoredMoments, moments_beside
+from gptj_train.weights.stored import StoredWeights, is_adapter
 
 
-def fill_masters(state: OptimizerState, weights: StoredWeights, stored: Mapping[str, str]) -> None:
-    """Read this rank's slices of the trained parameters.
+@dataclass(frozen=True, kw_only=True)
+class InitialWeights:
+    """The weights of a folder that fit a model, and Adam's moments if the folder has them.
+
+    Attributes:
+        names: stored name of each parameter that the folder has.
+        new_head: parameters that it lacks, since it is of another task; they keep their fresh weights.
+    """
+
+    weights: StoredWeights
+    names: Mapping[str, str]
+    new_head: Sequence[str]
+    moments: StoredMoments | None
+
+    def fill_frozen(self, model: nn.Module, rank: int) -> None:
+        """Fill the parameters that are not trained; before DeepSpeed wraps the model, since it copies some of them."""
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or name not in self.names:
+                continue
+            if not is_partitioned(parameter):
+                self.weights.read(self.names[name], 0, parameter.data.view(-1))
+                continue
+            with partition(parameter, rank) as (start, own):
+                if own.numel() > 0:
+                    self.weights.read(self.names[name], start, own)
+
+    def fill_trained(self, state: OptimizerState) -> None:
+        """Fill this rank's slices of the fp32 masters."""
+        with state.changing():
+            for section in state.sections:
+                with section.buffers(changing=True) as buffers:
+                    for piece, views in section.pieces(buffers):
+                        if piece.name in self.names:
+                            self.weights.read(self.names[piece.name], piece.start, views["master"])
+
+    def fill_moments(self, state: OptimizerState) -> None:
+        """Fill this rank's slices of Adam's moments and set its step; nothing to do without stored moments."""
+        if self.moments is None:
+            return
+        with state.changing():
+            for section in state.sections:
+                with section.buffers(changing=True) as buffers:
+                    for piece, views in section.pieces(buffers):
+                        if piece.name not in self.moments.names:
+                            continue
+                        for moment, stored in self.moments.of.items():
+                            stored.read(self.moments.names[piece.name], piece.start, views[moment])
+        state.set_counters({"steps": self.moments.steps, "loss_scale": {}})
+
+
+@contextmanager
+def open_initial_weights(
+    folder: str,
+    *,
+    shapes: Mapping[str, Size],
+    trained: Mapping[str, Size],
+    mean_rows: Mapping[int, Sequence[int]],
+    new_head_allowed: bool,
+) -> Iterator[InitialWeights]:
+    """Open a folder of weights and check that they are this model's; nothing is read yet.
 
     Args:
-        stored: name in ``weights`` of each parameter that is in there.
+        shapes: of all parameters. trained: of those that are trained.
+        mean_rows: embedding row -> rows whose mean initializes it.
+        new_head_allowed: the folder may be another task's, whose head is left.
+
+    Raises:
+        UserError: missing or unexpected tensors, other shapes, or moments of another model.
     """
-    with state.changing():
-        for section in state.sections:
-            with section.buffers(changing=True) as buffers:
-                for (name, start, numel), offset in zip(section.slices, section.offsets, strict=True):
-                    if name in stored:
-                        weights.read(stored[name], start, buffers["master"].narrow(0, offset, numel))
-
-
-def fill_moments(state: OptimizerState, moments: StoredMoments) -> None:
-    """Read this rank's slices of Adam's moments, and go on counting updates where they end."""
-    with state.changing():
-        for section in state.sections:
-            with section.buffers(changing=True) as buffers:
-                for (name, start, numel), offset in zip(section.slices, section.offsets, strict=True):
-                    if name in moments.names:
-                        for moment, stored in moments.of.items():
-                            stored.read(moments.names[name], start, buffers[moment].narrow(0, offset, numel))
-    state.set_counters({"steps": moments.steps, "loss_scale": {}})
-
-
-def fill_frozen(model: nn.Module, weights: StoredWeights, stored: Mapping[str, str], rank: int) -> None:
-    """Read the parameters that are not trained; before DeepSpeed wraps the model, which copies some of them."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad or name not in stored:
-            continue
-        if hasattr(parameter, "ds_tensor"):
-            _fill_partition(parameter, weights, stored[name], rank)
-        else:
-            weights.read(stored[name], 0, parameter.data.view(-1))
-
-
-def _fill_partition(parameter: Any, weights: StoredWeights, name: str, rank: int) -> None:
-    """This rank's part under ZeRO-3; the last rank's may end in padding."""
-    swapper = parameter.nvme_swapper if parameter.ds_tensor.final_location == "nvme" else None
-    if swapper is not None:
-        swapper.swap_in([parameter], async_op=False)
-    start = rank * parameter.partition_numel()
-    numel = min(parameter.partition_numel(), parameter.ds_numel - start)
-    if numel > 0:
-        weights.read(name, start, parameter.ds_tensor.data.narrow(0, 0, numel))
-    if swapper is not None:
-        swapper.swap_out_and_release([parameter])
+    wanted = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
+    # A model whose head is tied to the embedding has no such parameter; its folder may store one all the same.
+    tied = frozenset({"lm_head.weight"}) - wanted.keys()
+    with ExitStack() as stack:
+        weights = stack.enter_context(WithMeanRows(open_weights(folder), mean_rows))
+        names = weights.match(wanted, tied, new_head_allowed)
+        moments = None
+        if trained == shapes:  # adapters and frozen weights have no moments in a folder
+            moments = stack.enter_context(moments_beside(folder, shapes, new_head_allowed))
+        new_head = sorted(wanted.keys() - names.keys())
+        yield InitialWeights(weights=weights, names=names, new_head=new_head, moments=moments)

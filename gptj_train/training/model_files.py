@@ -1,4 +1,4 @@
-"""What makes a folder of weights a model that can be used: its config and its tokenizer."""
+"""The files that make a folder of weights a usable model: config and tokenizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from gptj_train.model.gptj_config import GPTJConfig
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files beside the weights, in an export and in a checkpoint; ``architecture`` is the Transformers class."""
+    """The files beside the weights, in an export and in a checkpoint.
+
+    Attributes:
+        architecture: name of the Transformers class.
+    """
 
     config: GPTJConfig
     architecture: str

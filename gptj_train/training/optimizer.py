@@ -1,4 +1,4 @@
-"""AdamW's settings, and which parameters decay."""
+"""AdamW's settings and parameter groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
+from gptj_train.training.deepspeed_internals import full_shape
 
 
 @schema
@@ -44,6 +45,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in its place
-        (matrices if len(shape) > 1 else vectors).append(parameter)
+        if len(full_shape(parameter)) > 1:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

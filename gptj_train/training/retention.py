@@ -1,4 +1,4 @@
-"""Which checkpoints of a run there are, which stay, and whether the disk has room for them."""
+"""Find a run's checkpoints, remove the old ones, and check the disk for room."""
 
 from __future__ import annotations
 
@@ -11,57 +11,65 @@ from pathlib import Path
 
 import torch
 
+from gptj_train.atomic_write import remove_folder
 from gptj_train.errors import UserError
 from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step is."""
+    """Return the folder of a step's checkpoint."""
     return Path(output_dir) / "checkpoints" / f"step_{step:08}"
 
 
-def resumable(output_dir: str | Path, resume: str) -> list[Path]:
-    """Checkpoints to resume from, newest first, of which the first that verifies counts; none: begin anew.
+# --- find ---
 
-    ``auto`` offers all of ``output_dir``, ``never`` none, anything else is the path of one.
+
+def resume_candidates(output_dir: str | Path, resume: str) -> list[Path]:
+    """Return checkpoints to resume from, newest first; the first that verifies will be used, none starts a new run.
+
+    Args:
+        resume: "auto" returns all checkpoints of ``output_dir``, "never" none; anything else is the path of one.
 
     Raises:
-        UserError: no whole checkpoint where there should be one.
+        UserError: no complete checkpoint at the path, or none of those in ``output_dir`` is complete.
     """
     if resume == "never":
         return []
     if resume != "auto":
-        if wrong := complaint(Path(resume)):
+        reason = why_incomplete(Path(resume))
+        if reason:
             raise UserError(
                 f"resume={resume}: no complete checkpoint there; "
-                f"give a checkpoints/step_... folder, or resume=auto ({wrong})"
+                f"give a checkpoints/step_... folder, or resume=auto ({reason})"
             )
         return [Path(resume)]
-    folders = _steps(Path(output_dir) / "checkpoints")[::-1]
-    wrongs = [wrong for folder in folders if (wrong := complaint(folder))]
-    if folders and len(wrongs) == len(folders):
-        raise UserError(f"none of the checkpoints can be used: {wrongs[0]}; resume=never starts over")
-    return folders
+    newest_first = _step_folders(Path(output_dir) / "checkpoints")[::-1]
+    reasons = [why_incomplete(folder) for folder in newest_first]
+    # Starting over by itself would overwrite what may yet be rescued: only the user may decide that.
+    if newest_first and all(reasons):
+        raise UserError(f"none of the checkpoints can be used: {reasons[0]}; resume=never starts over")
+    # Incomplete ones stay in the list: whoever loads them says why each was passed over.
+    return newest_first
 
 
-def newest_whole(run: str | Path) -> Path:
-    """The newest complete checkpoint of a run, or ``run`` itself if it is one.
+def newest_complete(run: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run, or ``run`` itself if it is one.
 
     Raises:
         UserError: there is none.
     """
     if (Path(run) / MANIFEST).exists():
         return Path(run)
-    wrong = "there is no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints"
-    for folder in _steps(Path(run) / "checkpoints")[::-1]:
-        wrong = complaint(folder)
-        if not wrong:
+    reason = "there is no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints"
+    for folder in _step_folders(Path(run) / "checkpoints")[::-1]:
+        reason = why_incomplete(folder)
+        if not reason:
             return folder
-    raise UserError(f"{run}: {wrong}")
+    raise UserError(f"{run}: {reason}")
 
 
-def complaint(folder: Path) -> str:
-    """Why a checkpoint is not complete; empty for one whose files have the sizes that its manifest says."""
+def why_incomplete(folder: Path) -> str:
+    """Return why a checkpoint is incomplete; empty if all files have the sizes in its manifest."""
     try:
         Manifest.read(folder)
     except ValueError as error:
@@ -69,92 +77,120 @@ def complaint(folder: Path) -> str:
     return ""
 
 
-def retire(newest: Path, keep: int, keep_every: int) -> None:
-    """Remove what need not stay beside a new checkpoint that is known to be good."""
-    steps = _steps(newest.parent)
-    complete = [folder for folder in steps if folder.name <= newest.name and not complaint(folder)]
-    old = [folder for folder in complete[:-keep] if not _stays(folder, keep_every)]
-    # Later steps than the newest are of a run that was given up: resume=never, or from an earlier step.
-    later = [folder for folder in steps if folder.name > newest.name and not _stays(folder, keep_every)]
-    for folder in old + later:
-        with contextlib.suppress(OSError):
-            remove(folder)
+def later_than(output_dir: str | Path, step: int) -> list[Path]:
+    """Return the checkpoints of later steps, oldest first."""
+    return [folder for folder in _step_folders(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
 
 
-def remove(folder: Path) -> None:
-    """In two steps, so that half a checkpoint never bears its name."""
-    leftover = folder.with_name(f".{folder.name}.old")
-    folder.rename(leftover)
-    shutil.rmtree(leftover)
+# --- remove ---
+
+
+def prune(newest: Path, keep: int, keep_every: int) -> None:
+    """Remove the checkpoints that need not stay beside a new one, which is known to be good.
+
+    Args:
+        keep: newest checkpoints that stay.
+        keep_every: checkpoints of every so many steps stay as well; 0 for none.
+    """
+    folders = _step_folders(newest.parent)
+    # Only complete ones count: a damaged checkpoint must not push out a good one.
+    complete = [folder for folder in folders if folder.name <= newest.name and not why_incomplete(folder)]
+    old = complete[:-keep]
+    # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
+    abandoned = [folder for folder in folders if folder.name > newest.name]
+    for folder in old + abandoned:
+        if not _is_permanent(folder, keep_every):
+            # A folder that cannot be removed costs disk space; it is no reason to end the run.
+            with contextlib.suppress(OSError):
+                remove_folder(folder)
+
+
+# --- disk space ---
 
 
 def check_space(
     output_dir: str | Path,
     shapes: Mapping[str, torch.Size],
+    *,
     steps: range,
     save_every: int,
     keep: int,
     keep_every: int,
 ) -> None:
-    """Before a run begins: will the disk hold its checkpoints?
+    """Check before a run begins that the disk will hold its checkpoints.
 
     Args:
-        steps: that are still to be done, from 0.
+        shapes: of the trained parameters.
+        steps: that are still to be done, counted from 0.
 
     Raises:
         UserError: it will not.
     """
     folder = Path(output_dir) / "checkpoints"
-    trained = sum(shape.numel() for shape in shapes.values())
-    going = [path for path in _steps(folder) if not _stays(path, keep_every)]
-    size, most = disk_needed(trained, steps, save_every, keep, keep_every, len(going))
-    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    leftover = [*going, *folder.glob(".step_*")]
-    freed = sum(file.stat().st_size for path in leftover for file in path.rglob("*") if file.is_file())
-    there = shutil.disk_usage(place).free + freed
-    if most * size > there:
+    removable = [path for path in _step_folders(folder) if not _is_permanent(path, keep_every)]
+    size, most = disk_needed(
+        sum(shape.numel() for shape in shapes.values()),
+        steps=steps,
+        save_every=save_every,
+        keep=keep,
+        keep_every=keep_every,
+        existing=len(removable),
+    )
+    # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
+    freed = sum(_size_of(path) for path in [*removable, *folder.glob(".step_*")])
+    # The output folder may not exist yet: its nearest parent that does is on the same disk.
+    existing_parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    available = shutil.disk_usage(existing_parent).free + freed
+    if most * size > available:
         raise UserError(
             f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
-            f"{there / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
+            f"{available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
         )
 
 
 def disk_needed(
-    trained: int, steps: range, save_every: int, keep: int, keep_every: int, there: int = 0
+    trained: int, *, steps: range, save_every: int, keep: int, keep_every: int, existing: int = 0
 ) -> tuple[int, int]:
-    """Bytes of a checkpoint of so many trained parameters, and how many there are at most at one time.
+    """Return the bytes of a checkpoint, and how many checkpoints are on disk at most at a time.
 
     Args:
-        steps: that are still to be done, from 0.
-        there: checkpoints that are there already and will make room.
+        trained: number of trained parameters.
+        steps: that are still to be done, counted from 0.
+        existing: checkpoints that are there already and may be removed.
     """
     size = 4 * len(KINDS) * trained
     saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
-    saves |= {steps.stop} if steps else set()
-    staying = {step for step in saves if keep_every and step % keep_every == 0}
+    if steps:
+        saves.add(steps.stop)  # the end of a run is always saved
     if not saves:
         return size, 0
-    # While one more than ``keep`` is written the others are still there.
-    return size, min(there + len(saves - staying), keep + 1) + len(staying)
+    permanent = {step for step in saves if keep_every and step % keep_every == 0}
+    # keep + 1: the oldest is removed only after the new one has been verified.
+    return size, min(existing + len(saves - permanent), keep + 1) + len(permanent)
 
 
-def later_than(output_dir: str | Path, step: int) -> list[Path]:
-    """Checkpoints of steps beyond this one."""
-    return [folder for folder in _steps(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
+def _size_of(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _stays(folder: Path, keep_every: int) -> bool:
+# --- step folders ---
+
+
+def _is_permanent(folder: Path, keep_every: int) -> bool:
     return keep_every > 0 and _step_of(folder) % keep_every == 0
 
 
-def _steps(folder: Path) -> list[Path]:
+def _step_folders(checkpoints: Path) -> list[Path]:
+    """Return the step folders, oldest first, complete or not."""
     try:
-        names = os.listdir(folder)
+        names = os.listdir(checkpoints)
     except FileNotFoundError:
         return []
-    except OSError as error:  # not to be taken for a folder without any
-        raise UserError(f"{folder} cannot be looked into: {error.strerror}") from None
-    return sorted(folder / name for name in names if re.fullmatch(r"step_\d+", name))
+    except OSError as error:
+        # Taken for an empty folder, it would make the run start over.
+        raise UserError(f"{checkpoints} cannot be read: {error.strerror}") from None
+    # Steps are padded to eight digits, so that the order of names is that of steps.
+    return sorted(checkpoints / name for name in names if re.fullmatch(r"step_\d+", name))
 
 
 def _step_of(folder: Path) -> int:

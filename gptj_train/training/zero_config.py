@@ -1,4 +1,4 @@
-"""Our typed engine settings -> DeepSpeed's dict. The single owner of batch sizes, precision and clipping."""
+"""Typed engine settings -> DeepSpeed's dict, with one owner each of batch sizes, precision and clipping."""
 
 from __future__ import annotations
 
@@ -53,9 +53,10 @@ class EngineConfig:
 
 
 def _holds(settings: Any, dotted: str) -> bool:
+    """Return whether nested settings have a key, or replace a block that it belongs to."""
     for part in dotted.split("."):
         if not isinstance(settings, Mapping):
-            return True  # a value in place of the block that the key stands in
+            return True  # a value in place of the block
         if part not in settings:
             return False
         settings = settings[part]
@@ -63,6 +64,7 @@ def _holds(settings: Any, dotted: str) -> bool:
 
 
 def deepspeed_config(
+    *,
     engine: EngineConfig,
     optim: OptimConfig,
     micro_batch_size: int,
@@ -70,11 +72,11 @@ def deepspeed_config(
     largest_parameter: int,
     pin_memory: bool,
 ) -> dict[str, Any]:
-    """The dict for ``deepspeed.initialize`` (https://www.deepspeed.ai/docs/config-json/).
+    """Return the dict for ``deepspeed.initialize`` (https://www.deepspeed.ai/docs/config-json/).
 
     Args:
-        largest_parameter: elements of the model's largest tensor, for NVMe's swap buffers.
-        pin_memory: page-lock host buffers; useful only beside an accelerator.
+        largest_parameter: elements of the model's largest tensor, the size of NVMe's swap buffers.
+        pin_memory: page-lock host buffers, which speeds up copies to an accelerator.
     """
     zero: dict[str, Any] = {"stage": engine.stage}
     if engine.offload_optimizer != "none":
@@ -83,14 +85,14 @@ def deepspeed_config(
         zero["offload_param"] = _offload(engine.offload_parameters, engine.nvme_path, pin_memory)
         if engine.offload_parameters == "nvme":
             zero["offload_param"] |= {"buffer_size": largest_parameter}
-            # With prefetching on, DeepSpeed 0.19.8 asks twice for the head's swap buffer and stops.
+            # With prefetching on, DeepSpeed 0.19.8 requests the head's swap buffer twice and fails.
             zero["stage3_prefetch_bucket_size"] = 0
     ours = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": optim.clip_norm,
-        # The engine's param_groups carry each group's own weight decay; the trainer sets lr before each step.
-        # Until then it is 0: stage 0 takes a step without gradients when it is built, which would decay weights.
+        # The engine's param_groups carry each group's weight decay, and the trainer sets lr before each step. Until
+        # then it must be 0: stage 0 takes a step without gradients when it is built, which would decay weights.
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": 0.0, "betas": list(optim.betas), "eps": optim.eps, "weight_decay": 0.0}
@@ -106,14 +108,16 @@ def deepspeed_config(
 
 
 def _implementation(engine: EngineConfig) -> dict[str, bool]:
-    # Without offload torch's fused AdamW: DeepSpeed's own would need a CUDA toolkit to be compiled. Offloaded,
-    # DeepSpeed takes its CPUAdam; its stage 0 keeps master weights for its own FusedAdam only.
-    return {"torch_adam": True, "fused": True} if engine.stage > 0 and engine.offload_optimizer == "none" else {}
+    if engine.stage > 0 and engine.offload_optimizer == "none":
+        # torch's fused AdamW: compiling DeepSpeed's own would need a CUDA toolkit.
+        return {"torch_adam": True, "fused": True}
+    # Offloaded, DeepSpeed takes its CPUAdam; its stage 0 keeps master weights for its own FusedAdam only.
+    return {}
 
 
 def _accumulation_type(engine: EngineConfig) -> str:
-    # Micro-batch gradients summed in bf16 lose their small terms. But DeepSpeed 0.19.8 has no stage 0 with
-    # another type than the model's, and its stage 1 for it adds each micro-batch's gradients anew to the next.
+    # Sums of micro-batch gradients in bf16 lose small terms. But DeepSpeed 0.19.8 has no stage 0 with another type
+    # than the model's, and its stage 1 with one adds earlier micro-batches' gradients again with each micro-batch.
     if engine.stage == 0 or (engine.stage == 1 and engine.offload_optimizer == "none"):
         return engine.precision
     return "fp32"
@@ -121,10 +125,13 @@ def _accumulation_type(engine: EngineConfig) -> str:
 
 def _offload(device: str, nvme_path: str | None, pin_memory: bool) -> dict[str, Any]:
     settings: dict[str, Any] = {"device": device, "pin_memory": pin_memory}
-    return settings | {"nvme_path": nvme_path} if device == "nvme" else settings
+    if device == "nvme":
+        settings["nvme_path"] = nvme_path
+    return settings
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the values of ``over``, block by block."""
     merged = dict(base)
     for key, value in over.items():
         both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)

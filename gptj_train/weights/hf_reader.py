@@ -1,4 +1,4 @@
-"""Tensors out of Transformers folders: safetensors or legacy .bin, one file or sharded."""
+"""Read tensors from Transformers folders: safetensors or legacy .bin, one file or sharded."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from torch import Tensor
 from gptj_train.errors import UserError
 from gptj_train.weights.stored import StoredWeights
 
+_LAYOUTS = (
+    ("model.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+"""Name of the single file, and of the index of several; the first that is there counts, as in Transformers."""
+
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
 _MOST_MAPPED = 200_000_000  # bytes
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class HFWeights(StoredWeights):
     """The tensors of a Transformers folder, read one at a time from memory-mapped files.
 
-    Files are data: nothing in them runs, and none outside the folder is opened, except the blobs that a folder
-    in a hub cache links to.
+    Files are data: nothing in them runs, and no file outside the folder is opened, except the blobs to which a
+    folder in a hub cache links.
 
     Raises:
         UserError: no weights in the folder, or an index or file that cannot be trusted or read.
@@ -39,61 +46,22 @@ class HFWeights(StoredWeights):
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
-        for single, index in (
-            ("model.safetensors", "model.safetensors.index.json"),
-            ("pytorch_model.bin", "pytorch_model.bin.index.json"),
-        ):
+        """Return tensor name -> file name."""
+        for single, index in _LAYOUTS:
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(single).keys(), single)
             if (self.folder / index).is_file():
-                return self._read_index(self._regular(index))
+                return _read_index(_checked_path(self.folder, index))
         raise UserError(
             f"{self.folder}: no model.safetensors, pytorch_model.bin or their index here; "
             "give the folder that Transformers' save_pretrained or our export wrote"
         )
 
-    def _regular(self, file: str) -> Path:
-        """The path of a file, once it is known to be one and to be in the folder."""
-        path = self.folder / file
-        real, home = Path(os.path.realpath(path)), Path(os.path.realpath(self.folder))
-        blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-        if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-            raise UserError(f"{path}: refused, it is a link to outside of its folder; put the file itself there")
-        if not real.is_file():
-            why = "not a regular file" if real.exists() else "the index names it, but it is not there"
-            raise UserError(f"{path}: cannot be read as weights ({why})")
-        return path
-
-    @staticmethod
-    def _read_index(path: Path) -> dict[str, str]:
-        try:
-            if path.stat().st_size > _LARGEST_INDEX:
-                raise UserError("it is too large for one")
-            weight_map = json.loads(path.read_text())["weight_map"]
-            plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: not a readable weight index ({error})") from None
-        if not plain:
-            raise UserError(f"{path}: weight_map may name files of its own folder only")
-        return weight_map
-
     def _handle(self, file: str) -> Any:
+        """Open a file, once: a safetensors handle, or the dictionary of a .bin file."""
         if file not in self._open:
-            path = self._regular(file)
-            try:
-                if file.endswith(".safetensors"):
-                    self._open[file] = safe_open(path, framework="pt").__enter__()
-                else:
-                    self._open[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-            except (OSError, SafetensorError, RuntimeError, ValueError, EOFError) as error:
-                raise UserError(f"{path}: cannot be read as weights ({error})") from None
-            except Exception as error:  # torch raises pickle.UnpicklingError for anything but tensors
-                raise UserError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from None
-            if file.endswith(".bin"):
-                if not _is_state_dict(self._open[file]):
-                    raise UserError(f"{path}: refused, it is not a plain dictionary of tensors")
-                if not _is_whole(path, self._open[file]):
-                    raise UserError(f"{path}: cannot be read as weights (its records are not as long as its tensors)")
+            path = _checked_path(self.folder, file)
+            self._open[file] = _open_safetensors(path) if file.endswith(".safetensors") else _open_bin(path)
         return self._open[file]
 
     def close(self) -> None:
@@ -103,25 +71,26 @@ class HFWeights(StoredWeights):
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
         handle = self._handle(self._file_of[name])
         if name not in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
             raise UserError(f"{self.folder}: the index places {name} in {self._file_of[name]}, which lacks it")
         if isinstance(handle, dict):
-            kinds = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-            return tuple(handle[name].shape), kinds.get(handle[name].dtype, str(handle[name].dtype))
+            tensor = handle[name]
+            return tuple(tensor.shape), _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
         stored = handle.get_slice(name)
         return tuple(stored.get_shape()), stored.get_dtype()
 
     def tensor(self, name: str) -> Tensor:
         handle = self._handle(self._file_of[name])
-        return handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
+        return tensor
 
     def read(self, name: str, start: int, into: Tensor) -> None:
-        # Only these elements come from the disk. They stay mapped, and count as this process's memory, until so
-        # many have been read that the file is mapped anew.
         flat = self.tensor(name).reshape(-1)
         into.copy_(flat.narrow(0, start, into.numel()))
+        # Only these elements came from the disk, but they stay mapped and count as memory of this process. Once
+        # many have been read, the file is closed and mapped anew by the next read.
         file = self._file_of[name]
         self._mapped[file] += into.numel() * flat.element_size()
         if self._mapped[file] > _MOST_MAPPED:
@@ -134,13 +103,64 @@ class HFWeights(StoredWeights):
             handle.__exit__(None, None, None)
 
 
-def _is_state_dict(loaded: Any) -> bool:
-    return isinstance(loaded, dict) and all(isinstance(value, Tensor) for value in loaded.values())
+def _checked_path(folder: Path, file: str) -> Path:
+    """Return the path of a file, after checking that it is a regular one and lies in the folder."""
+    path = folder / file
+    # Links are resolved on both sides: the folder itself may be reached by one.
+    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+    # A hub cache keeps models--X/snapshots/REVISION/FILE as a link to models--X/blobs/HASH.
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise UserError(f"{path}: refused, it is a link to outside of its folder; put the file itself there")
+    if not real.is_file():
+        why = "not a regular file" if real.exists() else "the index names it, but it is not there"
+        raise UserError(f"{path}: cannot be read as weights ({why})")
+    return path
 
 
-def _is_whole(path: Path, state: dict[str, Tensor]) -> bool:
-    # Mapped into memory, a record that is too short would be continued with whatever follows it in the file.
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        if path.stat().st_size > _LARGEST_INDEX:
+            raise UserError("it is too large for one")
+        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{path}: not a readable weight index ({error})") from None
+    if not plain:
+        raise UserError(f"{path}: weight_map names a file outside the folder of the index")
+    return weight_map
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt").__enter__()  # type: ignore[no-untyped-call]
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as weights ({error})") from None
+
+
+def _open_bin(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read as weights ({error})") from None
+    except Exception as error:
+        # torch raises pickle.UnpicklingError for anything but tensors; importing pickle is not allowed here.
+        raise UserError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from None
+    if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
+        raise UserError(f"{path}: refused, it is not a plain dictionary of tensors")
+    if not _is_complete(path, state):
+        raise UserError(f"{path}: cannot be read as weights (its records are not as long as its tensors)")
+    return state
+
+
+def _is_complete(path: Path, state: dict[str, Tensor]) -> bool:
+    """Compare the bytes of the archive's records with those of the tensors' storages."""
+    # A mapped record that is too short would be continued with whatever follows it in the file.
     with ZipFile(path) as archive:
         stored = sum(record.compress_size for record in archive.infolist() if "/data/" in record.filename)
-    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in state.values()}
+    # By address: tensors may share a storage, which is in the archive once.
+    storages = {}
+    for tensor in state.values():
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values()) == stored

@@ -1,4 +1,4 @@
-"""Training checkpoints as folders on disk: their manifest, its verification, and the weights inside."""
+"""A checkpoint's manifest.json: what the folder holds, with the size and hash of every file."""
 
 from __future__ import annotations
 
@@ -14,30 +14,39 @@ from typing import Any
 
 import torch
 
+from gptj_train.atomic_write import write_text
 from gptj_train.errors import UserError
 from gptj_train.weights.moments import MOMENTS
-from gptj_train.weights.slices import Written, open_plain
+from gptj_train.weights.safetensors_file import Written, open_plain
 
 MANIFEST = "manifest.json"
 KINDS = ("master", *MOMENTS)
 """fp32 weights and AdamW's two moments of them; each rank writes one file of each."""
 
 _FORMAT = 1
-_LARGEST_MANIFEST = 100_000_000  # bytes
+_LARGEST_MANIFEST = 100_000_000  # bytes; one of GPT-J on 64 ranks has 100 thousand
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_HASHING_THREADS = 4
+_HASHING_THREADS = 4  # hashing releases the GIL; beyond four the disk is the limit
 
 
 def state_file(kind: str, rank: int, world_size: int) -> str:
-    """Name of the file that a rank writes; ranks count from 0."""
+    """Return the name of the file that a rank writes; ranks count from 0."""
     return f"{kind}-{rank + 1:05}-of-{world_size:05}.safetensors"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself. Hashes find accidents; who can write to the folder can also write them.
+    """The contents of manifest.json.
 
-    ``state`` is the trainer's, ``optimizer`` the engine's; ``parameters`` has the shape of each by name.
+    Its hashes find accidents, not attacks: who can change a file of the folder can change the manifest too.
+
+    Attributes:
+        state: the trainer's, without tensors.
+        optimizer: the engine's step count and loss scale.
+        world_size: ranks that wrote the checkpoint.
+        parameters: the shape of each trained parameter by name.
+        files: size and sha256 of every other file in the folder.
+        version: of gptj_train.
     """
 
     state: dict[str, Any]
@@ -49,7 +58,7 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
-        """Of a folder whose files are all there in their full size; their contents are not looked at.
+        """Read a folder's manifest and check that every file is there in its full size; contents are not read.
 
         Raises:
             UserError: no manifest, a damaged one, or files that do not agree with it.
@@ -57,49 +66,62 @@ class Manifest:
         path = folder / MANIFEST
         with os.fdopen(open_plain(path), "rb") as file:
             text = file.read(_LARGEST_MANIFEST)
+        # Even with a valid hash these are a stranger's values, of any type and size: whatever they break is one error.
         try:
-            body = json.loads(text)
-            if body.pop("sha256") != _digest(body):
-                raise UserError("its own sha256 does not match")
-            if body.pop("format") != _FORMAT:
-                raise UserError(f"written by gptj_train {body['version']} in a format that this version does not know")
-            body["files"] = {name: Written(**entry) for name, entry in body["files"].items()}
-            manifest = cls(**body)
-            if type(manifest.world_size) is not int or not 1 <= manifest.world_size <= len(manifest.files):
-                raise UserError(f"world_size is {manifest.world_size!r}")
-            for shape in manifest.parameters.values():
-                torch.Size(shape)
-            if absent := {name for kind in KINDS for name in manifest.of_kind(kind)} - manifest.files.keys():
-                raise UserError(f"it has no {min(absent)}")
-            if strange := [name for name in manifest.files if not _PLAIN_NAME.fullmatch(name)]:
-                raise UserError(f"it names {strange[0]!r}, which is not a file of its folder")
+            manifest = cls(**_checked_body(text))
+            manifest._check_values()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(f"{path}: not a whole manifest ({error})") from None
+            raise UserError(f"{path}: not a valid manifest ({error})") from None
         for name, entry in manifest.files.items():
             _check_size(folder / name, entry.bytes)
         return manifest
 
+    def _check_values(self) -> None:
+        # world_size first: of_kind counts up to it.
+        if type(self.world_size) is not int or not 1 <= self.world_size <= len(self.files):
+            raise UserError(f"world_size is {self.world_size!r}")
+        for shape in self.parameters.values():
+            torch.Size(shape)  # raises for anything but a list of integers
+        for kind in KINDS:
+            for name in self.of_kind(kind):
+                if name not in self.files:
+                    raise UserError(f"it has no {name}")
+        for name in self.files:
+            if not _PLAIN_NAME.fullmatch(name):
+                raise UserError(f"it names {name!r}, which is not a file of its folder")
+
     def write(self, folder: Path) -> None:
-        """Make it last; the folder counts from here on."""
+        """Write manifest.json; the folder counts as a checkpoint from here on."""
         body = asdict(self) | {"format": _FORMAT}
         body["files"] = {name: entry._asdict() for name, entry in self.files.items()}
-        with (folder / MANIFEST).open("x") as file:
-            json.dump(body | {"sha256": _digest(body)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(folder / MANIFEST, json.dumps(body | {"sha256": _hash_of(body)}, indent=1))
 
     def of_kind(self, kind: str) -> list[str]:
-        """The files of weights or of a moment, one for each rank that wrote."""
+        """Return the files of weights or of a moment, one for each rank that wrote."""
         return [state_file(kind, rank, self.world_size) for rank in range(self.world_size)]
 
     def damage(self, folder: Path, names: Iterable[str]) -> list[str]:
-        """What is wrong with the contents of some of the files, a line each; reads them all."""
+        """Read some of the files whole, and return a line for each whose contents are not as recorded."""
+
+        def find(name: str) -> str | None:
+            return _find_damage(folder / name, self.files[name])
+
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-            lines = threads.map(lambda name: _damage(folder / name, self.files[name]), names)
-            return [line for line in lines if line]
+            return [line for line in threads.map(find, names) if line]
 
 
-def _digest(body: dict[str, Any]) -> str:
+def _checked_body(text: bytes) -> dict[str, Any]:
+    """Parse a manifest and return the fields of ``Manifest``."""
+    body: dict[str, Any] = json.loads(text)
+    if body.pop("sha256") != _hash_of(body):
+        raise UserError("its own sha256 does not match")
+    if body.pop("format") != _FORMAT:
+        raise UserError(f"written by gptj_train {body['version']} in a format that this version does not know")
+    body["files"] = {name: Written(**entry) for name, entry in body["files"].items()}
+    return body
+
+
+def _hash_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
@@ -111,8 +133,9 @@ def _check_size(path: Path, expected: int) -> None:
         raise UserError(f"{path}: damaged, it has {size} bytes, the manifest says {expected}")
 
 
-def _damage(path: Path, entry: Written) -> str | None:
+def _find_damage(path: Path, entry: Written) -> str | None:
     try:
+        # The size again: the file may have changed since the manifest was read, and hashing takes minutes.
         _check_size(path, entry.bytes)
         with os.fdopen(open_plain(path), "rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Stored weights with some rows of the vocabulary replaced, as if the file held them so."""
+"""Stored weights in which some rows of the vocabulary are replaced by the mean of others."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 
 
 class WithMeanRows(StoredWeights):
-    """``weights``, in which rows of embedding and head are the mean of other rows.
+    """``weights``, as if their file held the mean of other rows in some rows of embedding and head.
 
     Args:
-        rows: row -> the rows whose mean it is.
+        rows: row -> the rows whose mean replaces it.
     """
 
     def __init__(self, weights: StoredWeights, rows: Mapping[int, Sequence[int]]) -> None:
@@ -25,35 +25,44 @@ class WithMeanRows(StoredWeights):
     def names(self) -> list[str]:
         return self._weights.names()
 
-    def form(self, name: str) -> tuple[tuple[int, ...], str]:
-        return self._weights.form(name)
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        return self._weights.shape_and_dtype(name)
 
     def tensor(self, name: str) -> Tensor:
+        # A copy: the stored tensor may be mapped from a file.
         whole = self._weights.tensor(name).clone()
-        for row, mean in self._means(name):
-            whole.view(-1)[row * len(mean) : (row + 1) * len(mean)] = mean
+        self._replace_rows(name, 0, whole.view(-1))
         return whole
 
     def read(self, name: str, start: int, into: Tensor) -> None:
         self._weights.read(name, start, into)
+        self._replace_rows(name, start, into)
+
+    def _replace_rows(self, name: str, start: int, part: Tensor) -> None:
+        """Put the means into a part of a flattened table, from its element ``start`` on."""
+        end = start + len(part)
         for row, mean in self._means(name):
-            first, last = max(row * len(mean), start), min((row + 1) * len(mean), start + len(into))
+            row_start = row * len(mean)
+            # A rank's slice may begin or end inside a row.
+            first = max(row_start, start)
+            last = min(row_start + len(mean), end)
             if first < last:
-                into[first - start : last - start] = mean[first - row * len(mean) : last - row * len(mean)]
+                part[first - start : last - start] = mean[first - row_start : last - row_start]
 
     def close(self) -> None:
         self._weights.close()
 
     def _means(self, name: str) -> list[tuple[int, Tensor]]:
-        """Each new row of a table and its values in fp32, (D)."""
+        """Return each replaced row of a table with its values in fp32, (D), or (1) of a bias."""
         if name not in _TABLES:
             return []
-        shape, _ = self._weights.form(name)
+        shape, _ = self._weights.shape_and_dtype(name)
         width = shape[1] if len(shape) > 1 else 1
         means = []
         for row, others in self._rows.items():
-            read = torch.empty(len(others), width)
-            for other, values in zip(others, read, strict=True):
-                self._weights.read(name, other * width, values)
-            means.append((row, read.mean(dim=0)))
+            # Read into fp32 row by row: a mean taken in bf16 would lose bits, the whole table memory.
+            values = torch.empty(len(others), width)
+            for other, into in zip(others, values, strict=True):
+                self._weights.read(name, other * width, into)
+            means.append((row, values.mean(dim=0)))
         return means

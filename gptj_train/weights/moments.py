@@ -1,4 +1,4 @@
-"""Adam's moments that belong to the weights of a folder: its ``adam/``, as recipes/import_mesh.py writes it."""
+"""Adam's moments beside a folder of weights: its ``adam/``, as recipes/import_mesh.py writes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from gptj_train.errors import UserError
 from gptj_train.weights.hf_reader import HFWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-"""First and second, as torch's Adam names them."""
+"""First and second moment, as torch's Adam names them."""
 
+# CPUAdam replays every update when its state is set; a larger number in a stranger's file would hang the run.
 _MOST_STEPS = 10**7
 
 
 @dataclass(frozen=True)
 class StoredMoments:
-    """Both moments, each as a folder of weights is held, and the number of updates that made them.
+    """Adam's moments in a folder.
 
-    ``names`` is the stored name of each parameter that has moments.
+    Attributes:
+        of: "exp_avg" and "exp_avg_sq" -> a folder that holds this moment of every parameter, as weights are held.
+        names: parameter -> its stored name.
+        steps: the number of updates that made the moments.
     """
 
     of: Mapping[str, HFWeights]
@@ -36,24 +40,26 @@ def moments_beside(folder: str | Path, shapes: Mapping[str, Size], new_head: boo
     """Open the moments of a folder of weights; None if it has none.
 
     Args:
-        shapes: of the parameters to train. new_head: the folder's may be another task's.
+        shapes: of the parameters to train.
+        new_head: accept moments of another task's model, without those of its head.
 
     Raises:
         UserError: files that are not moments, or not of these parameters.
     """
-    place = Path(folder) / "adam"
-    if not (place / "state.json").exists():
+    adam = Path(folder) / "adam"
+    if not (adam / "state.json").exists():
         yield None
         return
-    steps = _read_steps(place / "state.json")
+    steps = _read_steps(adam / "state.json")
     with ExitStack() as stack:
-        of = {moment: stack.enter_context(HFWeights(place / moment)) for moment in MOMENTS}
+        of = {moment: stack.enter_context(HFWeights(adam / moment)) for moment in MOMENTS}
+        # Both are checked; their names agree.
         names, _ = (of[moment].match(shapes, new_head=new_head) for moment in MOMENTS)
         yield StoredMoments(of, names, steps)
 
 
 def write_steps(folder: Path, steps: int) -> None:
-    """Into the folder of weights that has the moments' files in ``adam/exp_avg`` and ``adam/exp_avg_sq``."""
+    """Write ``adam/state.json``, beside the moments' files in ``adam/exp_avg`` and ``adam/exp_avg_sq``."""
     (folder / "adam" / "state.json").write_text(json.dumps({"step": steps}) + "\n")
 
 
@@ -61,7 +67,8 @@ def _read_steps(path: Path) -> int:
     try:
         steps = json.loads(path.read_bytes())["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); without the folder adam training starts anew") from None
+        raise UserError(f"{path} cannot be read ({error}); remove the folder adam to start Adam from zero") from None
+    # bool is an int to Python, so that "true" would pass isinstance.
     if type(steps) is not int or not 0 <= steps <= _MOST_STEPS:
         raise UserError(f"{path}: step must be a whole number up to {_MOST_STEPS:,}, got {steps!r}")
     return steps

@@ -1,105 +1,55 @@
-"""Safetensors files that hold flat fp32 slices of parameters: streamed out with their hash, read into buffers."""
+"""Checkpoint files of flat fp32 slices of parameters: written by each rank, read into buffers of any size."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from gptj_train.errors import UserError
+from gptj_train.weights.safetensors_file import CHUNK, SafetensorsWriter, Written, open_plain, read_fully, read_header
 
-_LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
-_CHUNK = 1 << 24  # elements that are converted or checked at once
+_FP32_BYTES = 4
 
 
 class Slice(NamedTuple):
-    """``numel`` elements from ``start`` on of a parameter that is laid flat."""
+    """``numel`` elements of a flattened parameter, from its element ``start`` on."""
 
     name: str
     start: int
     numel: int
 
 
-class Written(NamedTuple):
-    """What a manifest says of a file."""
-
-    bytes: int
-    sha256: str
-
-
-def open_plain(path: Path) -> int:
-    """File descriptor to read an ordinary file, and nothing else: no link, no pipe, no device.
-
-    Raises:
-        UserError: anything else, or a file that cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        reason = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise UserError(f"{path}: cannot be read ({reason})") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise UserError(f"{path}: refused, it is not an ordinary file")
-    return descriptor
-
-
 class SliceWriter:
-    """Streams slices into one safetensors file, named ``parameter:start``, and hashes what it writes.
-
-    The safetensors library would first copy all of them (https://github.com/huggingface/safetensors#format).
-    """
+    """Stream slices into one safetensors file, each as a tensor named ``parameter:start``."""
 
     def __init__(self, path: Path, slices: Sequence[Slice]) -> None:
-        self._file = path.open("xb")
-        self._digest = hashlib.sha256()
-        self._expected = iter(slices)
-        header: dict[str, object] = {}
-        end = 0
-        for name, start, numel in slices:
-            begin, end = end, end + 4 * numel
-            header[f"{name}:{start}"] = {"dtype": "F32", "shape": [numel], "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._write(len(text).to_bytes(8, "little") + text)
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        self._file.write(data)
+        self._announced = iter(slices)
+        shapes = {f"{name}:{start}": (numel,) for name, start, numel in slices}
+        # json.dumps' own separators: the bytes of checkpoint files stay what they always were.
+        self._file = SafetensorsWriter(path, shapes, dtype=torch.float32, separators=(", ", ": "))
 
     def add(self, tensor: Tensor) -> None:
-        """The next slice, (numel), of any float dtype and on any device.
+        """Write the next slice, (numel), of any float dtype and on any device.
 
         Raises:
-            UserError: a value that is not finite; such a state is not worth keeping.
+            UserError: a NaN or infinity; such a state is not worth keeping.
         """
-        name, start, numel = next(self._expected)
-        assert tensor.numel() == numel, f"{name}:{start} has {tensor.numel()} elements, {numel} were announced"
-        for chunk in tensor.detach().split(_CHUNK):
-            values = chunk.to("cpu", torch.float32).contiguous()
-            if not values.sum().isfinite() and not values.isfinite().all():
-                raise UserError(f"{name} holds values that are not finite")
-            self._write(values.numpy().data.cast("B"))
+        piece = next(self._announced)
+        _check_finite(piece.name, tensor)
+        self._file.add(f"{piece.name}:{piece.start}", tensor)
 
     def finish(self) -> Written:
-        """Once all slices are in: make the file last, and tell its size and hash."""
-        assert next(self._expected, None) is None, "slices that were announced are missing"
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        size = self._file.tell()
-        self.close()
-        return Written(size, self._digest.hexdigest())
+        """Flush the file to disk, once all slices are in, and return its size and hash."""
+        return self._file.finish()
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file, finished or not."""
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -109,18 +59,27 @@ class SliceWriter:
         self.close()
 
 
+def _check_finite(name: str, tensor: Tensor) -> None:
+    for chunk in torch.split(tensor.detach(), CHUNK):
+        # The sum needs no memory and is finite in all but strange cases; only then each element is looked at.
+        if not chunk.sum().isfinite() and not chunk.isfinite().all():
+            raise UserError(f"{name} contains NaN or infinity")
+
+
 class _Place(NamedTuple):
+    """Where a file holds a slice; ``offset`` counts bytes from the file's beginning."""
+
     start: int
     numel: int
     descriptor: int
-    offset: int  # bytes from the file's beginning
+    offset: int
 
 
 class SliceReader:
-    """Parameters whose slices lie in some files, read straight into buffers of whatever size.
+    """Read parameters whose slices lie in some files, straight into buffers.
 
     Raises:
-        UserError: a file that is not what SliceWriter writes.
+        UserError: a file that SliceWriter did not write.
     """
 
     def __init__(self, paths: Iterable[Path]) -> None:
@@ -128,41 +87,53 @@ class SliceReader:
         self._places: dict[str, list[_Place]] = defaultdict(list)
         try:
             for path in paths:
-                self._descriptors.append(open_plain(path))
-                for piece, offset in _header(path, self._descriptors[-1]):
-                    place = _Place(piece.start, piece.numel, self._descriptors[-1], offset)
-                    self._places[piece.name].append(place)
+                self._open(path)
         except ValueError:
             self.close()
             raise
 
+    def _open(self, path: Path) -> None:
+        descriptor = open_plain(path)
+        self._descriptors.append(descriptor)
+        for piece, offset in _read_slices(path, descriptor):
+            self._places[piece.name].append(_Place(piece.start, piece.numel, descriptor, offset))
+
     def read(self, name: str, start: int, into: Tensor) -> None:
-        """Fill ``into``, one-dimensional and contiguous, with the parameter's elements from ``start`` on.
+        """Fill ``into``, one-dimensional and contiguous, with a parameter's elements from ``start`` on.
 
         Raises:
             UserError: elements that no file holds.
         """
-        if into.device.type != "cpu" or into.dtype != torch.float32:
-            for chunk in into.split(_CHUNK):
-                buffer = torch.empty(len(chunk), dtype=torch.float32)
-                self.read(name, start, buffer)
-                chunk.copy_(buffer)
-                start += len(chunk)
+        if into.device.type == "cpu" and into.dtype == torch.float32:
+            self._read_fp32(name, start, into)
             return
+        # By way of a small buffer: a GPU's memory, or another dtype, cannot be read into from a file.
+        for chunk in torch.split(into, CHUNK):
+            buffer = torch.empty(len(chunk), dtype=torch.float32)
+            self._read_fp32(name, start, buffer)
+            chunk.copy_(buffer)
+            start += len(chunk)
+
+    def _read_fp32(self, name: str, start: int, into: Tensor) -> None:
         target = into.detach().numpy().data.cast("B")
         end = start + into.numel()
         found = 0
+        # The files may come from another number of ranks, whose slices begin and end elsewhere.
         for place in self._places.get(name, ()):
-            first, last = max(start, place.start), min(end, place.start + place.numel)
-            if first < last:
-                part = target[4 * (first - start) : 4 * (last - start)]
-                _read_fully(place.descriptor, part, place.offset + 4 * (first - place.start), name)
-                found += last - first
+            first = max(start, place.start)
+            last = min(end, place.start + place.numel)
+            if first >= last:
+                continue
+            part = target[_FP32_BYTES * (first - start) : _FP32_BYTES * (last - start)]
+            offset = place.offset + _FP32_BYTES * (first - place.start)
+            read_fully(place.descriptor, part, offset=offset, what=name)
+            found += last - first
+        # No slice is stored twice, so that the count alone shows a gap.
         if found != into.numel():
             raise UserError(f"the checkpoint holds {found} of the elements {start} to {end} of {name}")
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         for descriptor in self._descriptors:
             os.close(descriptor)
         self._descriptors.clear()
@@ -174,31 +145,25 @@ class SliceReader:
         self.close()
 
 
-def _read_fully(descriptor: int, target: memoryview, offset: int, what: object) -> None:
-    while target:
-        count = os.preadv(descriptor, [target], offset)
-        if not count:
-            raise UserError(f"{what}: the file ends too early")
-        target, offset = target[count:], offset + count
-
-
-def _header(path: Path, descriptor: int) -> list[tuple[Slice, int]]:
-    """The slices of a file and where their data begin."""
-    size = os.fstat(descriptor).st_size
-    length = bytearray(8)
-    _read_fully(descriptor, memoryview(length), 0, path)
+def _read_slices(path: Path, descriptor: int) -> list[tuple[Slice, int]]:
+    """Return a file's slices, each with the byte at which its elements begin."""
+    found = []
     try:
-        if int.from_bytes(length, "little") > min(size, _LARGEST_HEADER):
-            raise UserError("its header would be longer than the file")
-        text = bytearray(int.from_bytes(length, "little"))
-        _read_fully(descriptor, memoryview(text), 8, path)
-        found = []
-        for key, entry in json.loads(text).items():
+        size = os.fstat(descriptor).st_size
+        header, data_begin = read_header(descriptor)
+        for key, entry in header.items():
             name, _, start = key.rpartition(":")
-            (numel,), (begin, end) = entry["shape"], entry["data_offsets"]
-            if entry["dtype"] != "F32" or end - begin != 4 * numel or begin < 0 or 8 + len(text) + end > size:
-                raise UserError(f"{key} is not where the header says")
-            found.append((Slice(name, int(start), numel), 8 + len(text) + begin))
+            numel, begin = _read_entry(key, entry, size - data_begin)
+            found.append((Slice(name, int(start), numel), data_begin + begin))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path}: not a file of parameter slices ({error})") from None
     return found
+
+
+def _read_entry(key: str, entry: Any, data_bytes: int) -> tuple[int, int]:
+    """Return the number of elements of a header's entry and where they begin, in bytes behind the header."""
+    (numel,) = entry["shape"]
+    begin, end = entry["data_offsets"]
+    if entry["dtype"] != "F32" or end - begin != _FP32_BYTES * numel or begin < 0 or end > data_bytes:
+        raise UserError(f"{key} is not where the header says")
+    return numel, begin

@@ -1,4 +1,4 @@
-"""Named tensors in a folder, read one at a time, and matched to the parameters of a model."""
+"""The interface to a folder of named tensors, and the check that they are the parameters of a model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 from gptj_train.errors import UserError
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Buffers that old Transformers versions saved; they hold no weights.
+# Causal masks and position tables that old Transformers versions saved as buffers; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
 _PREFIX = "transformer."
 _ADAPTER = re.compile(r"(.+)\.(lora_[AB])\.weight")
@@ -33,23 +33,23 @@ class StoredWeights(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Of all tensors in the folder, in their order."""
+        """Return the names of all tensors, in the folder's order."""
 
     @abstractmethod
-    def form(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape and safetensors' name of its dtype, without reading the numbers."""
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        """Return a tensor's shape and its dtype as safetensors names it ("F32"); the elements are not read."""
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """One stored tensor, as stored."""
+        """Return a tensor in its stored dtype."""
 
     @abstractmethod
     def read(self, name: str, start: int, into: Tensor) -> None:
-        """Fill ``into``, one-dimensional, with the tensor's elements from ``start`` on, cast to its dtype."""
+        """Fill ``into``, one-dimensional, with the flattened tensor's elements from ``start`` on, cast to its dtype."""
 
     @abstractmethod
     def close(self) -> None:
-        """Release the files; tensors already read stay valid."""
+        """Close the files; tensors already read stay valid."""
 
     def __enter__(self) -> Self:
         return self
@@ -60,42 +60,59 @@ class StoredWeights(ABC):
     def match(
         self, shapes: Mapping[str, torch.Size], tied: frozenset[str] = frozenset(), new_head: bool = False
     ) -> dict[str, str]:
-        """Stored name of each wanted parameter, after checking that exactly these are here.
+        """Return the stored name of each parameter, after checking that the folder holds exactly these.
 
-        A trunk without head reads a folder with head and leaves the head. ``tied`` names may be stored
-        though nobody wants them. With ``new_head`` a folder of another task will do: the parameters outside
-        the trunk are then left out.
+        A model without head (trunk) also reads a folder with head, and ignores the head.
+
+        Args:
+            shapes: of the model's parameters.
+            tied: names that may be stored although the model has no such parameter.
+            new_head: accept a folder of another task; parameters outside the trunk are then left out of the result.
 
         Raises:
-            UserError: missing or unexpected tensors, or other shapes, all listed.
+            UserError: missing or unexpected tensors, all of them listed; another shape; quantized weights.
         """
-        stored = {name for name in self.names() if not _LEGACY_BUFFER.fullmatch(name)} - tied
-        trunk_only = not any(name.startswith(_PREFIX) for name in shapes)
-        prefix = _PREFIX if trunk_only and any(name.startswith(_PREFIX) for name in stored) else ""
-        wanted = {name: prefix + name for name in shapes}
-        head = {name for name in shapes if not trunk_only and not name.startswith(_PREFIX)}
-        if new_head and head.isdisjoint(stored):
-            wanted = {name: name for name in shapes if name not in head}
-            stored = {name for name in stored if name.startswith(_PREFIX)}
-        missing = sorted(set(wanted.values()) - stored)
-        unexpected = sorted(name for name in stored - set(wanted.values()) if name.startswith(prefix))
+        found = {name for name in self.names() if not _LEGACY_BUFFER.fullmatch(name)} - tied
+        # Names first: a wrong model shows in them, and all its faults fit into one message.
+        stored_names, relevant = _pair_names(shapes, found, new_head)
+        self._check_complete(set(stored_names.values()), relevant)
+        for name, stored_name in stored_names.items():
+            self._check_tensor(name, stored_name, tuple(shapes[name]))
+        return stored_names
+
+    def _check_complete(self, wanted: set[str], found: set[str]) -> None:
+        missing, unexpected = sorted(wanted - found), sorted(found - wanted)
         if missing or unexpected:
             raise UserError(
                 f"{self.folder}: the weights are not this model's; "
-                f"missing: {_some(missing)}; unexpected: {_some(unexpected)}"
+                f"missing: {_shortened(missing)}; unexpected: {_shortened(unexpected)}"
             )
-        for name, place in wanted.items():
-            (found, kind), shape = self.form(place), tuple(shapes[name])
-            if found != shape:
-                raise UserError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
-            if kind not in _FLOATS:
-                raise UserError(
-                    f"{self.folder}: {name} is stored as {kind}, which is no weight to train; "
-                    "give a folder in fp32, bf16 or fp16, one that is not quantized"
-                )
-        return wanted
+
+    def _check_tensor(self, name: str, stored_name: str, shape: tuple[int, ...]) -> None:
+        found, dtype = self.shape_and_dtype(stored_name)
+        if found != shape:
+            raise UserError(f"{self.folder}: {name} has shape {found}, config.json says {shape}")
+        if dtype not in _FLOATS:
+            raise UserError(
+                f"{self.folder}: {name} is stored as {dtype}, which cannot be trained; "
+                "give a folder in fp32, bf16 or fp16, one that is not quantized"
+            )
 
 
-def _some(names: list[str]) -> str:
+def _pair_names(shapes: Mapping[str, Any], found: set[str], new_head: bool) -> tuple[dict[str, str], set[str]]:
+    """Return parameter -> stored name, and the stored names that these should be all of."""
+    in_trunk = {name for name in found if name.startswith(_PREFIX)}
+    head = {name for name in shapes if not name.startswith(_PREFIX)}
+    if len(head) == len(shapes):
+        # A trunk's own names have no prefix; a folder that holds a trunk inside a model has.
+        prefix = _PREFIX if in_trunk else ""
+        return {name: prefix + name for name in shapes}, in_trunk or found
+    # Some of the head: then it is this task's, and what lacks is missing.
+    if new_head and head.isdisjoint(found):
+        return {name: name for name in shapes if name not in head}, in_trunk
+    return dict(zip(shapes, shapes, strict=True)), found
+
+
+def _shortened(names: list[str]) -> str:
     shown = ", ".join(names[:5]) or "none"
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown

@@ -1,9 +1,9 @@
-"""One rank that trains through steps whose numbers are not finite, in every place that holds the state.
+"""One rank that trains through non-finite steps, for every place of the training state.
 
 deepspeed --num_gpus N bad_numbers_worker.py OUT_DIR JOBS_JSON
 
-For each job writes what changed at each bad step, and how the next good step compares with that of a run which
-never saw them.
+For each job it writes what each bad step changed, and how the next good step compares with a run without bad
+steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from toy import ToyTask, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, optim_config, toy_config, trainer_config
 from worker import SILENT
 
 from gptj_train import GPTJForCausalLM
@@ -28,7 +28,6 @@ from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.trainer import Trainer
-from gptj_train.training.zero_config import EngineConfig
 
 GOOD, BAD = 2, ["nan loss", "inf loss", "inf gradient"]
 MICRO_BATCHES = 2
@@ -37,11 +36,18 @@ MICRO_BATCHES = 2
 def trainer_of(job: dict[str, Any], out: Path) -> Trainer:
     config = trainer_config(str(out), micro_batch_size=1, max_steps=12)
     engine = Engine(
-        lambda: GPTJForCausalLM(toy_config()), None, EngineConfig(**job["engine"]), optim_config(), 4, 1, config.seed
+        build=lambda: GPTJForCausalLM(toy_config()),
+        init_from=None,
+        engine=engine_config(job["engine"]),
+        optim=optim_config(),
+        micro_batch_size=config.micro_batch_size,
+        accumulation=accumulation(config.micro_batch_size),
+        seed=config.seed,
     )
     model_files = ModelFiles(toy_config(), "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(out, keep=1, keep_every=0, model_files=model_files)
-    return Trainer(config, engine, ToyTask(1), checkpoints, Tracker(SILENT, out, {}, engine.rank))
+    tracker = Tracker(SILENT, out, {}, engine.rank)
+    return Trainer(config=config, engine=engine, task=ToyTask(1), checkpoints=checkpoints, tracker=tracker)
 
 
 def state_of(engine: Engine) -> list[Any]:

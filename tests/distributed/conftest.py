@@ -1,4 +1,4 @@
-"""Runs of the worker that several files look at, once for all of them."""
+"""Runs of the worker that several tests read, launched once per session."""
 
 from __future__ import annotations
 

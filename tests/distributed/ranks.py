@@ -1,4 +1,4 @@
-"""Starts the worker on several ranks, and reads what it wrote."""
+"""Launch the worker on several ranks, and read its results."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Results:
 
 
 def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]], script: str = "worker.py") -> str:
-    """Run a worker on so many ranks and return what they printed; shown when one fails.
+    """Run a worker on this number of ranks and return their output; a failure raises with it.
 
     Without the launcher, which the recipes' tests go through: it takes as long to start as the ranks.
     """
@@ -48,12 +48,12 @@ def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]], script: str = "
     if torch.cuda.device_count() < ranks:
         shared["DS_ACCELERATOR"] = "cpu"
     command = [sys.executable, str(HERE / script), str(folder), json.dumps(jobs)]
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as captured:
         processes = [
             subprocess.Popen(
                 command,
                 env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=said,
+                stdout=captured,
                 stderr=subprocess.STDOUT,
             )
             for rank in range(ranks)
@@ -63,14 +63,14 @@ def launch(ranks: int, folder: Path, jobs: list[dict[str, Any]], script: str = "
         finally:
             for process in processes:
                 process.kill()
-            said.seek(0)
-            output = said.read()
+            captured.seek(0)
+            output = captured.read()
         assert not any(process.wait() for process in processes), output[-12000:]
     return output
 
 
 def wait_for(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one badly."""
+    """Wait until all have exited, or one has failed."""
     ends = time.monotonic() + LONGEST
     while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
         if time.monotonic() > ends:

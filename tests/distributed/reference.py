@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import clip_grad_norm_
-from toy import GLOBAL_BATCH, SEED, WINDOWS, batch_of, count_targets, optim_config, toy_config
+from toy import SEED, batch_of, count_targets, optim_config, toy_config, windows_in_order
 
 from gptj_train import GPTJForCausalLM
-from gptj_train.data.sampler import micro_batches_at
 from gptj_train.model.loss import IGNORE, next_token_targets
 from gptj_train.training.schedule import lr_at
 
@@ -27,9 +26,8 @@ def train(dtype: torch.dtype, steps: int) -> tuple[list[float], list[float], dic
     groups = [{"params": decayed, "weight_decay": optim.weight_decay}, {"params": others, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     losses, norms = [], []
-    for step in range(steps):
-        rows = micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, 1, 0, 1)
-        batches = [batch_of(row) for row in rows]
+    for step, windows in enumerate(windows_in_order(0, steps)):
+        batches = [batch_of([window]) for window in windows]
         total = sum(count_targets(batch) for batch in batches)
         gradients = {name: torch.zeros_like(master) for name, master in masters.items()}
         loss = 0.0
@@ -62,8 +60,8 @@ def train_adapters(model: Any, steps: int) -> tuple[list[float], list[float]]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay)
     losses, norms = [], []
-    for step in range(steps):
-        batches = [batch_of(row) for row in micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, 1, 0, 1)]
+    for step, windows in enumerate(windows_in_order(0, steps)):
+        batches = [batch_of([window]) for window in windows]
         total = sum(count_targets(batch) for batch in batches)
         adamw.zero_grad()
         loss = sum(_packed_loss(model, batch) for batch in batches) / total

@@ -1,4 +1,4 @@
-"""What a folder holds is what the optimizer starts from, bit for bit, on every stage and in every place."""
+"""Training starts from a folder's weights and moments, bit for bit, on every stage and place of offload."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_a_run_without_a_step_exports_the_source_s_bits(starts: Results, name: s
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_whatever_the_files(starts: Results, name: str) -> None:
+def test_every_file_format(starts: Results, name: str) -> None:
     exported = load_file(starts.folder / name / "export_fp32" / "model.safetensors")
     for parameter, tensor in load_file(starts.folder / "source" / "model.safetensors").items():
         expected = tensor.bfloat16().float() if name == "bf16" else tensor
         assert torch.equal(exported[parameter].view(torch.int32), expected.view(torch.int32)), parameter
 
 
-def test_the_weights_of_compute_follow(starts: Results) -> None:
+def test_the_low_precision_weights_follow(starts: Results) -> None:
     """The bf16 copy is the master's rounding everywhere: one held-out loss."""
     losses = {name: starts.of(f"{name}, evaluated")["evaluation"]["eval_loss"] for name in PLACES if "fp" not in name}
     assert len(losses) == 9
@@ -106,7 +106,7 @@ def test_the_weights_of_compute_follow(starts: Results) -> None:
 
 
 @pytest.mark.parametrize("name", PLACES)
-def test_adam_goes_on_from_the_moments_of_the_source(starts: Results, name: str) -> None:
+def test_adam_resumes_from_the_moments_of_the_folder(starts: Results, name: str) -> None:
     checkpoint = starts.folder / f"{name}, moments" / "checkpoints" / "step_00000000"
     manifest = Manifest.read(checkpoint)
     assert manifest.optimizer["steps"] == UPDATES
@@ -119,9 +119,9 @@ def test_adam_goes_on_from_the_moments_of_the_source(starts: Results, name: str)
                 assert torch.equal(found, tensor.view(-1)), parameter
 
 
-def test_a_source_that_is_not_this_model_s_is_told_before_anything(starts: Results, tmp_path: Path) -> None:
+def test_a_folder_of_another_model_is_refused(starts: Results, tmp_path: Path) -> None:
     wider = toy_config()
     wider.n_layer = 3
     GPTJForCausalLM(wider).save_pretrained(tmp_path)
-    with pytest.raises(AssertionError, match=r"ValueError: .*unexpected: transformer\.h\.2"):
+    with pytest.raises(AssertionError, match=r"UserError: .*unexpected: transformer\.h\.2"):
         launch(1, tmp_path, [job("refused", micro=1, steps=0, init_from=str(tmp_path))])

@@ -1,4 +1,4 @@
-"""LoRA through the engine: what is trained, what stays, what comes out, on every stage and in every place."""
+"""LoRA through the engine: trained, frozen and exported weights, on every stage and place of offload."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PLACES = {
     "stage 3 weights on the host": {"offload_optimizer": "none", "offload_parameters": "cpu"},
     "fp32": {"precision": "fp32"},
 }
-NEW_ROWS = {"5": [1, 2, 3], "90": [7]}
+MEAN_ROWS = {"5": [1, 2, 3], "90": [7]}
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +42,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
         job("first half", run="interrupted", save=True, **(common | {"steps": 3})),
         job("second half", run="interrupted", **common),
         job("before", engine=PLACES["fp32"], **(common | {"steps": 0})),
-        job("new rows", init_from=str(folder / "base"), steps=0, new_rows=NEW_ROWS),
-        job("new rows, adapted", **(common | {"steps": 0}), new_rows=NEW_ROWS),
+        job("new rows", init_from=str(folder / "base"), steps=0, mean_rows=MEAN_ROWS),
+        job("new rows, adapted", **(common | {"steps": 0}), mean_rows=MEAN_ROWS),
     ]
     launch(2, folder, jobs)
     return Results(folder)
@@ -59,7 +59,7 @@ def is_adapter(name: str) -> bool:
 
 @pytest.mark.parametrize("name", PLACES)
 def test_the_base_stays(runs: Results, name: str) -> None:
-    """Frozen in the precision of compute; only adapters move, and they all do."""
+    """Frozen in low precision; only the adapters change, and all of them do."""
     weights = runs.weights(name)
     dtype = torch.float32 if name == "fp32" else torch.bfloat16
     for parameter, tensor in base(runs).items():
@@ -138,12 +138,12 @@ def test_a_checkpoint_holds_the_adapters_alone(runs: Results) -> None:
 
 @pytest.mark.parametrize("name", ["new rows", "new rows, adapted"])
 def test_new_rows_are_means(runs: Results, name: str) -> None:
-    """In fp32 in the masters; in the precision of compute where they are frozen. Nothing else changes."""
+    """In fp32 in the masters; in low precision where they are frozen. Nothing else changes."""
     weights = runs.weights(name)
     for parameter, tensor in base(runs).items():
         expected = tensor.clone()
         if parameter in ("transformer.wte.weight", "lm_head.weight", "lm_head.bias"):
-            for row, others in NEW_ROWS.items():
+            for row, others in MEAN_ROWS.items():
                 expected[int(row)] = tensor[others].mean(dim=0)
         expected = expected.bfloat16().float() if "adapted" in name else expected
         assert (weights[parameter] - expected).abs().max() <= 1e-7, parameter

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from torch import Tensor
 
+import gptj_train
 from gptj_train import GPTJConfig
-from gptj_train.data.sampler import evaluation_batches, micro_batches_at
+from gptj_train.data.sampler import Sampler, evaluation_batches
+from gptj_train.launch.ranks import world_size
 from gptj_train.model.loss import IGNORE, next_token_targets
+from gptj_train.tasks.task import EvaluationBatch
+from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.optimizer import OptimConfig
-from gptj_train.training.trainer import TrainerConfig
+from gptj_train.training.trainer_config import TrainerConfig
+from gptj_train.training.zero_config import EngineConfig
 
 VOCAB, LENGTH, WINDOWS = 97, 24, 21
 GLOBAL_BATCH = 4
@@ -35,39 +43,61 @@ def toy_config(dropout: float = 0.0, width: int = 32) -> GPTJConfig:
     )
 
 
-def optim_config(clip_norm: float = 0.5) -> OptimConfig:
+# The ranks read the package's YAML without Hydra: typed_configs.py would add three seconds to every launch.
+CONFIGS = Path(gptj_train.__file__).parent / "configs"
+
+
+def from_yaml(name: str) -> dict[str, Any]:
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def optim_config() -> OptimConfig:
     """Strong enough that decay, clipping and the schedule all show in the weights."""
-    return OptimConfig(
-        lr=3e-3,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.1,
-        clip_norm=clip_norm,
-        schedule="cosine",
-        warmup_steps=3,
-        decay_steps=0,
-        final_lr_ratio=0.1,
-    )
+    return OptimConfig(**from_yaml("optim/adamw") | {"lr": 3e-3, "clip_norm": 0.5, "warmup_steps": 3})
+
+
+def engine_config(settings: dict[str, Any]) -> EngineConfig:
+    """ZeRO-3 in bf16 with everything offloaded to the CPU, but for the given settings."""
+    offloaded = {"offload_optimizer": "cpu", "offload_parameters": "cpu", "activation_checkpointing": False}
+    return EngineConfig(**from_yaml("engine/zero3") | offloaded | settings)
 
 
 def trainer_config(output_dir: str, micro_batch_size: int, max_steps: int, save_every: int = 0) -> TrainerConfig:
-    return TrainerConfig(
-        output_dir=output_dir,
-        seed=SEED,
-        max_steps=max_steps,
-        global_batch_size=GLOBAL_BATCH,
-        micro_batch_size=micro_batch_size,
-        eval_every=0,
-        save_every=save_every,
-        keep_checkpoints=2,
-        keep_every=0,
-        failed_save="stop",
-        resume="auto",
-        max_hours=None,
-        max_skipped_steps=5,
-        hang_timeout=60,
-        optim=optim_config(),
-    )
+    names = {field.name for field in fields(TrainerConfig)}
+    values = {name: value for name, value in from_yaml("finetune").items() if name in names}
+    values |= {
+        "output_dir": output_dir,
+        "seed": SEED,
+        "max_steps": max_steps,
+        "global_batch_size": GLOBAL_BATCH,
+        "micro_batch_size": micro_batch_size,
+        "eval_every": 0,
+        "save_every": save_every,
+        "failed_save": "stop",
+        "max_skipped_steps": 5,
+        "hang_timeout": 60,
+        "optim": optim_config(),
+    }
+    return TrainerConfig(**values)
+
+
+def accumulation(micro_batch_size: int) -> int:
+    """Micro-batches per optimizer step on each of the launcher's ranks."""
+    return accumulation_steps(GLOBAL_BATCH, micro_batch_size, world_size())
+
+
+def sampler(micro_batch_size: int) -> Sampler:
+    """The order of the windows."""
+    return Sampler([WINDOWS], seed=SEED, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch_size)
+
+
+def windows_in_order(first_step: int, steps: int) -> list[list[int]]:
+    """The windows of each global batch, as a single rank would read them one by one."""
+    order = sampler(micro_batch_size=1)
+    batches = []
+    for step in range(first_step, first_step + steps):
+        batches.append([window for (window,) in order.windows(step, rank=0, world_size=1)])
+    return batches
 
 
 def window(index: int | None) -> dict[str, Tensor]:
@@ -97,29 +127,30 @@ class ToyTask:
 
     def __init__(self, micro_batch_size: int) -> None:
         self.micro_batch_size = micro_batch_size
+        self.sampler = sampler(micro_batch_size)
         self.handed_out: list[list[list[int]]] = []
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
-        return micro_batches_at(step, WINDOWS, SEED, GLOBAL_BATCH, self.micro_batch_size, rank, world_size)
+        return self.sampler.windows(step, rank, world_size)
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, Tensor]]:
         rows = self.training_rows(step, rank, world_size)
         self.handed_out.append(rows)
         return [batch_of(micro) for micro in rows]
 
-    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[dict[str, Tensor]]:
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterable[EvaluationBatch]:
         for rows in evaluation_batches(WINDOWS, self.micro_batch_size, rank, world_size):
-            yield batch_of(rows)
+            yield EvaluationBatch(batch_of(rows), rows)
 
     def targets(self, batch: dict[str, Tensor]) -> int:
         return count_targets(batch)
 
-    def records(self, output: Any, batch: dict[str, Tensor]) -> list[tuple[float, int]]:
-        return [(output.loss.item(), count_targets(batch))]
+    def records(self, output: Any, batch: EvaluationBatch) -> list[tuple[float, int]]:
+        return [(output.loss.item(), count_targets(batch.inputs))]
 
     def metrics(self, records: list[tuple[float, int]]) -> dict[str, float]:
         loss, tokens = (sum(column) for column in zip(*records, strict=True))
         return {"eval_loss": loss / tokens, "eval_tokens": tokens}
 
-    def write_predictions(self, folder: str) -> None:
-        """Nothing that anybody would look at."""
+    def write_predictions(self, folder: str | Path) -> None:
+        """A language model has no predictions to write."""

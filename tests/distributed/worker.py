@@ -1,4 +1,4 @@
-"""One rank of the engine tests: does the jobs it is told, one Engine after another, and writes what came out.
+"""One rank of the engine tests: runs a list of jobs, one Engine after another, and writes their results.
 
 deepspeed --num_gpus N worker.py OUT_DIR JOBS_JSON
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from toy import ToyTask, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, from_yaml, optim_config, toy_config, trainer_config
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
@@ -24,20 +24,10 @@ from gptj_train.tracking import Tracker, TrackingConfig
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
-from gptj_train.training.zero_config import EngineConfig
 
-SILENT = TrackingConfig(wandb="disabled", project="test", run_name=None)
-DEFAULTS = {
-    "stage": 3,
-    "offload_optimizer": "cpu",
-    "offload_parameters": "cpu",
-    "nvme_path": None,
-    "precision": "bf16",
-    "activation_checkpointing": False,
-    "deepspeed": {},
-}
+SILENT = TrackingConfig(**from_yaml("tracking/local"))
 
 
 def do(job: dict[str, Any], out: Path) -> None:
@@ -46,24 +36,23 @@ def do(job: dict[str, Any], out: Path) -> None:
     folder = out / job.get("run", job["name"])
     config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
     model = toy_config(job.get("dropout", 0.0), job.get("width", 32))
-    lora = LoraConfig(
-        **{"rank": 0, "alpha": 8.0, "dropout": 0.0, "targets": ["q_proj", "fc_out"], **job.get("lora", {})}
-    )
+    lora = LoraConfig(**from_yaml("lora/none") | {"alpha": 8, "targets": ["q_proj", "fc_out"]} | job.get("lora", {}))
     engine = Engine(
-        lambda: with_lora(GPTJForCausalLM(model), lora),
-        job.get("init_from"),
-        EngineConfig(**(DEFAULTS | job["engine"])),
-        optim_config(),
-        config.global_batch_size,
-        micro,
+        build=lambda: with_lora(GPTJForCausalLM(model), lora),
+        init_from=job.get("init_from"),
+        engine=engine_config(job["engine"]),
+        optim=optim_config(),
+        micro_batch_size=micro,
+        accumulation=accumulation(micro),
         seed=config.seed,
-        new_rows={int(row): others for row, others in job.get("new_rows", {}).items()},
+        mean_rows={int(row): others for row, others in job.get("mean_rows", {}).items()},
     )
     task = ToyTask(micro)
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
-    trainer = Trainer(config, engine, task, checkpoints, Tracker(SILENT, folder, {}, engine.rank))
-    if found := resumable(folder, job.get("resume", "auto")):
+    tracker = Tracker(SILENT, folder, {}, engine.rank)
+    trainer = Trainer(config=config, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker)
+    if found := resume_candidates(folder, job.get("resume", "auto")):
         trainer.resume(found)
     began = trainer.state.step
     task.handed_out.clear()
@@ -76,7 +65,15 @@ def do(job: dict[str, Any], out: Path) -> None:
     if engine.rank == 0:
         save_file(weights, out / f"{job['name']}.safetensors")
     for dtype in job.get("export", []):
-        export(engine, model_files, folder / f"export_{dtype}", dtype, {}, lora, job.get("init_from"))
+        export(
+            engine,
+            model_files,
+            folder / f"export_{dtype}",
+            dtype=dtype,
+            facts={},
+            lora=lora,
+            base=job.get("init_from"),
+        )
 
 
 def main() -> None:

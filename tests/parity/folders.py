@@ -1,4 +1,4 @@
-"""Model folders in every form Transformers has written."""
+"""Write model folders in every format that Transformers has written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_folder(reference: Any, folder: Path, form: str) -> Path:
 
 
 def legacy_state(reference: Any) -> dict[str, Tensor]:
-    """The state dict with the buffers that old versions saved beside the weights."""
+    """Return the state dict with the buffers that old versions saved beside the weights."""
     state = dict(reference.state_dict())
     prefix = "transformer." if any(name.startswith("transformer.") for name in state) else ""
     for layer in range(reference.config.n_layer):
@@ -35,6 +35,7 @@ def legacy_state(reference: Any) -> dict[str, Tensor]:
 
 
 def write_bin(state: dict[str, Tensor], folder: Path, shards: int = 1) -> None:
+    """Write ``pytorch_model.bin``, or its shards and their index."""
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
         return
@@ -53,6 +54,6 @@ def read_json(path: Path) -> Any:
 
 
 def edit_json(path: Path, **changes: Any) -> None:
-    """Set keys; a value of None removes the key."""
+    """Set keys of a JSON file; a value of None removes the key."""
     values = {key: value for key, value in (read_json(path) | changes).items() if value is not None}
     path.write_text(json.dumps(values))

@@ -1,4 +1,4 @@
-"""A model of ours beside its Transformers twin: the same config, the same random weights."""
+"""Build a model of ours and Transformers' with the same config and weights, and compare their numbers."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 def build_reference(kind: str = "GPTJForCausalLM", **changes: Any) -> nn.Module:
-    """A Transformers model in eval mode, its weights large enough that every part of it shows in the output."""
+    """Build a Transformers model in eval mode, with weights so large that every part of it changes the output."""
     config = transformers.GPTJConfig(**(SMALL | changes))
     reference = getattr(transformers, kind)(config).eval()
     with torch.no_grad():
@@ -38,7 +38,7 @@ def build_reference(kind: str = "GPTJForCausalLM", **changes: Any) -> nn.Module:
 
 
 def build_pair(kind: str = "GPTJForCausalLM", **changes: Any) -> tuple[Any, Any]:
-    """(ours, theirs), both in eval mode."""
+    """Return (ours, theirs), both in eval mode."""
     reference = build_reference(kind, **changes)
     model = getattr(gptj_train, kind)(gptj_train.GPTJConfig(**(SMALL | changes))).eval()
     model.load_state_dict(reference.state_dict())
@@ -50,7 +50,7 @@ def random_ids(batch: int = 2, length: int = 11, vocab: int = VOCAB) -> Tensor:
 
 
 def padding_mask(lengths: list[int], side: str, width: int = 11) -> Tensor:
-    """(B, width) with 1 at ``lengths`` real tokens and 0 at padding on the given side."""
+    """Return (B, width): 1 at each row's ``lengths`` real tokens, 0 at padding on the given side."""
     rows = []
     for length in lengths:
         real, pad = [1] * length, [0] * (width - length)
@@ -59,28 +59,37 @@ def padding_mask(lengths: list[int], side: str, width: int = 11) -> Tensor:
 
 
 def positions_of(mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, as generate gives them."""
+    """Return positions that count real tokens only, as generate passes them."""
     return (mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def gap(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference, relative to the largest value of the reference."""
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Return the largest difference, relative to the largest value of the reference."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def assert_close(ours: Any, theirs: Any, tolerance: float = TOLERANCE) -> None:
-    """Tensors, or tuples of tensors, that agree everywhere."""
+    """Assert that tensors, or tuples of tensors, agree in shape, dtype and every value."""
     if isinstance(theirs, tuple):
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):
             assert_close(mine, other, tolerance)
     else:
-        assert gap(ours, theirs) < tolerance  # false for NaN as well
+        assert relative_error(ours, theirs) < tolerance  # False for NaN as well.
+
+
+def assert_gradients_close(ours: nn.Module, theirs: nn.Module, tolerance: float = TOLERANCE) -> None:
+    """Assert that both models have the same parameters and gradients."""
+    found, expected = gradients(ours), gradients(theirs)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert relative_error(found[name], gradient) < tolerance, name
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Return every parameter's gradient; all must have one."""
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     assert all(gradient is not None for gradient in found.values())
     return found  # type: ignore[return-value]

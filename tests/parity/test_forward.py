@@ -1,4 +1,4 @@
-"""Every number a forward returns equals Transformers', whatever the config and the arguments."""
+"""Every number that a forward returns equals Transformers', for many configs and arguments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.model.activations import ACTIVATIONS
 
-ODD_CONFIGS = [
+CONFIGS = [
     pytest.param({}, id="small"),
     pytest.param({"n_inner": 50, "layer_norm_epsilon": 1e-3}, id="n_inner"),
     pytest.param({"rotary_dim": 2, "activation_function": "relu"}, id="rotary-2"),
@@ -24,13 +24,7 @@ ODD_CONFIGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    return build_pair()
-
-
-@pytest.mark.parametrize("changes", ODD_CONFIGS)
+@pytest.mark.parametrize("changes", CONFIGS)
 def test_logits_loss_states_and_attentions(changes: dict[str, Any]) -> None:
     model, reference = build_pair(**changes)
     ids = random_ids(vocab=changes.get("vocab_size", VOCAB))
@@ -40,7 +34,7 @@ def test_logits_loss_states_and_attentions(changes: dict[str, Any]) -> None:
     ours, theirs = model(ids, **arguments), reference(ids, **arguments)
     for key in ("loss", "logits", "hidden_states", "attentions"):
         assert_close(ours[key], theirs[key])
-    assert_close(model(ids, labels=labels).loss, theirs.loss)  # the fused kernel, no attentions asked
+    assert_close(model(ids, labels=labels).loss, theirs.loss)  # Fused attention.
     assert_close(model(ids).logits, theirs.logits)
 
 
@@ -55,39 +49,39 @@ def test_activation(name: str) -> None:
     assert_close(ours.grad, theirs.grad)
 
 
-def test_trunk_alone() -> None:
+def test_trunk() -> None:
     model, reference = build_pair("GPTJModel")
     ids = random_ids()
     assert_close(model(ids).last_hidden_state, reference(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize("grad", [False, True])  # with gradients, rows that see nothing take the explicit path
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("grad", [False, True])  # With gradients, fully masked rows use eager attention.
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_attention_mask(pair: tuple[Any, Any], side: str, explicit: bool, grad: bool) -> None:
+def test_attention_mask(pair: tuple[Any, Any], side: str, eager: bool, grad: bool) -> None:
     mask = padding_mask([7, 11, 3], side)
-    arguments = {"attention_mask": mask, "labels": random_ids(3), "output_attentions": explicit}
+    arguments = {"attention_mask": mask, "labels": random_ids(3), "output_attentions": eager}
     ids = random_ids(3)
     for positions in (None, positions_of(mask)):
         with torch.set_grad_enabled(grad):
             ours, theirs = (model(ids, position_ids=positions, **arguments) for model in pair)
-            assert_close(ours.logits, theirs.logits)  # padded rows too
+            assert_close(ours.logits, theirs.logits)  # At padding too.
         assert_close(ours.loss, theirs.loss)
-        assert (ours.attentions is not None) == explicit
+        assert (ours.attentions is not None) == eager
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
 @torch.no_grad()
-def test_four_dimensional_masks(pair: tuple[Any, Any], explicit: bool) -> None:
+def test_four_dimensional_masks(pair: tuple[Any, Any], eager: bool) -> None:
     model, reference = pair
     ids = random_ids()
     seen = (torch.rand(2, 1, 11, 11) < 0.6).tril() | torch.eye(11, dtype=torch.bool)
-    seen[0, 0, 4] = False  # a row that sees nothing
+    seen[0, 0, 4] = False  # A fully masked row.
     additive = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     expected = reference(ids, attention_mask=additive).logits
     for mask in (additive, seen):
-        assert_close(model(ids, attention_mask=mask, output_attentions=explicit).logits, expected)
-    soft = torch.randn(1, 1, 11, 11)  # a bias, for every row
+        assert_close(model(ids, attention_mask=mask, output_attentions=eager).logits, expected)
+    soft = torch.randn(1, 1, 11, 11)  # A bias for every row.
     assert_close(model(ids, attention_mask=soft).logits, reference(ids, attention_mask=soft).logits)
 
 
@@ -101,7 +95,7 @@ def test_four_dimensional_masks(pair: tuple[Any, Any], explicit: bool) -> None:
     ],
 )
 def test_position_ids(pair: tuple[Any, Any], positions: list[list[int]], use_cache: bool) -> None:
-    # Without cache and mask Transformers takes a jump for the start of another document.
+    # Without cache and mask Transformers isolates documents at jumps of the positions.
     ids, arguments = random_ids(), {"position_ids": torch.tensor(positions), "use_cache": use_cache}
     for mask in (None, torch.ones_like(ids), padding_mask([7, 11], "right")):
         ours, theirs = (model(ids, attention_mask=mask, **arguments) for model in pair)
@@ -126,7 +120,43 @@ def test_num_items_in_batch(pair: tuple[Any, Any], items: int | torch.Tensor) ->
     assert_close(ours.loss, theirs.loss)
 
 
-def test_loss_without_any_target_is_nan_as_in_transformers(pair: tuple[Any, Any]) -> None:
+def test_logits_beside_the_loss_are_those_without_labels(pair: tuple[Any, Any]) -> None:
+    ids = random_ids()
+    ours, theirs = (model(ids, labels=ids) for model in pair)
+    assert_close(ours.logits, theirs.logits)
+    assert torch.equal(ours.logits, pair[0](ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "skipped"),
+    [
+        ({}, False),
+        ({"skip_logits": True}, True),
+        ({"num_items_in_batch": 7}, True),
+        ({"num_items_in_batch": 7, "skip_logits": False}, False),
+    ],
+)
+def test_skipped_logits_leave_the_loss_as_it_is(
+    pair: tuple[Any, Any], arguments: dict[str, Any], skipped: bool
+) -> None:
+    model, ids = pair[0], random_ids()
+    out = model(ids, labels=ids, **arguments)
+    assert ("logits" in out) == (not skipped)
+    assert (out.logits is None) == skipped
+    targets = ids[:, 1:].numel()
+    summed = model(ids, labels=ids).loss * targets
+    assert_close(out.loss * arguments.get("num_items_in_batch", targets), summed)
+
+
+def test_heads_take_only_input_ids_by_position(pair: tuple[Any, Any]) -> None:
+    ids = random_ids()
+    with pytest.raises(TypeError, match="positional"):
+        pair[0](ids, torch.ones_like(ids))
+    with pytest.raises(TypeError, match="unexpected keyword argument 'attention_masks'"):
+        pair[0](ids, attention_masks=torch.ones_like(ids))
+
+
+def test_loss_without_targets_is_nan_as_in_transformers(pair: tuple[Any, Any]) -> None:
     ids = random_ids()
     ours, theirs = (model(ids, labels=torch.full_like(ids, -100)) for model in pair)
     assert ours.loss.isnan()
@@ -145,7 +175,7 @@ def test_logits_to_keep(pair: tuple[Any, Any], keep: int) -> None:
 def test_tuple_has_the_same_values_in_the_same_order(flags: tuple[bool, ...], kind: str) -> None:
     labelled, use_cache, attentions, states = flags
     if kind == "GPTJModel" and labelled:
-        return  # takes no labels
+        return  # It takes no labels.
     ids = random_ids()
     arguments: dict[str, Any] = {"labels": ids} if labelled else {}
     arguments |= {"use_cache": use_cache, "output_attentions": attentions, "output_hidden_states": states}
@@ -178,7 +208,7 @@ def test_output_reads_by_name_key_and_index(pair: tuple[Any, Any]) -> None:
         _ = out["attentions"]
 
 
-def test_config_switches_are_defaults_of_the_call() -> None:
+def test_config_gives_defaults_of_the_call() -> None:
     switches = {"output_attentions": True, "output_hidden_states": True, "use_cache": False}
     model, reference = build_pair(**switches)
     ids = random_ids()
@@ -189,8 +219,8 @@ def test_config_switches_are_defaults_of_the_call() -> None:
 
 @pytest.mark.parametrize("per_layer", [False, True])
 def test_head_mask(per_layer: bool) -> None:
-    # Transformers v5 has none. Scaling a head's weights scales its output, so scaling the columns of
-    # out_proj that read the head says the same.
+    # Transformers 5 has no head mask. Scaling a head's weights scales its output, and so does scaling the columns of
+    # out_proj that read the head.
     model, reference = build_pair()
     head_mask = torch.tensor([[1.0, 0.0, 0.5, 1.0], [0.0, 1.0, 1.0, 0.25]])
     ids = random_ids()
@@ -210,7 +240,7 @@ def test_bf16(mask: str | None) -> None:
     masks = {"2d": padding, "4d": torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)}
     arguments = {"attention_mask": None if mask is None else masks[mask], "labels": ids}
     ours, theirs = model(ids, **arguments), reference(ids, **arguments)
-    # bf16 keeps 8 bits: one rounding is 0.4%, and a forward makes many.
+    # bf16 has 8 significant bits: one rounding is up to 0.4 %, and a forward makes many.
     assert_close(ours.logits, theirs.logits, tolerance=2e-2)
     assert_close(ours.loss, theirs.loss, tolerance=5e-3)
 
@@ -224,8 +254,9 @@ def test_bf16(mask: str | None) -> None:
         ({"input_ids": random_ids(1, 2), "position_ids": torch.tensor([[63, 64]])}, "n_positions"),
         ({"input_ids": random_ids(), "attention_mask": torch.ones(2, 10)}, r"must be \(2, 11\), got \(2, 10\)"),
         ({"input_ids": random_ids(), "document_ids": torch.zeros(2, 10)}, r"must be \(2, 11\), got \(2, 10\)"),
+        ({"input_ids": random_ids(), "skip_logits": True}, "nothing to return without labels"),
     ],
 )
-def test_wrong_arguments_are_explained(arguments: dict[str, Any], message: str) -> None:
+def test_invalid_arguments_raise_user_errors(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GPTJForCausalLM(GPTJConfig(**SMALL))(**arguments)

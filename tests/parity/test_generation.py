@@ -1,4 +1,4 @@
-"""Greedy text equals Transformers' token by token; sampling draws from equal scores and repeats under a seed."""
+"""Greedy text equals Transformers' token by token; sampling draws from equal scores, repeatably under a seed."""
 
 from __future__ import annotations
 
@@ -16,24 +16,18 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gptj_train.model.generation import Sampling
+from gptj_train.model.sampling import Sampling
 
 PAD = 100
-# Transformers' advice where no limit is given.
+# Transformers warns about a missing length limit.
 pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default")
-
-
-@pytest.fixture(scope="module")
-def pair() -> tuple[Any, Any]:
-    torch.manual_seed(0)
-    return build_pair()
 
 
 def prompts(batch: int = 3, length: int = 9) -> Tensor:
     return torch.randint(PAD, (batch, length))
 
 
-def greedy_of_both(pair: tuple[Any, Any], ids: Tensor, **options: Any) -> Tensor:
+def assert_same_greedy_text(pair: tuple[Any, Any], ids: Tensor, **options: Any) -> Tensor:
     ours, theirs = (model.generate(ids, do_sample=False, **options) for model in pair)
     assert torch.equal(ours, theirs)
     return ours
@@ -55,13 +49,13 @@ def greedy_of_both(pair: tuple[Any, Any], ids: Tensor, **options: Any) -> Tensor
 @pytest.mark.parametrize("batch", [1, 3])
 def test_greedy(pair: tuple[Any, Any], batch: int, options: dict[str, Any], length: int, use_cache: bool) -> None:
     ids = prompts(batch)
-    out = greedy_of_both(pair, ids, use_cache=use_cache, **options)
+    out = assert_same_greedy_text(pair, ids, use_cache=use_cache, **options)
     assert out.shape == (batch, length)
     assert torch.equal(out[:, :9], ids)
 
 
 def test_default_length_ends_at_the_last_position(pair: tuple[Any, Any]) -> None:
-    assert greedy_of_both(pair, prompts(1, 50)).shape == (1, 64)
+    assert assert_same_greedy_text(pair, prompts(1, 50)).shape == (1, 64)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -70,11 +64,11 @@ def test_greedy_of_left_padded_prompts(pair: tuple[Any, Any], penalty: float, us
     mask = padding_mask([5, 9, 1], "left", 9)
     ids = prompts().masked_fill(mask == 0, PAD)
     options = {"max_new_tokens": 8, "pad_token_id": PAD, "repetition_penalty": penalty, "use_cache": use_cache}
-    out = greedy_of_both(pair, ids, attention_mask=mask, **options)
-    assert torch.equal(greedy_of_both(pair, ids, **options), out)  # the mask is found by the pad id
-    if penalty == 1.0:  # else pads count as seen tokens, as in Transformers
-        alone = pair[0].generate(ids[:1, 4:], max_new_tokens=8)
-        assert torch.equal(out[:1, 4:], alone)
+    out = assert_same_greedy_text(pair, ids, attention_mask=mask, **options)
+    assert torch.equal(assert_same_greedy_text(pair, ids, **options), out)  # Derived from the pad id.
+    # Padding changes nothing: the padded row generates what its prompt does alone.
+    alone = pair[0].generate(ids[:1, 4:], max_new_tokens=8, repetition_penalty=penalty)
+    assert torch.equal(out[:1, 4:], alone)
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -86,16 +80,16 @@ def test_finished_rows_are_filled(pair: tuple[Any, Any], ends: int, pad: int | N
     stops = [int(free[0, 12]), int(free[1, 15])][:ends]
     eos = stops[0] if ends == 1 else stops
     options = {"max_new_tokens": 12, "eos_token_id": eos, "use_cache": use_cache}
-    out = greedy_of_both(pair, ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
+    out = assert_same_greedy_text(pair, ids, attention_mask=torch.ones_like(ids), pad_token_id=pad, **options)
     new = out[0, 9:].tolist()
     after = new[new.index(stops[0]) + 1 :]
     assert after == [stops[0] if pad is None else pad] * len(after)
 
 
-def test_all_rows_finished_ends_early(pair: tuple[Any, Any]) -> None:
+def test_generation_stops_once_all_rows_are_finished(pair: tuple[Any, Any]) -> None:
     ids = prompts(1)
     eos = int(pair[0].generate(ids, max_new_tokens=3)[0, -1])
-    out = greedy_of_both(pair, ids, max_new_tokens=30, eos_token_id=eos, pad_token_id=PAD)
+    out = assert_same_greedy_text(pair, ids, max_new_tokens=30, eos_token_id=eos, pad_token_id=PAD)
     assert out.shape[1] <= 12
     assert out[0, -1] == eos
 
@@ -136,7 +130,7 @@ def test_scores(options: dict[str, Any], ties: bool) -> None:
     logits = 3 * torch.randn(5, VOCAB)
     if ties:
         logits = logits.round()
-    seen = random_ids(5, 30)
+    ids_so_far = random_ids(5, 30)
     sampling = Sampling(do_sample=True, **options)
     processors = [RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)]
     processors.append(TemperatureLogitsWarper(sampling.temperature))
@@ -144,22 +138,22 @@ def test_scores(options: dict[str, Any], ties: bool) -> None:
         processors.append(TopKLogitsWarper(sampling.top_k))
     processors.append(TopPLogitsWarper(sampling.top_p))
     before = logits.clone()
-    assert torch.equal(sampling.scores(logits, seen), LogitsProcessorList(processors)(seen, logits.clone()))
+    assert torch.equal(sampling.scores(logits, ids_so_far), LogitsProcessorList(processors)(ids_so_far, logits.clone()))
     assert torch.equal(logits, before)
 
 
 def test_top_p_that_falls_between_equal_tokens() -> None:
-    logits, seen = torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.long)
-    kept = Sampling(do_sample=True, top_p=0.5).scores(logits, seen)
-    assert torch.equal(kept, TopPLogitsWarper(0.5)(seen, logits))
+    logits, ids_so_far = torch.zeros(1, 4), torch.zeros(1, 1, dtype=torch.long)
+    kept = Sampling(do_sample=True, top_p=0.5).scores(logits, ids_so_far)
+    assert torch.equal(kept, TopPLogitsWarper(0.5)(ids_so_far, logits))
     assert kept.isfinite().sum() == 2
 
 
 def test_greedy_scores_ignore_the_sampling_options() -> None:
-    logits, seen = torch.randn(2, VOCAB), random_ids()
+    logits, ids_so_far = torch.randn(2, VOCAB), random_ids()
     greedy = Sampling(temperature=0.5, top_k=3, top_p=0.5)
-    assert torch.equal(greedy.scores(logits, seen), logits)
-    assert torch.equal(greedy.pick(logits, seen, None), logits.argmax(dim=-1))
+    assert torch.equal(greedy.scores(logits, ids_so_far), logits)
+    assert torch.equal(greedy.pick(logits, ids_so_far, None), logits.argmax(dim=-1))
 
 
 def test_sampling_stays_within_the_allowed_tokens(pair: tuple[Any, Any]) -> None:
@@ -181,11 +175,11 @@ def test_sampling_follows_the_distribution() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9, "temperature": 1.4, "top_k": 0, "repetition_penalty": 1.2}])
-def test_a_seed_repeats_the_text(pair: tuple[Any, Any], options: dict[str, Any]) -> None:
+def test_seeded_sampling_is_repeatable(pair: tuple[Any, Any], options: dict[str, Any]) -> None:
     ids = prompts()
 
     def sample(seed: int, **more: Any) -> Tensor:
-        torch.rand(3)  # what was drawn before does not matter
+        torch.rand(3)  # Earlier draws do not matter.
         return pair[0].generate(ids, max_new_tokens=12, do_sample=True, seed=seed, **options, **more)
 
     assert torch.equal(sample(1), sample(1))
@@ -219,14 +213,16 @@ def test_generation_while_checkpointing_in_training() -> None:
         (prompts(), {"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
         (prompts(), {"do_sample": True, "temperature": -1.0}, "temperature must be above 0"),
         (prompts(), {"num_beams": 0}, "num_beams must be at least 1"),
-        (prompts(), {"num_beams": 2, "do_sample": True}, "beams draw nothing"),
+        (prompts(), {"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         (prompts(), {"top_k": -1}, "top_k must be 0"),
         (prompts(), {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         (prompts(), {"top_p": 1.5}, r"top_p must be in \(0, 1\]"),
         (prompts(), {"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
     ],
 )
-def test_mistakes_are_explained(pair: tuple[Any, Any], ids: Tensor, options: dict[str, Any], message: str) -> None:
+def test_invalid_options_raise_user_errors(
+    pair: tuple[Any, Any], ids: Tensor, options: dict[str, Any], message: str
+) -> None:
     assert SMALL["n_positions"] == 64
     with pytest.raises(ValueError, match=message):
         pair[0].generate(ids, **options)

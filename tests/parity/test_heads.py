@@ -30,7 +30,7 @@ def padded_ids(side: str) -> Tensor:
     return ids
 
 
-def compare(ours: Any, theirs: Any, inputs: dict[str, Any], names: tuple[str, ...]) -> None:
+def assert_same_loss_and_gradients(ours: Any, theirs: Any, inputs: dict[str, Any], names: tuple[str, ...]) -> None:
     mine, other = ours(**inputs), theirs(**inputs)
     assert_close(mine.loss, other.loss)
     for name in names:
@@ -54,11 +54,11 @@ def test_classification(problem: str, stated: bool, side: str) -> None:
         changes = {"num_labels": 3, "pad_token_id": PAD} | ({"problem_type": problem} if stated else {})
         ours, theirs = build_pair("GPTJForSequenceClassification", **changes)
         labels = LABELS[problem]
-    compare(ours, theirs, {"input_ids": padded_ids(side), "labels": labels}, ("logits",))
+    assert_same_loss_and_gradients(ours, theirs, {"input_ids": padded_ids(side), "labels": labels}, ("logits",))
     assert ours.config.problem_type == theirs.config.problem_type == problem
 
 
-def test_the_mask_finds_the_ends_where_there_is_no_pad_id() -> None:
+def test_attention_mask_locates_row_ends_without_pad_id() -> None:
     ours, theirs = build_pair("GPTJForSequenceClassification", num_labels=3, pad_token_id=PAD)
     ids = padded_ids("right")
     mask = (ids != PAD).long()
@@ -71,7 +71,7 @@ def test_the_mask_finds_the_ends_where_there_is_no_pad_id() -> None:
 
 
 @pytest.mark.parametrize("problem", LABELS)
-def test_sums_over_a_count_of_ones_own_are_the_mean(problem: str) -> None:
+def test_num_items_in_batch_divides_the_summed_loss(problem: str) -> None:
     ours, _ = build_pair("GPTJForSequenceClassification", num_labels=3, pad_token_id=PAD, problem_type=problem)
     ids, labels = padded_ids("right"), LABELS[problem]
     assert_close(
@@ -83,14 +83,14 @@ def test_question_answering() -> None:
     ours, theirs = build_pair("GPTJForQuestionAnswering")
     inputs = {
         "input_ids": random_ids(batch=4),
-        "start_positions": torch.tensor([0, 3, 40, -2]),  # 40: no target; -2 counts as 0
+        "start_positions": torch.tensor([0, 3, 40, -2]),  # 40 is no target, -2 counts as 0.
         "end_positions": torch.tensor([2, 10, 11, 5]),
         "attention_mask": torch.ones(4, 11, dtype=torch.long),
     }
-    compare(ours, theirs, inputs, ("start_logits", "end_logits"))
+    assert_same_loss_and_gradients(ours, theirs, inputs, ("start_logits", "end_logits"))
 
 
-def test_question_answering_sums_over_a_given_count() -> None:
+def test_num_items_in_batch_divides_the_summed_span_loss() -> None:
     ours, _ = build_pair("GPTJForQuestionAnswering")
     ids, where = random_ids(batch=4), torch.tensor([0, 3, 4, 2])
     expected = ours(ids, start_positions=where, end_positions=where + 1).loss.detach()
@@ -99,7 +99,7 @@ def test_question_answering_sums_over_a_given_count() -> None:
 
 
 @pytest.mark.parametrize("kind", ["GPTJForSequenceClassification", "GPTJForQuestionAnswering"])
-def test_folders_go_both_ways(tmp_path: Path, kind: str) -> None:
+def test_folders_load_in_both_libraries(tmp_path: Path, kind: str) -> None:
     names = {0: "bad", 1: "fair", 2: "good"} if kind == "GPTJForSequenceClassification" else {0: "start", 1: "end"}
     ours, theirs = build_pair(kind, id2label=names, pad_token_id=PAD)
     cls = GPTJForSequenceClassification if "Class" in kind else GPTJForQuestionAnswering
@@ -112,7 +112,7 @@ def test_folders_go_both_ways(tmp_path: Path, kind: str) -> None:
         assert torch.equal(mine, other)
 
 
-def test_a_causal_lm_folder_starts_a_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_new_head_on_a_causal_lm_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     ours, _ = build_pair()
     ours.save_pretrained(tmp_path / "lm", dtype=torch.bfloat16)
     model = GPTJForSequenceClassification.from_pretrained(tmp_path / "lm")

@@ -1,7 +1,8 @@
-"""Adapters beside PEFT's: the same numbers from the same files, merged or not."""
+"""LoRA adapters equal PEFT's: the same numbers from the same files, merged or not."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,21 @@ from pair import assert_close, build_pair, random_ids
 from torch import Tensor, nn
 
 from gptj_train.export.adapters import save_adapter
-from gptj_train.model.lora import TARGETS, add_lora, merged, new_heads
+from gptj_train.model.lora import TARGETS, LoraConfig, merged, new_heads, with_lora
 from gptj_train.weights.stored import is_adapter
 
 RANK, ALPHA = 3, 7.0
 KINDS = ["GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAnswering"]
 
 
-def with_lora(kind: str, targets: tuple[str, ...], **changes: Any) -> tuple[nn.Module, nn.Module]:
-    """(ours with LoRA whose B is not zero, Transformers' without)."""
-    model, reference = build_pair(kind, pad_token_id=0, **changes)
-    add_lora(model, RANK, ALPHA, 0.0, targets)
+def lora(targets: Sequence[str], rank: int = RANK, dropout: float = 0.0) -> LoraConfig:
+    return LoraConfig(rank=rank, alpha=ALPHA, dropout=dropout, targets=list(targets))
+
+
+def build_lora_pair(kind: str, targets: Sequence[str]) -> tuple[nn.Module, nn.Module]:
+    """Build (our model with adapters, Transformers' without); no B is zero, so that every adapter shows."""
+    model, reference = build_pair(kind, pad_token_id=0)
+    with_lora(model, lora(targets))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if is_adapter(name):
@@ -54,11 +59,11 @@ def save(model: nn.Module, folder: Path, kind: str, targets: tuple[str, ...]) ->
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), TARGETS], ids=["two", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, ...]) -> None:
-    model, reference = with_lora(kind, targets)
+    model, reference = build_lora_pair(kind, targets)
     save(model, tmp_path / "adapter", kind, targets)
     ids = random_ids()
     expected = logits(model(ids))
-    assert (logits(reference(ids)) - expected).abs().max() > 0.1  # the adapters do something
+    assert (logits(reference(ids)) - expected).abs().max() > 0.1  # The adapters have an effect.
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter").eval()
     assert_close(expected, logits(theirs(ids)))
     stored = peft.utils.load_peft_weights(str(tmp_path / "adapter"))
@@ -66,8 +71,8 @@ def test_peft_reads_our_adapters(tmp_path: Path, kind: str, targets: tuple[str, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_merged_weights_equal_peft_s_and_compute_the_same(tmp_path: Path, kind: str) -> None:
-    model, reference = with_lora(kind, TARGETS)
+def test_merged_weights_equal_pefts_and_give_the_same_logits(tmp_path: Path, kind: str) -> None:
+    model, reference = build_lora_pair(kind, TARGETS)
     adapters = {name: parameter for name, parameter in model.named_parameters() if is_adapter(name)}
     whole = {name: tensor.detach() for name, tensor in merged(model.named_parameters(), adapters, ALPHA / RANK)}
     save(model, tmp_path / "adapter", kind, TARGETS)
@@ -86,18 +91,18 @@ def test_only_adapters_and_new_heads_are_trained(kind: str) -> None:
     model, _ = build_pair(kind, pad_token_id=0)
     before = logits(model(ids := random_ids()))
     names = {name for name, _ in model.named_parameters()}
-    add_lora(model, RANK, ALPHA, 0.5, ["k_proj", "fc_out"])
-    assert torch.equal(logits(model(ids)), before)  # B is zero, and dropout off
+    with_lora(model, lora(["k_proj", "fc_out"], dropout=0.5))
+    assert torch.equal(logits(model(ids)), before)  # B is zero, and dropout is off.
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     sides = {f"{side}.weight" for side in ("lora_A", "lora_B")}
     blocks = [f"transformer.h.{layer}.{module}" for layer in (0, 1) for module in ("attn.k_proj", "mlp.fc_out")]
     heads = {"GPTJForCausalLM": set(), KINDS[1]: {"score.weight"}, KINDS[2]: {"qa_outputs.weight", "qa_outputs.bias"}}
     assert trained == {f"{block}.{side}" for block in blocks for side in sides} | heads[kind]
-    assert names <= {name for name, _ in model.named_parameters()}  # the frozen keep their names
+    assert names <= {name for name, _ in model.named_parameters()}  # Frozen parameters keep their names.
 
 
-def test_gradients_equal_peft_s(tmp_path: Path) -> None:
-    model, reference = with_lora("GPTJForCausalLM", TARGETS)
+def test_gradients_equal_pefts(tmp_path: Path) -> None:
+    model, reference = build_lora_pair("GPTJForCausalLM", TARGETS)
     save(model, tmp_path / "adapter", "GPTJForCausalLM", TARGETS)
     theirs = peft.PeftModel.from_pretrained(reference, tmp_path / "adapter", is_trainable=True).eval()
     ids = random_ids()
@@ -114,10 +119,10 @@ def test_gradients_equal_peft_s(tmp_path: Path) -> None:
         assert_close(found[name], gradient, 1e-4)
 
 
-def test_the_start_of_a_is_peft_s() -> None:
-    """Uniform there, normal here, of one spread."""
+def test_initial_a_has_the_standard_deviation_of_pefts() -> None:
+    """PEFT draws from a uniform distribution, we from a normal one."""
     model, reference = build_pair(n_embd=256, n_head=4)
-    add_lora(model, 64, 64, 0.0, ["q_proj"])
+    with_lora(model, lora(["q_proj"], rank=64))
     theirs = peft.get_peft_model(reference, peft.LoraConfig(r=64, target_modules=["q_proj"]))
     spread = {
         side: torch.cat([x.flatten() for name, x in side.named_parameters() if "lora_A" in name]).std().item()
@@ -127,7 +132,7 @@ def test_the_start_of_a_is_peft_s() -> None:
 
 
 @pytest.mark.parametrize("targets", [[], ["lm_head"], ["q_proj", "wte"]])
-def test_what_cannot_be_adapted(targets: list[str]) -> None:
+def test_unknown_targets_are_refused(targets: list[str]) -> None:
     model, _ = build_pair()
     with pytest.raises(ValueError, match=r"lora.targets must be some of q_proj, k_proj"):
-        add_lora(model, RANK, ALPHA, 0.0, targets)
+        with_lora(model, lora(targets))

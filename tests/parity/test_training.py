@@ -1,4 +1,4 @@
-"""What training sees: gradients, dropout, checkpointing and initial weights are Transformers'."""
+"""Gradients, dropout, activation checkpointing and initial weights equal Transformers'."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from pair import SMALL, VOCAB, assert_close, build_pair, gap, gradients, padding_mask, random_ids
+from pair import SMALL, VOCAB, assert_close, assert_gradients_close, build_pair, gradients, padding_mask, random_ids
 from torch import Tensor, nn
 
 import gptj_train
@@ -15,7 +15,7 @@ import gptj_train
 DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
 
 
-@pytest.mark.parametrize("explicit", [False, True])
+@pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("mask", [None, padding_mask([7, 11], "left")], ids=["full", "padded"])
 @pytest.mark.parametrize(
     "changes",
@@ -26,17 +26,14 @@ DROPOUTS = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
     ],
     ids=["small", "tied", "odd-sizes"],
 )
-def test_all_gradients(changes: dict[str, Any], mask: Tensor | None, explicit: bool) -> None:
+def test_all_gradients(changes: dict[str, Any], mask: Tensor | None, eager: bool) -> None:
     pair = build_pair(**changes)
     ids = random_ids(vocab=changes.get("vocab_size", VOCAB))
     labels = ids.clone()
     labels[:, :3] = -100
     for model in pair:
-        model(ids, labels=labels, attention_mask=mask, output_attentions=explicit).loss.backward()
-    ours, theirs = map(gradients, pair)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert gap(ours[name], gradient) < 2e-5, name
+        model(ids, labels=labels, attention_mask=mask, output_attentions=eager).loss.backward()
+    assert_gradients_close(*pair)
 
 
 def test_gradients_of_logits_and_embeddings() -> None:
@@ -50,14 +47,12 @@ def test_gradients_of_logits_and_embeddings() -> None:
     assert_close(*found)
 
 
-def test_gradients_of_deferred_logits_beside_the_loss() -> None:
+def test_gradients_of_loss_and_logits_together() -> None:
     pair, ids = build_pair(), random_ids()
     for model in pair:
         out = model(ids, labels=ids)
         (out.loss + out.logits.square().mean()).backward()
-    ours, theirs = map(gradients, pair)
-    for name, gradient in theirs.items():
-        assert gap(ours[name], gradient) < 2e-5, name
+    assert_gradients_close(*pair)
 
 
 def test_seeded_dropout_equals_transformers() -> None:
@@ -65,7 +60,7 @@ def test_seeded_dropout_equals_transformers() -> None:
     ids, found = random_ids(), []
     for model in pair:
         torch.manual_seed(5)
-        # With attentions asked, both draw the same numbers in the same order.
+        # Both use eager attention here, so they draw the same random numbers in the same order.
         found.append(model.train()(ids, labels=ids, output_attentions=True))
     for key in ("loss", "logits", "attentions"):
         assert_close(found[0][key], found[1][key])
@@ -73,7 +68,7 @@ def test_seeded_dropout_equals_transformers() -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dropout", DROPOUTS)
-def test_dropout_is_on_in_training_only_and_repeatable(dropout: str, packed: bool) -> None:
+def test_dropout_is_on_in_training_mode_only_and_follows_the_seed(dropout: str, packed: bool) -> None:
     model, _ = build_pair(**{dropout: 0.5})
     documents = torch.tensor([[0] * 5 + [1] * 6] * 2) if packed else None
     ids = random_ids()
@@ -91,7 +86,7 @@ def test_dropout_is_on_in_training_only_and_repeatable(dropout: str, packed: boo
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_gradient_checkpointing_changes_no_bit(packed: bool) -> None:
+def test_gradient_checkpointing_is_bit_exact(packed: bool) -> None:
     plain, _ = build_pair(**dict.fromkeys(DROPOUTS, 0.1))
     recomputed, _ = build_pair(**dict.fromkeys(DROPOUTS, 0.1))
     recomputed.load_state_dict(plain.state_dict())
@@ -141,7 +136,7 @@ def test_initial_weights(build: Any, std: float) -> None:
     for name, parameter in names.items():
         if "ln_" in name or name.endswith("bias"):
             assert torch.equal(parameter, torch.full_like(parameter, float(name.endswith("weight")))), name
-        else:  # 4 standard errors of the mean and of the standard deviation
+        else:  # Within 4 standard errors of the mean and of the standard deviation.
             assert abs(parameter.mean()) < 4 * std / parameter.numel() ** 0.5, name
             assert abs(parameter.std() / std - 1) < 4 / (2 * parameter.numel()) ** 0.5, name
 

@@ -1,4 +1,4 @@
-"""The checks of an export find what is wrong, and the streamed logits are the model's."""
+"""Verifying an export detects damage, and its streamed logits equal the model's."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("limit", [SHARDED, WHOLE])
-def test_the_report_of_a_good_folder(tmp_path: Path, limit: int, dtype: torch.dtype) -> None:
+def test_report_of_a_complete_folder(tmp_path: Path, limit: int, dtype: torch.dtype) -> None:
     model = written(tmp_path / "export", limit, dtype=dtype)
-    report = verify_folder(tmp_path / "export", shapes_of(model), dtype, {})
+    report = verify_folder(tmp_path / "export", shapes_of(model), dtype=dtype, written={})
     count = sum(parameter.numel() for parameter in model.parameters())
     assert (report["parameters"], report["total_size"]) == (count, count * dtype.itemsize)
     assert report["dtype"] == str(dtype).removeprefix("torch.")
@@ -47,7 +47,7 @@ def test_the_report_of_a_good_folder(tmp_path: Path, limit: int, dtype: torch.dt
 
 @pytest.mark.parametrize("damage", ["missing", "stranger", "shape", "dtype", "nan", "infinite", "extra file"])
 @pytest.mark.parametrize("limit", [SHARDED, WHOLE])
-def test_every_fault_is_found(tmp_path: Path, limit: int, damage: str) -> None:
+def test_damage_is_detected(tmp_path: Path, limit: int, damage: str) -> None:
     model = written(tmp_path, limit)
     file = max(tmp_path.glob("*.safetensors"))
     state = load_file(file)
@@ -65,7 +65,7 @@ def test_every_fault_is_found(tmp_path: Path, limit: int, damage: str) -> None:
     else:
         state[name].view(-1)[-1] = float(damage.removesuffix("inite"))
     save_file(state, file)
-    if limit == SHARDED and damage == "stranger":  # the index does not name it: its bytes tell
+    if limit == SHARDED and damage == "stranger":  # The index does not name it, but the file is too large.
         message = "bytes of weights"
     else:
         message = {
@@ -74,23 +74,23 @@ def test_every_fault_is_found(tmp_path: Path, limit: int, damage: str) -> None:
             "shape": "has shape",
             "dtype": "is stored as torch.float16, not torch.float32",
             "extra file": "bytes of weights",
-        }.get(damage, "not finite")
+        }.get(damage, "contains NaN or infinity")
     with pytest.raises(ExportError, match=message):
-        verify_folder(tmp_path, shapes_of(model), torch.float32, {})
+        verify_folder(tmp_path, shapes_of(model), dtype=torch.float32, written={})
 
 
-def test_what_does_not_fit_in_fp16_is_told(tmp_path: Path) -> None:
+def test_fp16_overflow_is_reported(tmp_path: Path) -> None:
     model, _ = build_pair()
     with torch.no_grad():
         model.lm_head.bias[3] = 70000.0
     model.save_pretrained(tmp_path, dtype=torch.float16)
-    with pytest.raises(ExportError, match=r"lm_head\.bias holds values that are not finite; a weight is beyond fp16"):
-        verify_folder(tmp_path, shapes_of(model), torch.float16, {})
+    with pytest.raises(ExportError, match=r"lm_head\.bias contains NaN or infinity; a weight is beyond fp16"):
+        verify_folder(tmp_path, shapes_of(model), dtype=torch.float16, written={})
 
 
 @pytest.mark.parametrize("limit", [SHARDED, WHOLE])
 @pytest.mark.parametrize("kind", ["GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAnswering"])
-def test_streamed_logits_are_the_model_s(tmp_path: Path, kind: str, limit: int) -> None:
+def test_streamed_logits_equal_the_models(tmp_path: Path, kind: str, limit: int) -> None:
     written(tmp_path, limit, kind)
     ids = random_ids(1)
     with HFWeights(tmp_path) as weights:
@@ -108,7 +108,7 @@ def test_streamed_logits_are_the_model_s(tmp_path: Path, kind: str, limit: int) 
 def test_slices_are_read_into_any_dtype(
     tmp_path: Path, form: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a limit that maps the file anew at every turn."""
+    """The low limit maps the file anew for every read."""
     monkeypatch.setattr("gptj_train.weights.hf_reader._MOST_MAPPED", 100)
     state = {"a": torch.randn(7, 5).to(dtype), "b": torch.randn(6, 4).to(dtype).T}
     if form.endswith(".bin"):

@@ -1,4 +1,4 @@
-"""The main job as a user runs it: on two ranks, stopped half-way, run again, then read by Transformers."""
+"""The main job as a user runs it: on two ranks, from a copy of the recipe, resumed, then read by Transformers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 from gptj_train.export.from_checkpoint import export_checkpoint
-from gptj_train.training.retention import newest_whole
+from gptj_train.training.retention import newest_complete
 
 pytestmark = pytest.mark.distributed
 
@@ -30,16 +31,28 @@ TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
 
 
-def recipe(tmp_path: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+TINY = """# @package _global_
+model: {n_layer: 2, n_embd: 32, rotary_dim: 4, vocab_size: 300, n_positions: 32}
+data: {weights: {even: 3, odd: 1}}
+sequence_length: 32
+optim: {lr: 1.0e-2, warmup_steps: 1}
+eval_every: 4
+sample_prompt: "One "
+"""
+
+
+def train(corpus: Path, ranks: int, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run a copy of recipes/clm.py, with a preset of the user's own, in a folder outside of the repository."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     if torch.cuda.device_count() < ranks:
         environment["DS_ACCELERATOR"] = "cpu"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks)]
-    command = [*launcher, "--master_port", port, "recipes/clm.py", "+config=quickstart"]
-    tiny = ["model.n_layer=2", "model.n_embd=32", "model.rotary_dim=4", "model.vocab_size=300", "model.n_positions=32"]
+    launcher = [sys.executable]  # plain python is one rank, and starts sooner than a launcher
+    if ranks > 1:
+        launcher += ["-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(ranks), "--master_port", port]
+    arguments = ["my_recipe.py", "--config-dir", "presets", "+config=[quickstart,tiny]"]
     paths = {
         "output_dir": "run",
         "tokenizer": "tokenizer",
@@ -48,18 +61,10 @@ def recipe(tmp_path: Path, ranks: int, *overrides: str) -> subprocess.CompletedP
         "data.forgetting": "known.txt",
         "data.cache_dir": "cache",
     }
-    given = [f"{key}={tmp_path / name}" for key, name in paths.items()]
-    steps = [
-        "data.weights={even: 3, odd: 1}",
-        "sequence_length=32",
-        "optim.lr=1e-2",
-        "optim.warmup_steps=1",
-        "eval_every=4",
-        "sample_prompt='One '",
-    ]
+    given = [f"{key}={corpus / name}" for key, name in paths.items()]
     return subprocess.run(
-        [*command, *tiny, *given, *steps, *overrides],
-        cwd=ROOT,
+        [*launcher, *arguments, *given, *overrides],
+        cwd=corpus,
         env=environment,
         capture_output=True,
         text=True,
@@ -81,18 +86,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "known.txt").write_text("something else entirely, known before. " * 3)
     (folder / "tokenizer").mkdir()
     Tokenizer.train(texts, 300).save(folder / "tokenizer")
+    shutil.copy(ROOT / "recipes" / "clm.py", folder / "my_recipe.py")
+    (folder / "presets" / "config").mkdir(parents=True)
+    (folder / "presets" / "config" / "tiny.yaml").write_text(TINY)
     return folder
 
 
-def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
-    first = recipe(corpus, 2, "max_steps=12", "save_every=6")
+def test_trains_resumes_and_exports(corpus: Path) -> None:
+    first = train(corpus, 2, "max_steps=12", "save_every=6")
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
     assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
-    again = recipe(corpus, 2, "max_steps=16", "save_every=6")
+    again = train(corpus, 2, "max_steps=16", "save_every=6")
     assert again.returncode == 0, again.stdout + again.stderr
     assert "resuming from" in again.stdout
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000012", "step_00000016"}
@@ -113,15 +121,12 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert re.fullmatch(r"epochs +even \d+\.\d\d, odd \d+\.\d\d", epochs)
     assert evaluations[-1]["eval_loss"] < 0.6 * evaluations[0]["eval_loss"]
 
-    # Both ran quietly: nothing on stderr, no line twice as if two ranks had spoken.
+    # Nothing on stderr, and no line printed by two ranks.
     for done in (first, again):
         assert done.stderr == ""
-        said = [
-            line
-            for line in done.stdout.splitlines()
-            if line.startswith(("step ", "saved ", "data ", "batch ", "epochs "))
-        ]
-        assert len(said) == len(set(said)) > 3
+        lines_of_rank = ("step ", "saved ", "data ", "batch ", "epochs ")
+        printed = [line for line in done.stdout.splitlines() if line.startswith(lines_of_rank)]
+        assert len(printed) == len(set(printed)) > 3
         assert "warning" not in done.stdout.lower()
 
     ids = torch.tensor([Tokenizer.load(run / "export").encode(RHYME)[:30]])
@@ -134,9 +139,9 @@ def test_trains_stops_goes_on_and_exports(corpus: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-def test_goes_on_with_another_number_of_ranks(corpus: Path) -> None:
+def test_resumes_on_another_number_of_ranks(corpus: Path) -> None:
     """After the test above: its checkpoints are of two ranks."""
-    done = recipe(corpus, 1, "max_steps=18")
+    done = train(corpus, 1, "max_steps=18")
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"resuming from {corpus}/run/checkpoints/step_00000016" in done.stdout
     lines = [json.loads(line) for line in (corpus / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -151,7 +156,7 @@ def test_goes_on_with_another_number_of_ranks(corpus: Path) -> None:
 
 
 def test_other_data_are_refused_on_resume(corpus: Path) -> None:
-    done = recipe(corpus, 1, "max_steps=20", "seed=7")
+    done = train(corpus, 1, "max_steps=20", "seed=7")
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(message) == 1
@@ -171,7 +176,7 @@ def source(corpus: Path) -> Path:
 
 def test_no_bit_of_fp32_weights_is_lost(corpus: Path, source: Path) -> None:
     """bf16, ZeRO-3, all offloaded, and not a single step."""
-    done = recipe(corpus, 2, f"init_from={source}", "max_steps=0", "export_dtype=fp32", f"output_dir={corpus / 'zero'}")
+    done = train(corpus, 2, f"init_from={source}", "max_steps=0", "export_dtype=fp32", f"output_dir={corpus / 'zero'}")
     assert done.returncode == 0, done.stdout + done.stderr
     exported = corpus / "zero" / "export" / "model.safetensors"
     assert exported.read_bytes() == (source / "model.safetensors").read_bytes()
@@ -183,7 +188,7 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     run = corpus / "adapted"
     words = """add_tokens=["<|bird|> = One for"]"""
     settings = ["lora=adapters", "lora.rank=2", "engine.offload_optimizer=none", "max_steps=4", f"init_from={source}"]
-    done = recipe(corpus, 2, f"output_dir={run}", words, *settings)
+    done = train(corpus, 2, f"output_dir={run}", words, *settings)
     assert done.returncode == 0, done.stdout + done.stderr
     names = {path.name for path in run.iterdir()}
     assert {"export", "adapter", "export_report.json"} < names
@@ -202,16 +207,19 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     assert len(changed) > 6
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
     (checkpoint,) = (run / "checkpoints").iterdir()
-    with pytest.raises(ValueError, match=rf"adapters alone; .* recipes/export\.py run={checkpoint} "):
+    with pytest.raises(UserError, match=rf"adapters alone; .* recipes/export\.py run={checkpoint} "):
         GPTJForCausalLM.from_pretrained(checkpoint)
 
 
 @pytest.mark.parametrize("run", ["run", "adapted"])
 def test_a_checkpoint_exports_as_the_run_did(corpus: Path, run: str) -> None:
-    """Without launcher, by one process; after the tests above."""
-    command = [sys.executable, "recipes/export.py", f"run={corpus / run}", f"output_dir={corpus / run / 'again'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    """After the tests above. One of them by the recipe, the other by the function that the recipe calls."""
+    if run == "run":
+        command = [sys.executable, "recipes/export.py", f"run={corpus / run}", f"output_dir={corpus / run / 'again'}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        export_checkpoint(corpus / run, corpus / run / "again", "bf16")
     again, first = (corpus / run / name for name in ("again", "export"))
     assert {file.name for file in again.iterdir()} == {file.name for file in first.iterdir()}
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -228,19 +236,17 @@ def test_a_checkpoint_exports_as_the_run_did(corpus: Path, run: str) -> None:
 
 
 def test_what_cannot_be_exported(corpus: Path) -> None:
-    command = [sys.executable, "recipes/export.py", f"run={corpus / 'source'}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 2
-    assert "no checkpoints/step_... in it; give the output_dir of a run" in done.stderr
+    with pytest.raises(UserError, match=r"no checkpoints/step_\.\.\. in it; give the output_dir of a run"):
+        export_checkpoint(corpus / "tokenizer", None, "bf16")
 
 
-def test_an_export_replaces_nothing_of_the_user_s(corpus: Path) -> None:
-    """output_dir is a run's folder elsewhere; here it would be taken away."""
-    with pytest.raises(ValueError, match=rf"output_dir={corpus / 'run'} is there already"):
+def test_an_export_overwrites_no_other_folder(corpus: Path) -> None:
+    """In the training recipes output_dir is the run folder; here it would be replaced by the export."""
+    with pytest.raises(UserError, match=rf"output_dir={corpus / 'run'} exists and is not empty"):
         export_checkpoint(corpus / "run", corpus / "run", "bf16")
     assert (corpus / "run" / "checkpoints").is_dir()
     copied = corpus / "copied"
-    shutil.copytree(newest_whole(corpus / "run"), copied)
-    with pytest.raises(ValueError, match="is in no run's checkpoints; say where to write by output_dir"):
+    shutil.copytree(newest_complete(corpus / "run"), copied)
+    with pytest.raises(UserError, match="is not in a run's checkpoints folder; give output_dir"):
         export_checkpoint(copied, None, "bf16")
     assert export_checkpoint(copied, corpus / "of_copied", "bf16") == corpus / "of_copied"

@@ -1,4 +1,4 @@
-"""recipes/evaluate.py finds the numbers that Transformers finds, for each task, on one rank or two."""
+"""recipes/evaluate.py computes the same metrics as Transformers for each task, on one rank or two."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import hydra
 import pytest
 import torch
 import transformers
@@ -21,7 +20,7 @@ from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJForQuestionAnswering, GP
 from gptj_train.config import EvaluateConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.inference.evaluation import build_task, evaluate, write_results
-from gptj_train.schema import validated
+from gptj_train.launch.command_line import compose
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["a rose is a rose", "this is not a pipe, it is a picture", "the sea, the sea", "is it?", "it is a sea"]
@@ -40,8 +39,7 @@ def saved(folder: Path, cls: type, **config: Any) -> Path:
 
 def config(checkpoint: Path, data: Path, *more: str) -> EvaluateConfig:
     given = [f"checkpoint={checkpoint}", f"data.validation={data}", f"data.cache_dir={data.parent}/cache", *more]
-    with hydra.initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        return validated(hydra.compose("evaluate", overrides=given), EvaluateConfig)
+    return compose("evaluate", given, EvaluateConfig)
 
 
 def measured(cfg: EvaluateConfig, output_dir: Path) -> dict[str, Any]:
@@ -129,13 +127,13 @@ def test_question_answering_on_two_ranks(tmp_path: Path) -> None:
         ("label", "label 'b' is none of x, y"),
     ],
 )
-def test_what_cannot_be_evaluated_is_told(tmp_path: Path, case: str, message: str) -> None:
+def test_what_cannot_be_evaluated(tmp_path: Path, case: str, message: str) -> None:
     classes = {"trunk": GPTJModel, "label": GPTJForSequenceClassification}
     more = {"id2label": {0: "x", 1: "y"}, "pad_token_id": 0} if case == "label" else {}
     folder = saved(tmp_path / "model", classes.get(case, GPTJForCausalLM), **more)
     if case == "foreign":
-        told = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(told | {"architectures": ["LlamaForCausalLM"]}))
+        config_json = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config_json | {"architectures": ["LlamaForCausalLM"]}))
     data = tmp_path / "texts.jsonl"
     data.write_text('{"text": "a", "label": "b"}\n')
     with pytest.raises(ValueError, match=message):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,22 +13,33 @@ ROOT = Path(__file__).parents[2]
 HOST = {"gptj_6b_zero3_offload": 133.1, "gptj_6b_lora": 12.2, "gptj_6b_qa": 133.1}  # GB in all
 
 
-def plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "recipes/plan.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+Command = Callable[..., tuple[int, str, str]]
 
 
-def rows(said: str) -> list[list[str]]:
-    """Of the table: GPUs, accumulated, GB a GPU, "fits on", "GB", GB host, GB NVMe, seconds, hours."""
-    return [line.split() for line in said.splitlines() if line.strip()[:1].isdigit()]
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run recipes/plan.py in this process; returns exit code, stdout and stderr."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["plan.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(ROOT / "recipes" / "plan.py"), run_name="__main__")
+        return int(caught.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The table: GPUs, accumulated, GB a GPU, "fits on", "GB", GB host, GB NVMe, seconds, hours."""
+    return [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
 
 
 @pytest.mark.parametrize(("preset", "host"), HOST.items())
-def test_a_preset_of_any_task(preset: str, host: float) -> None:
-    done = plan(f"+config={preset}")
-    assert done.returncode == 0, done.stderr
-    assert "6,050,882,784 parameters" in done.stdout or "lora" in preset
-    table = rows(done.stdout)
+def test_a_preset_of_any_task(plan: Command, preset: str, host: float) -> None:
+    code, printed, _ = plan(f"+config={preset}")
+    assert code == 0
+    assert "6,050,882,784 parameters" in printed or "lora" in preset
+    table = rows(printed)
     assert [row[0] for row in table][:4] == ["1", "2", "4", "8"]
     sizes = [float(row[2]) for row in table]
     assert sizes == sorted(sizes, reverse=True)
@@ -36,7 +48,7 @@ def test_a_preset_of_any_task(preset: str, host: float) -> None:
     assert not list(ROOT.glob("runs/planned*")), "a plan writes nothing"
 
 
-def test_a_batch_that_never_divides() -> None:
-    done = plan("+config=gptj_6b_zero3", "global_batch_size=3", "micro_batch_size=2")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: global_batch_size 3 does not divide into micro_batch_size 2")
+def test_a_batch_that_divides_on_no_number_of_gpus(plan: Command) -> None:
+    code, _, message = plan("+config=gptj_6b_zero3", "global_batch_size=3", "micro_batch_size=2")
+    assert code == 2
+    assert message.startswith("error: global_batch_size 3 does not divide into micro_batch_size 2")

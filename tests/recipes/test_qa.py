@@ -100,13 +100,13 @@ def test_a_run_on_two_ranks(tmp_path: Path) -> None:
         null_threshold=0.0,
         repeat_context=False,
     )
-    task = QuestionAnswering(features, features, config, seed=0, global_batch_size=8, micro_batch_size=2)
+    task = QuestionAnswering(validation=features, config=config, batch_size=2)
     ours = GPTJForQuestionAnswering.from_pretrained(run / "export")
     theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(run / "export").eval()
     summed_loss = 0.0
     for batch in itertools.chain(task.evaluation_batches(0, 2), task.evaluation_batches(1, 2)):
         with torch.no_grad():
-            mine, other = ours(**batch, num_items_in_batch=1.0), theirs(**batch)
+            mine, other = ours(**batch.inputs, num_items_in_batch=1.0), theirs(**batch.inputs)
         torch.testing.assert_close(mine.start_logits, other.start_logits, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(mine.end_logits, other.end_logits, rtol=1e-4, atol=1e-5)
         summed_loss += mine.loss.item()

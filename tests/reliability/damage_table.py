@@ -1,4 +1,4 @@
-"""What becomes of a resume for each kind of damage to each file of the newest checkpoint, as a table.
+"""The outcome of a resume for each kind of damage to each file of the newest checkpoint, as a table.
 
     python tests/reliability/damage_table.py > tests/reliability/results/damage.md
 
@@ -21,11 +21,11 @@ from fake_ranks import on_ranks, save
 from test_damaged_checkpoint import CASES, DAMAGES
 
 from gptj_train.training.checkpoint import load
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
 
 
 def outcome(good: Path, kind: str, file: str) -> tuple[str, int]:
-    """What ``resume=PATH`` says of a damaged checkpoint, and the step that ``resume=auto`` goes on from."""
+    """Return the error of ``resume=PATH`` for a damaged checkpoint, and the step that ``resume=auto`` resumes from."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Path(scratch) / "run"
         shutil.copytree(good, run)
@@ -33,30 +33,30 @@ def outcome(good: Path, kind: str, file: str) -> tuple[str, int]:
         DAMAGES[kind][0](damaged / file)
 
         def resume(rank: Any) -> tuple[str, int]:
-            said = "accepted"
+            message = "accepted"
             try:
-                load(rank, resumable(run, str(damaged)), lambda _: None)
+                load(rank, resume_candidates(run, str(damaged)), lambda _: None)
             except ValueError as error:
-                said = str(error)
-            return said, load(rank, resumable(run, "auto"), lambda _: None).step
+                message = str(error)
+            return message, load(rank, resume_candidates(run, "auto"), lambda _: None).step
 
         with contextlib.redirect_stdout(sys.stderr):
-            said, step = on_ranks(2, resume, seed=1)[0]
-        reason = said.partition("or resume=auto (")[2].removesuffix(")") or said
+            message, step = on_ranks(2, resume, seed=1)[0]
+        reason = message.partition("or resume=auto (")[2].removesuffix(")") or message
         return reason.replace(f"{damaged}/", ""), step
 
 
 def main() -> None:
-    print("# Damage to a checkpoint, and what a resume makes of it\n")
+    print("# Damage to a checkpoint, and the outcome of a resume\n")
     print("`python tests/reliability/damage_table.py`: 2 ranks, checkpoints of steps 5 and 10, damage to the second.\n")
-    print("| damage | file | resume=PATH: exit code 2, and | resume=auto goes on from step |")
+    print("| damage | file | resume=PATH: exit code 2, and | resume=auto resumes from step |")
     print("|---|---|---|---|")
     with tempfile.TemporaryDirectory() as scratch:
         good = Path(scratch)
         save(good, 5, 10, world_size=2)
         for kind, file in CASES:
-            said, step = outcome(good, kind, file)
-            print(f"| {kind} | {file} | {said} | {step} |")
+            message, step = outcome(good, kind, file)
+            print(f"| {kind} | {file} | {message} | {step} |")
 
 
 if __name__ == "__main__":

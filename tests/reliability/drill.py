@@ -39,7 +39,7 @@ Plan = list[tuple[int, dict[str, Any] | None]]
 """The ranks of each life and the kill that ends it."""
 Result = dict[str, Any]
 COMPARED = ("step", "loss", "grad_norm", "lr", "tokens")
-MANY_TIMES = {"writing of a slice": 60, "opening of a file": 3, "flush of a file": 3, "flush of the parent": 4}
+MANY_TIMES = {"writing of a slice": 60, "opening of a file": 3, "flush of a file": 3, "flush of a folder": 2}
 
 
 def launch(folder: Path, ranks: int, life: dict[str, Any]) -> int:

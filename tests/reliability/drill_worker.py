@@ -18,10 +18,10 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "distributed"))
 
 import torch.distributed as dist
-from toy import ToyTask, optim_config, toy_config, trainer_config
-from worker import DEFAULTS, SILENT
+from toy import ToyTask, accumulation, engine_config, optim_config, toy_config, trainer_config
+from worker import SILENT
 
-from gptj_train import GPTJForCausalLM
+from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tracking import Tracker
 from gptj_train.training import checkpoint, retention
@@ -29,7 +29,6 @@ from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.trainer import Trainer
-from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.manifest import Manifest
 from gptj_train.weights.slices import SliceWriter
 
@@ -37,17 +36,17 @@ SAVE_EVERY = 3
 
 # What a save does, in its order; each is a point before and a point after.
 STAGES: dict[str, tuple[Any, str]] = {
-    "temporary folder": (checkpoint, "_make_room"),
+    "temporary folder": (checkpoint, "_make_scratch"),
     "opening of a file": (SliceWriter, "__init__"),
     "writing of a slice": (SliceWriter, "add"),
     "flush of a file": (SliceWriter, "finish"),
     "rank's part": (checkpoint, "_write_part"),
     "manifest": (Manifest, "write"),
     "rename": (Path, "rename"),
-    "flush of the parent": (checkpoint, "_sync_folder"),
-    "verification": (checkpoint, "_damage"),
-    "retirement": (checkpoint, "retire"),
-    "removal of an old one": (retention, "remove"),
+    "flush of a folder": (atomic_write, "sync_folder"),
+    "verification": (checkpoint, "_find_damage"),
+    "pruning": (checkpoint, "prune"),
+    "removal of an old one": (retention, "remove_folder"),
 }
 POINTS = [f"{side} {stage}" for stage in STAGES for side in ("before", "after")]
 
@@ -109,13 +108,13 @@ def main() -> None:
     config = trainer_config(str(folder), 1, life["max_steps"], save_every=SAVE_EVERY)
     model = toy_config(dropout=0.1)
     engine = Engine(
-        lambda: GPTJForCausalLM(model),
-        None,
-        EngineConfig(**DEFAULTS),
-        optim_config(),
-        config.global_batch_size,
-        config.micro_batch_size,
-        config.seed,
+        build=lambda: GPTJForCausalLM(model),
+        init_from=None,
+        engine=engine_config({}),
+        optim=optim_config(),
+        micro_batch_size=config.micro_batch_size,
+        accumulation=accumulation(config.micro_batch_size),
+        seed=config.seed,
     )
     reaper = Reaper(folder, engine.rank, engine.world_size)
     engine.wait()
@@ -128,8 +127,8 @@ def main() -> None:
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
     checkpoints = Checkpoints(folder, keep=2, keep_every=0, model_files=model_files)
     tracker = Tracker(SILENT, folder, {}, engine.rank)
-    trainer = Trainer(config, engine, ToyTask(1), checkpoints, tracker)
-    found = retention.resumable(folder, "auto")
+    trainer = Trainer(config=config, engine=engine, task=ToyTask(1), checkpoints=checkpoints, tracker=tracker)
+    found = retention.resume_candidates(folder, "auto")
     if found:
         trainer.resume(found)
     if engine.rank == 0:

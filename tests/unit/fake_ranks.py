@@ -17,7 +17,7 @@ from gptj_train.training.deepspeed_internals import OptimizerState
 from gptj_train.training.model_files import ModelFiles
 
 CONFIG = GPTJConfig(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
-TOKENIZER = Tokenizer.train(["a text"], 257)
+MODEL_FILES = ModelFiles(CONFIG, "GPTJForCausalLM", Tokenizer.train(["a text"], 257))
 
 
 class FakeRank:
@@ -69,7 +69,7 @@ def save(folder: Path, *steps: int, world_size: int = 1, keep: int = 2, keep_eve
     """Train and save at each of the steps; returns the ranks."""
 
     def work(rank: Any) -> Any:
-        checkpoints = Checkpoints(folder, keep, keep_every, ModelFiles(CONFIG, "GPTJForCausalLM", TOKENIZER))
+        checkpoints = Checkpoints(folder, keep=keep, keep_every=keep_every, model_files=MODEL_FILES)
         done = 0
         for step in steps:
             rank.train(max(0, step - done))

@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from fake_ranks import CONFIG, on_ranks, save
+from fake_ranks import CONFIG, MODEL_FILES, on_ranks, save
 from safetensors.torch import load_file
 
-import gptj_train.weights.manifest as weights_checkpoint
-from gptj_train import GPTJForCausalLM
+import gptj_train.weights.manifest as manifest_file
+from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
 from gptj_train.training.checkpoint import SaveFailedError, load
-from gptj_train.training.retention import check_space, later_than, resumable
+from gptj_train.training.retention import check_space, later_than, resume_candidates
 from gptj_train.weights.checkpoint_weights import CheckpointWeights
 from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceWriter
@@ -82,7 +82,7 @@ def test_one_parameter_at_a_time(tmp_path: Path) -> None:
     (rank, *_) = save(tmp_path, 1, world_size=2)
     with CheckpointWeights(newest(tmp_path)) as weights:
         assert weights.names() == list(rank.shapes)
-        assert weights.form("lm_head.weight") == ((31, 16), "F32")
+        assert weights.shape_and_dtype("lm_head.weight") == ((31, 16), "F32")
         assert torch.equal(weights.tensor("lm_head.weight"), rank.model.lm_head.weight)
 
 
@@ -93,7 +93,7 @@ def test_any_number_of_ranks_reads_it(tmp_path: Path, writers: int, readers: int
     lines: list[str] = []
 
     def resume(rank: Any) -> Any:
-        state = load(rank, resumable(tmp_path, "auto"), lines.append)
+        state = load(rank, resume_candidates(tmp_path, "auto"), lines.append)
         assert state.step == 3
         return rank
 
@@ -111,7 +111,7 @@ def test_another_model_s_checkpoint(tmp_path: Path) -> None:
 
     def resume(rank: Any) -> None:
         rank.shapes["lm_head.bias"] = torch.Size([32])
-        load(rank, resumable(tmp_path, "auto"), print)
+        load(rank, resume_candidates(tmp_path, "auto"), print)
 
     with pytest.raises(ValueError, match=r"step_00000003 is of another model: lm_head.bias differs"):
         on_ranks(1, resume)
@@ -123,7 +123,7 @@ def test_another_model_s_checkpoint(tmp_path: Path) -> None:
 def test_the_newest_stay(tmp_path: Path) -> None:
     save(tmp_path, 5, 10, 15)
     assert names(tmp_path) == ["step_00000010", "step_00000015"]
-    assert resumable(tmp_path, "auto") == [newest(tmp_path), newest(tmp_path).with_name("step_00000010")]
+    assert resume_candidates(tmp_path, "auto") == [newest(tmp_path), newest(tmp_path).with_name("step_00000010")]
 
 
 def test_every_nth_stays_for_good(tmp_path: Path) -> None:
@@ -132,30 +132,30 @@ def test_every_nth_stays_for_good(tmp_path: Path) -> None:
 
 
 def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path: Path) -> None:
-    save(tmp_path, 100, 200)
-    save(tmp_path, 10)
-    assert names(tmp_path) == ["step_00000010"]
+    save(tmp_path, 10, 20)
+    save(tmp_path, 1)
+    assert names(tmp_path) == ["step_00000001"]
 
 
 def test_what_stays_for_good_stays_when_a_run_is_begun_anew(tmp_path: Path) -> None:
-    save(tmp_path, 100, 200, 250, keep_every=100)
-    save(tmp_path, 10, keep_every=100)
-    assert names(tmp_path) == ["step_00000010", "step_00000100", "step_00000200"]
-    assert [folder.name for folder in later_than(tmp_path, 10)] == ["step_00000100", "step_00000200"]
+    save(tmp_path, 10, 20, 25, keep_every=10)
+    save(tmp_path, 1, keep_every=10)
+    assert names(tmp_path) == ["step_00000001", "step_00000010", "step_00000020"]
+    assert [folder.name for folder in later_than(tmp_path, 1)] == ["step_00000010", "step_00000020"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
 def test_a_folder_that_cannot_be_looked_into_is_no_empty_one(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "checkpoints").chmod(0)
-    with pytest.raises(ValueError, match="checkpoints cannot be looked into: Permission denied"):
-        resumable(tmp_path, "auto")
+    with pytest.raises(ValueError, match="checkpoints cannot be read: Permission denied"):
+        resume_candidates(tmp_path, "auto")
 
 
 def test_checkpoints_that_are_no_folder(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").touch()
-    with pytest.raises(ValueError, match="checkpoints cannot be looked into: Not a directory"):
-        resumable(tmp_path, "auto")
+    with pytest.raises(ValueError, match="checkpoints cannot be read: Not a directory"):
+        resume_candidates(tmp_path, "auto")
 
 
 def test_the_same_step_again(tmp_path: Path) -> None:
@@ -169,14 +169,14 @@ def test_what_a_killed_job_left_goes(tmp_path: Path) -> None:
     for leftover in (".step_00000005.tmp", ".step_00000001.old"):
         (tmp_path / "checkpoints" / leftover).mkdir(parents=True)
         (tmp_path / "checkpoints" / leftover / "master-00001-of-00001.safetensors").touch()
-    assert resumable(tmp_path, "auto") == []
+    assert resume_candidates(tmp_path, "auto") == []
     save(tmp_path, 10)
     assert names(tmp_path) == ["step_00000010"]
 
 
 def test_never_resumes_nothing(tmp_path: Path) -> None:
     save(tmp_path, 5)
-    assert resumable(tmp_path, "never") == []
+    assert resume_candidates(tmp_path, "never") == []
 
 
 # --- a save that fails ---
@@ -195,8 +195,8 @@ FAILURES: dict[str, tuple[Any, str, Callable[..., None]]] = {
     "disk full in the middle": (SliceWriter, "add", no_space),
     "I/O error in the flush": (SliceWriter, "finish", input_output_error),
     "disk full in the manifest": (Manifest, "write", no_space),
-    "I/O error in the folder's flush": (checkpoint, "_sync_folder", input_output_error),
-    "read-only folder": (checkpoint, "_make_room", no_space),
+    "I/O error in the folder's flush": (atomic_write, "sync_folder", input_output_error),
+    "read-only folder": (checkpoint, "_make_scratch", no_space),
 }
 
 
@@ -250,8 +250,8 @@ def test_what_was_written_wrong_is_noticed_before_an_old_one_goes(
 def test_no_state_with_values_that_are_not_finite(tmp_path: Path, value: float) -> None:
     (rank, *_) = save(tmp_path, 5)
     rank.adam.state[rank.model.lm_head.bias]["exp_avg_sq"][3] = value
-    checkpoints = checkpoint.Checkpoints(tmp_path, 2, 0, None)  # type: ignore[arg-type]
-    with pytest.raises(SaveFailedError, match=r"lm_head.bias holds values that are not finite"):
+    checkpoints = checkpoint.Checkpoints(tmp_path, keep=2, keep_every=0, model_files=MODEL_FILES)
+    with pytest.raises(SaveFailedError, match=r"lm_head.bias contains NaN or infinity"):
         checkpoints.save(rank, checkpoint.TrainState(step=6))
     assert names(tmp_path) == ["step_00000005"]
 
@@ -266,8 +266,8 @@ def test_a_manifest_is_data_of_a_stranger(tmp_path: Path, lie: dict[str, Any]) -
     path = newest(tmp_path) / "manifest.json"
     body = json.loads(path.read_text()) | lie
     del body["sha256"]
-    path.write_text(json.dumps(body | {"sha256": weights_checkpoint._digest(body)}))
-    with pytest.raises(ValueError, match="not a whole manifest"):
+    path.write_text(json.dumps(body | {"sha256": manifest_file._hash_of(body)}))
+    with pytest.raises(ValueError, match="not a valid manifest"):
         Manifest.read(newest(tmp_path))
 
 
@@ -286,7 +286,7 @@ def test_room_is_counted_before_the_run(
 
     def check(free: int) -> None:
         monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free}))
-        check_space(tmp_path / "run", shapes, range(100), save_every, keep, keep_every)
+        check_space(tmp_path / "run", shapes, steps=range(100), save_every=save_every, keep=keep, keep_every=keep_every)
 
     check(count * 12_000_000)
     with pytest.raises(
@@ -301,9 +301,9 @@ def test_checkpoints_that_will_go_count_as_room(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
     size = sum(file.stat().st_size for file in (tmp_path / "checkpoints").rglob("*"))
     assert size > 2 * 12 * sum(shape.numel() for shape in rank.shapes.values())
-    check_space(tmp_path, rank.shapes, range(10, 10), 5, 2, 0)
+    check_space(tmp_path, rank.shapes, steps=range(10, 10), save_every=5, keep=2, keep_every=0)
     with pytest.raises(ValueError, match="3 checkpoints"):
-        check_space(tmp_path, rank.shapes, range(10, 20), 5, 2, 0)
+        check_space(tmp_path, rank.shapes, steps=range(10, 20), save_every=5, keep=2, keep_every=0)
 
 
 def test_the_manifest_is_plain_data(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Metrics equal scikit-learn's, weights torch's, and neither depends on how rows fall on ranks and batches."""
+"""Metrics equal scikit-learn's, class weights equal torch's; neither depends on ranks and batches."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from gptj_train import GPTJConfig, GPTJForSequenceClassification, GPTJModel
 from gptj_train.data.labelled import LabelledRows
+from gptj_train.data.sampler import Sampler
 from gptj_train.tasks.classification import (
     Classification,
     ClassificationTaskConfig,
@@ -47,7 +48,15 @@ def random_rows(problem: str, count: int) -> LabelledRows:
 
 
 def make_task(problem: str, rows: LabelledRows, weights: Any = None) -> Classification:
-    return Classification(rows, rows, NAMES, task_config(problem, weights), PAD, 0, 4, 2)
+    return Classification(
+        train=rows,
+        sampler=Sampler([len(rows)], seed=0, global_batch_size=4, micro_batch_size=2),
+        validation=rows,
+        names=NAMES,
+        config=task_config(problem, weights),
+        pad_id=PAD,
+        batch_size=2,
+    )
 
 
 def make_model(problem: str) -> GPTJForSequenceClassification:
@@ -108,7 +117,7 @@ def test_regression_metrics(width: int) -> None:
     assert found["spearman"] == pytest.approx(np.mean([stats.spearmanr(*pair)[0] for pair in columns]), abs=1e-5)
 
 
-def told_as(problem: str, label: Any) -> Any:
+def label_as_written(problem: str, label: Any) -> Any:
     """A label as predictions.jsonl names it."""
     if problem == SINGLE:
         return NAMES[label]
@@ -140,17 +149,16 @@ def test_evaluation_is_exact_on_any_number_of_ranks(problem: str, weights: Any) 
         of_rank = [list(task.evaluation_batches(rank, world_size)) for rank in range(world_size)]
         assert len({len(batches) for batches in of_rank}) == 1
         batches = [batch for batches in of_rank for batch in batches]
-        assert sum(task.targets(batch) for batch in batches) == rows.labels.size
+        assert sum(task.targets(batch.inputs) for batch in batches) == rows.labels.size
         with torch.no_grad():
-            records = [
-                record
-                for batch in batches
-                for record in task.records(model(**batch, use_cache=False, num_items_in_batch=1.0), batch)
-            ]
+            records = []
+            for batch in batches:
+                output = model(**batch.inputs, use_cache=False, num_items_in_batch=1.0)
+                records += task.records(output, batch)
         assert sorted(row for record in records for row in record.rows) == list(range(11))
         found.append(task.metrics(records))
-        told = [told_as(problem, label) for label in rows.labels]
-        assert [(line["row"], line["label"]) for line in task.predictions] == list(enumerate(told, start=1))
+        expected = [label_as_written(problem, label) for label in rows.labels]
+        assert [(line["row"], line["label"]) for line in task.predictions] == list(enumerate(expected, start=1))
     for other in found[1:]:
         for name, value in found[0].items():
             assert other[name] == (pytest.approx(value, rel=1e-4) if isinstance(value, float) else value)
@@ -170,7 +178,7 @@ def test_held_out_losses_are_not_weighted() -> None:
     rows = random_rows(SINGLE, 8)
     weighted, plain = make_task(SINGLE, rows, {"a": 7.0}), make_task(SINGLE, rows)
     for one, other in zip(weighted.evaluation_batches(0, 1), plain.evaluation_batches(0, 1), strict=True):
-        assert torch.equal(one["loss_weights"], other["loss_weights"])
+        assert torch.equal(one.inputs["loss_weights"], other.inputs["loss_weights"])
 
 
 @pytest.mark.parametrize("problem", [SINGLE, MULTI])
@@ -242,7 +250,7 @@ def test_a_head_to_start_from_keeps_its_order_of_labels(tmp_path: Path) -> None:
     three = ClassificationTaskConfig(problem_type=SINGLE, labels=["a", "b", "c"], class_weights=None)
     with pytest.raises(ValueError, match=r"task\.labels names 3 labels, the head of .* has 2"):
         known_labels(three, str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gptj"}))  # says nothing of a class
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"model_type": "gptj"}))  # names no class
     assert known_labels(task_config(), str(tmp_path)) is None
 
 

@@ -1,8 +1,9 @@
-"""What a step sees and what an evaluation reports, by component and without what must not be forgotten."""
+"""Training batches and evaluation metrics of the causal LM, by component; the forgetting set is apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,10 +15,11 @@ from text_data import jsonl, text_data
 from torch.nn import functional as F
 
 from gptj_train.data.corpus import TextData, prepare
-from gptj_train.data.sampler import Mixture
+from gptj_train.data.packing import Windows
+from gptj_train.data.sampler import Sampler
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.model.loss import IGNORE, next_token_targets
-from gptj_train.tasks.clm import CausalLM, Record
+from gptj_train.tasks.clm import CausalLM, ComponentLoss
 
 LENGTH = 32
 
@@ -37,16 +39,42 @@ def data(tmp_path: Path, tokenizer: Tokenizer) -> TextData:
     return prepare(config, tokenizer, LENGTH)
 
 
-def task_of(data: TextData, tokenizer: Tokenizer, isolate: bool = True, seed: int = 0) -> CausalLM:
-    return CausalLM(data.train.windows, data.weights, data.held_out, tokenizer, isolate, seed, 8, 2)
+def sampler_of(
+    components: Mapping[str, Windows],
+    weights: Sequence[float] | None = None,
+    global_batch_size: int = 8,
+    micro_batch_size: int = 2,
+) -> Sampler:
+    return Sampler(
+        [len(windows) for windows in components.values()],
+        weights=weights,
+        seed=0,
+        global_batch_size=global_batch_size,
+        micro_batch_size=micro_batch_size,
+    )
 
 
-def test_a_step_draws_the_mixture_whatever_the_ranks(data: TextData, tokenizer: Tokenizer) -> None:
+def task_of(data: TextData, tokenizer: Tokenizer, isolate: bool = True) -> CausalLM:
+    return CausalLM(
+        train=data.train.windows,
+        sampler=sampler_of(data.train.windows, data.weights),
+        held_out=data.held_out,
+        tokenizer=tokenizer,
+        isolate=isolate,
+        batch_size=2,
+    )
+
+
+def training_only(components: Mapping[str, Windows], tokenizer: Tokenizer, sampler: Sampler) -> CausalLM:
+    return CausalLM(train=components, sampler=sampler, held_out={}, tokenizer=tokenizer, isolate=True, batch_size=1)
+
+
+def test_a_step_draws_the_mixture_on_any_number_of_ranks(data: TextData, tokenizer: Tokenizer) -> None:
     task, components = task_of(data, tokenizer), list(data.train.windows.values())
-    mixture = Mixture([len(windows) for windows in components], [3, 1], seed=0)
+    sampler = sampler_of(data.train.windows, [3, 1])
     expected = []
     for position in range(24, 32):
-        component, window = mixture.at(position)
+        component, window = sampler.at(position)
         expected.append(components[component][window].tokens.tolist())
     for world_size in (1, 2, 4):
         ranks = [task.training_batches(3, rank, world_size) for rank in range(world_size)]
@@ -54,11 +82,24 @@ def test_a_step_draws_the_mixture_whatever_the_ranks(data: TextData, tokenizer: 
         assert rows == expected
 
 
-def test_epochs_are_told_by_component(data: TextData, tokenizer: Tokenizer) -> None:
+def test_messages_name_training_rows_by_component_and_window(data: TextData, tokenizer: Tokenizer) -> None:
+    components = data.train.windows
+    names, sampler = list(components), sampler_of(components, [3, 1])
+    drawn = [sampler.at(position) for position in range(24, 32)]
+    expected = [f"{names[component]}:{window}" for component, window in drawn]
+    rows = task_of(data, tokenizer).training_rows(3, 0, 1)
+    assert [name for batch in rows for name in batch] == expected
+    joined = {"": components["a"]}
+    rows = training_only(joined, tokenizer, sampler_of(joined)).training_rows(0, 0, 1)
+    assert rows == sampler_of(joined).windows(0, 0, 1)
+
+
+def test_epochs_by_component(data: TextData, tokenizer: Tokenizer) -> None:
     sizes = {name: len(windows) for name, windows in data.train.windows.items()}
     expected = f"a {100 * 8 * 0.75 / sizes['a']:.2f}, b {100 * 8 * 0.25 / sizes['b']:.2f}"
     assert task_of(data, tokenizer).epochs(100) == expected
-    joined = CausalLM({"": data.train.windows["a"]}, None, {}, tokenizer, True, 0, 8, 2)
+    components = {"": data.train.windows["a"]}
+    joined = training_only(components, tokenizer, sampler_of(components))
     assert joined.epochs(100) == f"{800 / sizes['a']:.2f}"
 
 
@@ -87,7 +128,9 @@ def test_examples_are_predicted_where_their_masks_say(tmp_path: Path, tokenizer:
     file = jsonl(tmp_path / "qa.jsonl", *rows)
     config = text_data(train=str(file), kind="completion", cache_dir=str(tmp_path / "cache"))
     own = prepare(config, tokenizer, LENGTH)
-    task = CausalLM(own.train.windows, None, {}, tokenizer, True, 0, len(own.train.windows[""]), 1)
+    components = own.train.windows
+    every_window = sampler_of(components, global_batch_size=len(components[""]), micro_batch_size=1)
+    task = training_only(components, tokenizer, every_window)
     found = []
     for batch in task.training_batches(0, 0, 1):
         targets = next_token_targets(batch["labels"], batch["document_ids"])
@@ -100,12 +143,13 @@ def test_examples_are_predicted_where_their_masks_say(tmp_path: Path, tokenizer:
 
 
 def evaluated(task: CausalLM, world_size: int, size: int) -> dict[str, float]:
-    """With a model that thinks the next id is this one, more or less."""
-    records: list[Record] = []
+    """Metrics of a model that predicts each token to repeat."""
+    records: list[ComponentLoss] = []
     for rank in range(world_size):
         for batch in task.evaluation_batches(rank, world_size):
-            targets = next_token_targets(batch["labels"], batch["document_ids"])
-            logits = F.one_hot(batch["input_ids"], size).float()
+            inputs = batch.inputs
+            targets = next_token_targets(inputs["labels"], inputs["document_ids"])
+            logits = F.one_hot(inputs["input_ids"], size).float()
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
             records += task.records(SimpleNamespace(loss=loss), batch)
     return task.metrics(records)
@@ -147,8 +191,8 @@ def test_metrics_by_component(data: TextData, tokenizer: Tokenizer, world_size: 
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def record(component: str, loss: float, targets: int = 10, size: int = 20) -> Record:
-    return Record(component, loss, targets, size)
+def record(component: str, loss: float, targets: int = 10, size: int = 20) -> ComponentLoss:
+    return ComponentLoss(component, loss, targets, size)
 
 
 @pytest.mark.parametrize(
@@ -165,14 +209,14 @@ def record(component: str, loss: float, targets: int = 10, size: int = 20) -> Re
     ],
 )
 def test_the_forgetting_set_is_no_part_of_the_total(
-    data: TextData, tokenizer: Tokenizer, records: list[Record], expected: dict[str, float]
+    data: TextData, tokenizer: Tokenizer, records: list[ComponentLoss], expected: dict[str, float]
 ) -> None:
     found: dict[str, Any] = task_of(data, tokenizer).metrics(records)
     assert {name: value for name, value in found.items() if name.startswith("eval_loss")} == expected
     assert {name.partition("/")[2] for name in found} == {name.partition("/")[2] for name in expected}
 
 
-def test_a_loss_beyond_all_numbers_is_reported(data: TextData, tokenizer: Tokenizer) -> None:
+def test_perplexity_of_a_huge_loss_is_finite(data: TextData, tokenizer: Tokenizer) -> None:
     found = task_of(data, tokenizer).metrics([record("a", 1e6, targets=1)])
     assert found["eval_loss"] == 1e6
     assert math.isfinite(found["perplexity"])

@@ -1,4 +1,4 @@
-"""Kind of damage x file: found before a weight is touched, named, and the checkpoint before it is taken instead."""
+"""Each kind of damage to each file is found before a weight is touched, and the previous checkpoint is used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from fake_ranks import on_ranks, save
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.training.checkpoint import load
-from gptj_train.training.retention import resumable
+from gptj_train.training.retention import resume_candidates
+from gptj_train.weights.manifest import Manifest
+from gptj_train.weights.safetensors_file import Written
 
 FILES = [
     *(f"{kind}-0000{rank}-of-00002.safetensors" for kind in ("master", "exp_avg", "exp_avg_sq") for rank in (1, 2)),
@@ -127,19 +129,19 @@ def check(run: Path, file: str, straight: list[torch.Tensor]) -> None:
     def resume(rank: Any) -> Any:
         before = [parameter.detach().clone() for parameter in rank.model.parameters()]
         with pytest.raises(ValueError, match=damaged.name) as caught:
-            load(rank, resumable(run, str(damaged)), print)
+            load(rank, resume_candidates(run, str(damaged)), print)
         assert file in str(caught.value)
         assert "\n" not in str(caught.value)
         assert all(map(torch.equal, before, rank.model.parameters())), "a weight was touched"
 
-        assert load(rank, resumable(run, "auto"), lines.append if rank.rank == 0 else lambda _: None).step == 5
+        assert load(rank, resume_candidates(run, "auto"), lines.append if rank.rank == 0 else lambda _: None).step == 5
         return rank
 
     for rank in on_ranks(2, resume, seed=1):
         assert all(map(torch.equal, straight, rank.model.parameters()))
-    told, resumed = lines
-    assert told.startswith(str(damaged / file))
-    assert told.endswith("; trying step_00000005")
+    passed_over, resumed = lines
+    assert passed_over.startswith(str(damaged / file))
+    assert passed_over.endswith("; trying step_00000005")
     assert resumed == f"resuming from {damaged.with_name('step_00000005')}"
 
 
@@ -153,7 +155,7 @@ def test_damage_is_found_and_the_step_before_taken(
 
 @pytest.mark.parametrize("file", FILES)
 def test_permission_denied(run: Path, straight: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch, file: str) -> None:
-    """Told by the call that opens: for root, who may run these tests, a mode would forbid nothing."""
+    """Raised by a patched os.open: a file mode would not stop root, who may run these tests."""
     forbidden, opened = run / "checkpoints" / "step_00000010" / file, os.open
 
     def refuse(path: Any, *arguments: Any, **more: Any) -> int:
@@ -177,7 +179,7 @@ def test_when_none_is_whole(run: Path) -> None:
     for step in (5, 10):
         (run / "checkpoints" / f"step_{step:08}" / STATES[3]).unlink()
     with pytest.raises(ValueError, match=r"none of the checkpoints can be used: .*; resume=never starts over"):
-        resumable(run, "auto")
+        resume_candidates(run, "auto")
 
 
 def test_when_none_has_the_right_content(run: Path) -> None:
@@ -185,7 +187,7 @@ def test_when_none_has_the_right_content(run: Path) -> None:
         flip(0.9)(run / "checkpoints" / f"step_{step:08}" / STATES[3])
 
     def resume(rank: Any) -> None:
-        load(rank, resumable(run, "auto"), print)
+        load(rank, resume_candidates(run, "auto"), print)
 
     with pytest.raises(ValueError, match=r"step_00000005.*sha256; resume=never starts over"):
         on_ranks(2, resume)
@@ -193,8 +195,6 @@ def test_when_none_has_the_right_content(run: Path) -> None:
 
 def test_a_name_that_leaves_the_folder(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Even in a manifest that is otherwise as we write it."""
-    from gptj_train.weights.manifest import Manifest, Written
-
     checkpoint = run / "checkpoints" / "step_00000010"
     manifest = Manifest.read(checkpoint)
     (checkpoint / "manifest.json").unlink()

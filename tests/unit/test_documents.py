@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.model.attention import (
-    attention_pattern,
-    document_lengths,
-    document_starts,
-    positions_in_documents,
-)
+from gptj_train.model.attention import attention_pattern
+from gptj_train.model.documents import document_lengths, document_starts, positions_in_documents
 
 VOCAB = 101
 # Ids are names of runs: an id that comes again later, or in another row, is another document.
@@ -26,7 +22,7 @@ DOCUMENTS = torch.tensor(
         [4] * 7 + [9] * 3 + [4] * 6,
     ]
 )
-PATHS = pytest.mark.parametrize("explicit", [False, True], ids=["per-document", "dense-mask"])
+PATHS = pytest.mark.parametrize("eager", [False, True], ids=["per-document", "dense-mask"])
 
 
 @pytest.fixture(scope="module", params=[4, 8], ids=["rotary-half", "rotary-full"])
@@ -57,21 +53,21 @@ def spans() -> Iterator[tuple[int, slice]]:
 SPANS = list(spans())
 
 
-def logits_and_states(model: GPTJForCausalLM, ids: Tensor, explicit: bool) -> list[Tensor]:
-    out = model(ids, document_ids=DOCUMENTS, output_attentions=explicit, output_hidden_states=True)
+def logits_and_states(model: GPTJForCausalLM, ids: Tensor, eager: bool) -> list[Tensor]:
+    out = model(ids, document_ids=DOCUMENTS, output_attentions=eager, output_hidden_states=True)
     return [out.logits, *out.hidden_states]
 
 
 @PATHS
 @pytest.mark.parametrize("changed", SPANS)
 def test_changing_a_document_changes_no_bit_elsewhere(
-    model: GPTJForCausalLM, ids: Tensor, changed: tuple[int, slice], explicit: bool
+    model: GPTJForCausalLM, ids: Tensor, changed: tuple[int, slice], eager: bool
 ) -> None:
     other = ids.clone()
     other[changed] = (other[changed] + 1 + torch.randint(VOCAB - 1, other[changed].shape)) % VOCAB
     elsewhere = torch.ones_like(ids, dtype=torch.bool)
     elsewhere[changed] = False
-    before, after = (logits_and_states(model, tokens, explicit) for tokens in (ids, other))
+    before, after = (logits_and_states(model, tokens, eager) for tokens in (ids, other))
     for ours, theirs in zip(before, after, strict=True):
         assert torch.equal(ours[elsewhere], theirs[elsewhere])
         assert not torch.equal(ours[changed], theirs[changed])
@@ -80,10 +76,10 @@ def test_changing_a_document_changes_no_bit_elsewhere(
 @PATHS
 @pytest.mark.parametrize("scored", SPANS)
 def test_gradients_never_cross_documents(
-    model: GPTJForCausalLM, ids: Tensor, scored: tuple[int, slice], explicit: bool
+    model: GPTJForCausalLM, ids: Tensor, scored: tuple[int, slice], eager: bool
 ) -> None:
     embeddings = model.transformer.wte(ids).detach().requires_grad_()
-    out = model(inputs_embeds=embeddings, document_ids=DOCUMENTS, output_attentions=explicit)
+    out = model(inputs_embeds=embeddings, document_ids=DOCUMENTS, output_attentions=eager)
     out.logits[scored].square().sum().backward()
     inside = torch.zeros_like(ids, dtype=torch.bool)
     inside[scored] = True
@@ -92,12 +88,12 @@ def test_gradients_never_cross_documents(
 
 
 @PATHS
-def test_loss_gradients_never_cross_documents(model: GPTJForCausalLM, ids: Tensor, explicit: bool) -> None:
+def test_loss_gradients_never_cross_documents(model: GPTJForCausalLM, ids: Tensor, eager: bool) -> None:
     for row, columns in SPANS:
         labels = torch.full_like(ids, -100)
         labels[row, columns] = ids[row, columns]
         embeddings = model.transformer.wte(ids).detach().requires_grad_()
-        arguments = {"labels": labels, "document_ids": DOCUMENTS, "output_attentions": explicit}
+        arguments = {"labels": labels, "document_ids": DOCUMENTS, "output_attentions": eager}
         model(inputs_embeds=embeddings, num_items_in_batch=1, **arguments).loss.backward()
         inside = torch.zeros_like(ids, dtype=torch.bool)
         inside[row, columns.start : columns.stop - 1] = True  # the last token predicts nothing
@@ -106,8 +102,8 @@ def test_loss_gradients_never_cross_documents(model: GPTJForCausalLM, ids: Tenso
 
 
 @PATHS
-def test_packed_equals_alone(model: GPTJForCausalLM, ids: Tensor, explicit: bool) -> None:
-    packed = logits_and_states(model, ids, explicit)
+def test_packed_equals_alone(model: GPTJForCausalLM, ids: Tensor, eager: bool) -> None:
+    packed = logits_and_states(model, ids, eager)
     for row, columns in SPANS:
         out = model(ids[row : row + 1, columns], output_hidden_states=True)
         for ours, alone in zip(packed, [out.logits, *out.hidden_states], strict=True):
@@ -115,9 +111,9 @@ def test_packed_equals_alone(model: GPTJForCausalLM, ids: Tensor, explicit: bool
 
 
 @PATHS
-def test_loss_and_gradients_are_sums_over_documents(model: GPTJForCausalLM, ids: Tensor, explicit: bool) -> None:
+def test_loss_and_gradients_are_sums_over_documents(model: GPTJForCausalLM, ids: Tensor, eager: bool) -> None:
     model.zero_grad()
-    arguments = {"labels": ids, "document_ids": DOCUMENTS, "output_attentions": explicit}
+    arguments = {"labels": ids, "document_ids": DOCUMENTS, "output_attentions": eager}
     packed = model(ids, num_items_in_batch=1, **arguments).loss
     packed.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -138,7 +134,7 @@ def test_loss_and_gradients_are_sums_over_documents(model: GPTJForCausalLM, ids:
 
 
 def test_dense_mask_equals_per_document(model: GPTJForCausalLM, ids: Tensor) -> None:
-    split, dense = (logits_and_states(model, ids, explicit) for explicit in (False, True))
+    split, dense = (logits_and_states(model, ids, eager) for eager in (False, True))
     for ours, theirs in zip(split, dense, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
@@ -183,7 +179,7 @@ def test_pattern_is_the_cheapest_that_says_it() -> None:
     whole = torch.ones(3, 16)
 
     def pattern(**changes: object) -> tuple[bool, bool]:
-        arguments = {"past_length": 0, "attention_mask": None, "document_ids": None, "explicit": False} | changes
+        arguments = {"past_length": 0, "attention_mask": None, "document_ids": None, "eager": False} | changes
         found = attention_pattern(hidden, **arguments)
         return found.mask is not None, found.lengths is not None
 
@@ -192,6 +188,6 @@ def test_pattern_is_the_cheapest_that_says_it() -> None:
     assert pattern(document_ids=torch.zeros_like(documents)) == (False, False)
     assert pattern(document_ids=documents) == (False, True)
     assert pattern(document_ids=documents, attention_mask=whole) == (False, True)
-    assert pattern(document_ids=documents, explicit=True) == (True, False)
+    assert pattern(document_ids=documents, eager=True) == (True, False)
     assert pattern(attention_mask=whole.tril()) == (True, False)
     assert pattern(past_length=4) == (True, False)

@@ -62,7 +62,7 @@ def parts(tokenizer: Tokenizer) -> tuple[PlainEngine, ModelFiles]:
 
 
 def run(parts: tuple[Any, ModelFiles], folder: Path, dtype: str = "fp32") -> Path:
-    return export(*parts, folder, dtype, FACTS, FULL, "/models/gpt-j-6B")
+    return export(*parts, folder, dtype=dtype, facts=FACTS, lora=FULL, base="/models/gpt-j-6B")
 
 
 def test_a_last_step_without_a_loss_is_no_hindrance(parts: tuple[PlainEngine, ModelFiles], tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def of_old(stream: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize(
     ("spoil", "message"),
-    [(swapped, "its logits differ by"), (of_old, "its logits differ by"), (with_nan, "holds values that are not fini")],
+    [(swapped, "its logits differ by"), (of_old, "its logits differ by"), (with_nan, "contains NaN or infinity")],
 )
 def test_a_failed_check_leaves_nothing(
     parts: tuple[Any, ModelFiles], tmp_path: Path, monkeypatch: Any, spoil: Any, message: str, earlier: bool
@@ -166,7 +166,7 @@ def test_a_disk_that_changes_what_is_written(
         (folder / "model.safetensors").write_bytes(content)
 
     monkeypatch.setattr(ModelFiles, "save", save_and_flip)
-    with pytest.raises(ExportError, match="what is on the disk is not what was written"):
+    with pytest.raises(ExportError, match="the disk does not hold the bytes that were written"):
         run(parts, tmp_path / "export")
     assert list(tmp_path.iterdir()) == []
 
@@ -185,7 +185,7 @@ def test_a_full_disk(parts: tuple[Any, ModelFiles], tmp_path: Path, monkeypatch:
         raise OSError("No space left on device")
 
     monkeypatch.setattr(parts[0], "full_parameters", counted)
-    monkeypatch.setattr("gptj_train.weights.hf_writer.os.fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(ExportError, match="No space left"):
         run(parts, tmp_path / "export")
     assert taken == list(parts[0].shapes)

@@ -1,4 +1,4 @@
-"""Which steps are told of, and which end a run."""
+"""Which steps are reported, and which end a run."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import math
 import numpy as np
 import pytest
 
+from gptj_train.errors import UserError
 from gptj_train.training.checkpoint import TrainState
 from gptj_train.training.health import Health
 
 
 def judged(losses: list[float]) -> list[str]:
-    health, state, said = Health(3), TrainState(), []
+    """What Health reports of a run with these losses and finite gradients."""
+    health, state, messages = Health(3), TrainState(), []
     for loss in losses:
         state.step += 1
-        said.append(health.judge(state, loss, 1.0, 1.0))
-    return [message for message in said if message]
+        messages.append(health.judge(state, loss=loss, grad_norm=1.0, loss_scale=1.0))
+    return [message for message in messages if message]
 
 
 def descending(steps: int, noise: float) -> list[float]:
@@ -30,35 +32,35 @@ def test_noise_is_no_spike(noise: float) -> None:
     assert judged(descending(2000, noise)) == []
 
 
-def test_a_spike_is_told_once() -> None:
+def test_a_spike_is_reported_once() -> None:
     losses = descending(200, 0.05)
     losses[120:125] = [6.0] * 5
     losses[150] = 9.0
     first, second = judged(losses)
-    assert first.startswith("step 121: the loss jumped to 6.0000 from about 2.")
-    assert second.startswith("step 151: the loss jumped to 9.0000")
+    assert first.startswith("step 121: loss spike: 6.0000 after a median of 2.")
+    assert second.startswith("step 151: loss spike: 9.0000 after")
 
 
-def test_a_new_level_is_told_once() -> None:
+def test_a_new_level_is_reported_once() -> None:
     assert len(judged([2.0] * 60 + [4.0] * 200)) == 1
 
 
-def test_fp16_s_search_for_a_scale_does_not_count() -> None:
+def test_fp16_overflows_do_not_count() -> None:
     """Losses are finite, and DeepSpeed halves the scale with every overflow."""
     health, state = Health(3), TrainState()
     for power in range(15, 0, -1):
         state.step += 1
-        said = health.judge(state, 4.0, math.inf, 2.0**power)
-        assert said == f"step {state.step}: fp16 overflow, no update; the loss scale goes down to {2.0**power:g}"
+        message = health.judge(state, loss=4.0, grad_norm=math.inf, loss_scale=2.0**power)
+        assert message == f"step {state.step}: fp16 overflow, update skipped; the loss scale is now {2.0**power:g}"
     assert (state.skipped, state.skipped_in_a_row) == (15, 0)
     for _ in range(2):
-        health.judge(state, math.nan, math.inf, 2.0)
-    with pytest.raises(ValueError, match=r"for 3 steps in a row"):
-        health.judge(state, 4.0, math.inf, 1.0)
+        health.judge(state, loss=math.nan, grad_norm=math.inf, loss_scale=2.0)
+    with pytest.raises(UserError, match=r"for 3 steps in a row"):
+        health.judge(state, loss=4.0, grad_norm=math.inf, loss_scale=1.0)
 
 
 def test_a_good_step_ends_the_row() -> None:
     health, state = Health(2), TrainState()
     for norm in (math.nan, 1.0, math.inf, 1.0, math.nan):
-        health.judge(state, 2.0, norm, 1.0)
+        health.judge(state, loss=2.0, grad_norm=norm, loss_scale=1.0)
     assert (state.skipped, state.skipped_in_a_row) == (3, 1)

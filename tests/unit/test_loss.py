@@ -1,4 +1,4 @@
-"""The chunked loss equals cross_entropy on all logits, in value and gradient, and never holds all logits."""
+"""The chunked loss equals cross_entropy on all logits, in value and gradient, and never stores all logits."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ def operands(dtype: torch.dtype = torch.float32, bias: bool = True) -> dict[str,
     }
 
 
-def some_targets(ignored: float = 0.3) -> Tensor:
+def random_targets(ignored: float = 0.3) -> Tensor:
     targets = torch.randint(VOCAB, (TOKENS,))
     return targets.masked_fill(torch.rand(TOKENS) < ignored, IGNORE)
 
 
-def chunked(given: dict[str, Tensor | None], targets: Tensor) -> Tensor:
+def chunked_loss(given: dict[str, Tensor | None], targets: Tensor) -> Tensor:
     return linear_cross_entropy(given["hidden"], given["weight"], given["bias"], targets)
 
 
-def plain(given: dict[str, Tensor | None], targets: Tensor) -> Tensor:
-    """The sum in fp64 on all logits at once."""
+def reference_loss(given: dict[str, Tensor | None], targets: Tensor) -> Tensor:
+    """Sum the losses in fp64, on all logits at once."""
     hidden, weight, bias = (None if given[name] is None else given[name].double() for name in NAMES)
     return F.cross_entropy(F.linear(hidden, weight, bias), targets, ignore_index=IGNORE, reduction="sum")
 
@@ -49,7 +49,7 @@ def value_and_gradients(compute: Any, given: dict[str, Tensor | None], targets: 
     return [value.detach(), *(x.grad for x in copies.values() if x is not None)]
 
 
-def relative_gap(ours: Tensor, theirs: Tensor) -> float:
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
     assert ours.shape == theirs.shape
     return ((ours.double() - theirs.double()).abs().max() / theirs.double().abs().max()).item()
 
@@ -62,43 +62,43 @@ def test_value_and_gradients(
     monkeypatch: pytest.MonkeyPatch, chunk: int, ignored: float, bias: bool, dtype: torch.dtype, tolerance: float
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK", chunk)
-    given, targets = operands(dtype, bias), some_targets(ignored)
+    given, targets = operands(dtype, bias), random_targets(ignored)
     targets[3] = VOCAB - 1
     for scale in (1.0, -0.25):
-        ours = value_and_gradients(chunked, given, targets, scale)
-        theirs = value_and_gradients(plain, given, targets, scale)
+        ours = value_and_gradients(chunked_loss, given, targets, scale)
+        theirs = value_and_gradients(reference_loss, given, targets, scale)
         assert ours[0].dtype == torch.float32
         for mine, other in zip(ours, theirs, strict=True):
-            assert relative_gap(mine, other) < tolerance
+            assert relative_error(mine, other) < tolerance
         for gradient in ours[1:]:
             assert gradient.dtype == dtype
 
 
-def test_bf16_gradients_are_as_good_as_those_of_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_gradients_are_as_accurate_in_many_chunks_as_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     # Sums over chunks are kept in fp32, so many chunks cost no accuracy.
-    given, targets = operands(torch.bfloat16), some_targets()
-    exact = value_and_gradients(plain, given, targets, 1.0)
+    given, targets = operands(torch.bfloat16), random_targets()
+    exact = value_and_gradients(reference_loss, given, targets, 1.0)
     gaps = []
     for chunk in (1, 512):
         monkeypatch.setattr(loss_module, "CHUNK", chunk)
-        ours = value_and_gradients(chunked, given, targets, 1.0)
-        gaps.append([relative_gap(mine, other) for mine, other in zip(ours, exact, strict=True)])
+        ours = value_and_gradients(chunked_loss, given, targets, 1.0)
+        gaps.append([relative_error(mine, other) for mine, other in zip(ours, exact, strict=True)])
     for many, one in zip(*gaps, strict=True):
         assert many < 1.5 * one + 1e-3
 
 
 def test_extreme_logits_stay_finite() -> None:
-    given, targets = operands(), some_targets()
+    given, targets = operands(), random_targets()
     given["hidden"].data *= 1e4
-    ours, theirs = (value_and_gradients(compute, given, targets, 1.0) for compute in (chunked, plain))
+    ours, theirs = (value_and_gradients(compute, given, targets, 1.0) for compute in (chunked_loss, reference_loss))
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.isfinite().all()
-        assert relative_gap(mine, other) < 1e-5
+        assert relative_error(mine, other) < 1e-5
 
 
 def test_ignored_tokens_get_no_gradient() -> None:
-    given, targets = operands(), some_targets()
-    chunked(given, targets).backward()
+    given, targets = operands(), random_targets()
+    chunked_loss(given, targets).backward()
     gradient = given["hidden"].grad
     assert (gradient[targets == IGNORE] == 0).all()
     assert (gradient[targets != IGNORE] != 0).any(dim=1).all()
@@ -107,7 +107,7 @@ def test_ignored_tokens_get_no_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_targets_give_exactly_zero(dtype: torch.dtype) -> None:
     given = operands(dtype)
-    value = chunked(given, torch.full((TOKENS,), IGNORE))
+    value = chunked_loss(given, torch.full((TOKENS,), IGNORE))
     assert value.dtype == torch.float32
     assert value.item() == 0
     value.backward()
@@ -117,41 +117,41 @@ def test_no_targets_give_exactly_zero(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("frozen", [("weight",), ("hidden",), ("bias",), ("weight", "bias"), ("hidden", "weight")])
 def test_frozen_operands_get_no_gradient(frozen: tuple[str, ...]) -> None:
-    given, reference, targets = operands(), operands(), some_targets()
+    given, reference, targets = operands(), operands(), random_targets()
     for name in NAMES:
         reference[name].data.copy_(given[name].data)
     for name in frozen:
         given[name].requires_grad_(False)
-    chunked(given, targets).backward()
-    plain(reference, targets).backward()
+    chunked_loss(given, targets).backward()
+    reference_loss(reference, targets).backward()
     for name in NAMES:
         if name in frozen:
             assert given[name].grad is None
         else:
-            assert relative_gap(given[name].grad, reference[name].grad) < 1e-6
+            assert relative_error(given[name].grad, reference[name].grad) < 1e-6
 
 
 def test_without_gradients() -> None:
-    given, targets = operands(), some_targets()
-    expected = chunked(given, targets)
+    given, targets = operands(), random_targets()
+    expected = chunked_loss(given, targets)
     with torch.no_grad():
-        value = chunked(given, targets)
+        value = chunked_loss(given, targets)
     assert torch.equal(value, expected)
     assert not value.requires_grad
     with torch.inference_mode():
-        assert torch.equal(chunked(given, targets), expected)
+        assert torch.equal(chunked_loss(given, targets), expected)
 
 
 def test_gradients_accumulate_over_calls() -> None:
-    given, first, second = operands(), some_targets(), some_targets()
+    given, first, second = operands(), random_targets(), random_targets()
     for targets in (first, second):
-        chunked(given, targets).backward()
+        chunked_loss(given, targets).backward()
     summed = {name: given[name].grad for name in NAMES}
     for name in NAMES:
         given[name].grad = None
-    (plain(given, first) + plain(given, second)).backward()
+    (reference_loss(given, first) + reference_loss(given, second)).backward()
     for name in NAMES:
-        assert relative_gap(summed[name], given[name].grad) < 1e-6
+        assert relative_error(summed[name], given[name].grad) < 1e-6
 
 
 class LargestTensor(TorchDispatchMode):
@@ -183,25 +183,28 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, dtype
         linear_cross_entropy(hidden, weight, bias, targets).backward()
     assert chunk * vocab <= largest.numel["any"] <= max(chunk * vocab, tokens * size, vocab * size)
 
-    with LargestTensor() as control:  # the same instrument sees the logits of the plain way
+    with LargestTensor() as control:  # The instrument detects logits where they exist.
         F.cross_entropy(F.linear(hidden, weight, bias).float(), targets).backward()
     assert control.numel["float32"] == tokens * vocab
 
 
+@pytest.mark.parametrize("arguments", [{"num_items_in_batch": 46.0}, {"skip_logits": True}], ids=["counted", "skipped"])
 @pytest.mark.parametrize("train", [True, False])
-def test_a_models_loss_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch, train: bool) -> None:
+def test_a_models_loss_never_stores_all_logits(
+    monkeypatch: pytest.MonkeyPatch, train: bool, arguments: dict[str, Any]
+) -> None:
     monkeypatch.setattr(loss_module, "CHUNK", 4)
     vocab, tokens = 1000, 2 * 24
     config = GPTJConfig(vocab_size=vocab, n_positions=24, n_embd=16, n_layer=1, n_head=2, rotary_dim=4, n_inner=16)
     model = GPTJForCausalLM(config).train(train)
     ids = torch.randint(vocab, (2, 24))
     with torch.set_grad_enabled(train), LargestTensor() as largest:
-        loss = model(ids, labels=ids).loss
+        loss = model(ids, labels=ids, **arguments).loss
         if train:
             loss.backward()
     assert largest.numel["any"] <= vocab * config.n_embd < tokens * vocab
     with LargestTensor() as control:
-        model(ids, labels=ids).logits.sum()
+        model(ids, labels=ids)
     assert control.numel["any"] == tokens * vocab
 
 

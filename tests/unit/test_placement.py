@@ -1,4 +1,4 @@
-"""Where a model lives that only answers: what fits goes to the accelerator, and visitors change no number."""
+"""Device placement for inference: what fits goes to the accelerator, and offloaded blocks change no number."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def test_gpt_j_6b_in_bf16() -> None:
     for room, blocks in ((6, 13), (1.5, 1)):
         placed = device_map(model, int(room * GIB), 0)
         assert sum(place == 0 and ".h." in name for name, place in placed.items()) == blocks
-        # The largest of the visitors has room beside those that stay.
-        visitor = max(sizes[name] for name, place in placed.items() if place == "cpu")
-        assert sum(sizes[name] for name, place in placed.items() if place == 0) + visitor <= room * GIB
+        # The largest offloaded module has room beside those that stay.
+        largest = max(sizes[name] for name, place in placed.items() if place == "cpu")
+        assert sum(sizes[name] for name, place in placed.items() if place == 0) + largest <= room * GIB
 
 
-def test_visiting_blocks_say_the_same(tmp_path: Path) -> None:
+def test_offloaded_blocks_change_no_number(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = GPTJConfig(**SHAPE, initializer_range=0.3)  # type: ignore[arg-type]
     model = GPTJForCausalLM(config).eval()
@@ -51,7 +51,7 @@ def test_visiting_blocks_say_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="of hosts without an accelerator")
-def test_without_an_accelerator_everything_stays() -> None:
+def test_without_an_accelerator_the_model_stays_on_the_cpu() -> None:
     model = GPTJForCausalLM(GPTJConfig(**SHAPE))  # type: ignore[arg-type]
     assert place(model) == torch.device("cpu")
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}

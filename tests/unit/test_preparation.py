@@ -18,6 +18,7 @@ from text_data import VALUES, jsonl, text_data
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers
 
+from gptj_train.atomic_write import SCRATCH_PATTERN
 from gptj_train.config import EvaluationDataConfig
 from gptj_train.data import preparation, progress, store, workers
 from gptj_train.data.corpus import prepare
@@ -328,7 +329,7 @@ def test_killed_at_any_time_and_run_again(
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     (leftover,) = folders(cache)
-    assert leftover.name.startswith(".making-")
+    assert leftover.match(SCRATCH_PATTERN)
     assert (leftover / "tokens.bin").exists()
     opened(file)
     assert contents(cache) == contents(tmp_path / "straight")

@@ -1,4 +1,4 @@
-"""Exact match, F1 and the choice of answers follow SQuAD's official scripts."""
+"""Exact match, F1 and the choice of answers equal those of SQuAD's official scripts."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ answers_of_a_question = st.lists(phrases.filter(str.strip), max_size=3)
 
 
 def reference_scores(predictions: dict[str, str], answers: dict[str, list[str]]) -> dict[str, float]:
-    said = [{"id": name, "prediction_text": text} for name, text in predictions.items()]
+    predicted = [{"id": name, "prediction_text": text} for name, text in predictions.items()]
     wanted = [{"id": name, "answers": {"text": texts, "answer_start": []}} for name, texts in answers.items()]
-    return {name: value.item() for name, value in squad(said, wanted).items()}  # type: ignore[union-attr]
+    return {name: value.item() for name, value in squad(predicted, wanted).items()}  # type: ignore[union-attr]
 
 
 @given(st.lists(st.tuples(phrases, answers_of_a_question), min_size=1, max_size=4))
 def test_scores_equal_the_reference(cases: list[tuple[str, list[str]]]) -> None:
-    predictions = {str(i): said for i, (said, _) in enumerate(cases)}
+    predictions = {str(i): predicted for i, (predicted, _) in enumerate(cases)}
     answers = {str(i): wanted for i, (_, wanted) in enumerate(cases)}
     scores = squad_scores(predictions, answers)
     if all(answers.values()):
@@ -127,13 +127,13 @@ def evaluated(threshold: float | None, null: list[float], places: dict[str, floa
         null_threshold=threshold,
         repeat_context=False,
     )
-    task = QuestionAnswering(features, features, config, seed=0, global_batch_size=4, micro_batch_size=4)
+    task = QuestionAnswering(validation=features, config=config, batch_size=4)
     records: list[Any] = []
     seen = 0
     for rank in range(2):
         for batch in task.evaluation_batches(rank, 2):
-            logits = torch.full(batch["input_ids"].shape, -6.0)
-            for row, number in enumerate(batch.rows):  # type: ignore[attr-defined]
+            logits = torch.full(batch.inputs["input_ids"].shape, -6.0)
+            for row, number in enumerate(batch.source):
                 if number is None:
                     continue
                 seen += 1
@@ -152,7 +152,7 @@ def evaluated(threshold: float | None, null: list[float], places: dict[str, floa
 def test_the_best_span_of_all_windows_answers_unless_no_answer_beats_it_in_every_window() -> None:
     words = {"five": 2.0, "six": 1.0, "nine": 1.4}
     assert evaluated(0.0, [-5.0], words).predictions == {"q": "five", "r": ""}
-    # The null score of a question is its lowest: a window without the answer may say so.
+    # The null score of a question is its lowest: a window without the answer may lower it.
     assert evaluated(0.0, [9.0, -4.0, 9.0], words).predictions["q"] == "five"
     assert evaluated(0.0, [2.5], words).predictions["q"] == ""
     assert evaluated(1.5, [2.5], words).predictions["q"] == "five"
@@ -173,12 +173,12 @@ def test_predictions_are_written_as_the_official_scripts_read_them(tmp_path: Pat
 def test_rows_that_fill_a_batch_up_have_no_target_and_padding_comes_last() -> None:
     task = evaluated(0.0, [-5.0], {})
     batches = [batch for rank in range(2) for batch in task.evaluation_batches(rank, 2)]
-    assert sum(map(task.targets, batches)) == len(task._validation)
+    assert sum(task.targets(batch.inputs) for batch in batches) == len(task._validation)
     for batch in batches:
-        mask, end = batch["attention_mask"], batch["end_positions"]
+        mask, end = batch.inputs["attention_mask"], batch.inputs["end_positions"]
         assert (mask[:, 1:] <= mask[:, :-1]).all()
         assert mask.any(dim=1).all()
         for row in range(len(mask)):
             length = int(mask[row].sum())
-            assert end[row] < length or (batch.rows[row] is None and end[row] == mask.shape[1])  # type: ignore[attr-defined]
-            assert (batch["input_ids"][row, length:] == task._validation.padding_id).all()
+            assert end[row] < length or (batch.source[row] is None and end[row] == mask.shape[1])
+            assert (batch.inputs["input_ids"][row, length:] == task._validation.padding_id).all()

@@ -185,19 +185,19 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def test_summary(folder: Path) -> None:
-    said = summary(str(folder), "GPTJForCausalLM", "line one\nline two")
-    assert "Done. Training loss 4.500 -> 3.000 in 4 steps." in said
-    assert "eval_loss 6.000 -> 2.500" in said
-    assert "    line one\n    line two\n" in said
+    text = summary(str(folder), "GPTJForCausalLM", "line one\nline two")
+    assert "Done. Training loss 4.500 -> 3.000 in 4 steps." in text
+    assert "eval_loss 6.000 -> 2.500" in text
+    assert "    line one\n    line two\n" in text
     for name in ("export", "report.html", "metrics.jsonl", "checkpoints"):
-        assert f"{folder}/{name}" in said
+        assert f"{folder}/{name}" in text
 
 
 def test_summary_of_components(tmp_path: Path) -> None:
     of_components = {"eval_loss/Web": 2.25, "perplexity/Web": 9.5, "eval_loss/Old Books": 1.5}
     run(tmp_path, evaluated(0, 6.0), evaluated(4, 2.0) | of_components)
-    said = summary(str(tmp_path), "GPTJForCausalLM").splitlines()
-    assert "Held-out loss by component: Web 2.250, Old Books 1.500." in said
+    text = summary(str(tmp_path), "GPTJForCausalLM").splitlines()
+    assert "Held-out loss by component: Web 2.250, Old Books 1.500." in text
 
 
 def test_summary_with_losses_that_are_no_numbers(tmp_path: Path) -> None:

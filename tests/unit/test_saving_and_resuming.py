@@ -1,108 +1,89 @@
-"""What the trainer does about a save that fails, and about a checkpoint that other data belong to."""
+"""The trainer's reaction to a save that fails, and to a checkpoint of other data."""
 
 from __future__ import annotations
 
 import errno
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fake_ranks import CONFIG, TOKENIZER, on_ranks
+from fake_ranks import MODEL_FILES, on_ranks
+from typed_configs import config
 
-from gptj_train.tracking import Tracker, TrackingConfig
+from gptj_train.config import ClmConfig
+from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError
 from gptj_train.training.deepspeed_internals import OptimizerState
-from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.optimizer import OptimConfig
-from gptj_train.training.retention import resumable
-from gptj_train.training.trainer import Trainer, TrainerConfig
+from gptj_train.training.retention import resume_candidates
+from gptj_train.training.trainer import Trainer
 from gptj_train.weights.slices import SliceWriter
-
-OPTIM = OptimConfig(
-    lr=1e-3,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.1,
-    clip_norm=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    decay_steps=0,
-    final_lr_ratio=0.1,
-)
 
 
 class Numbers:
-    """A task of which only the data are asked for."""
+    """A task that only serves training batches."""
 
-    def __init__(self, first: int = 0) -> None:
+    def __init__(self, first: int) -> None:
         self.first = first
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
         return [{"input_ids": torch.tensor([[self.first + step, rank, world_size]])}]
 
 
-def trainer(folder: Path, rank: Any, task: Any = None, **settings: Any) -> Trainer:
-    config = TrainerConfig(
-        output_dir=str(folder),
-        seed=0,
-        max_steps=10,
-        global_batch_size=1,
-        micro_batch_size=1,
-        eval_every=0,
-        save_every=5,
-        keep_checkpoints=2,
-        keep_every=0,
-        failed_save="continue",
-        resume="auto",
-        max_hours=None,
-        max_skipped_steps=3,
-        hang_timeout=0,
-        optim=OPTIM,
-    )
-    checkpoints = Checkpoints(folder, 2, 0, ModelFiles(CONFIG, "GPTJForCausalLM", TOKENIZER))
-    tracker = Tracker(TrackingConfig(wandb="disabled", project="tests", run_name=None), folder, {}, rank.rank)
-    return Trainer(replace(config, **settings), rank, task or Numbers(), checkpoints, tracker)
+def settings(folder: Path, *overrides: str) -> ClmConfig:
+    """Compose once, before the ranks' threads start: Hydra keeps its state in globals."""
+    sizes = ("max_steps=10", "global_batch_size=1", "micro_batch_size=1", "save_every=5", "hang_timeout=0")
+    return config("clm", ClmConfig, *sizes, f"output_dir={folder}", *overrides)
+
+
+def trainer(cfg: ClmConfig, rank: Any, first_batch: int = 0) -> Trainer:
+    checkpoints = Checkpoints(cfg.output_dir, keep=2, keep_every=0, model_files=MODEL_FILES)
+    tracker = Tracker(cfg.tracking, cfg.output_dir, {}, rank.rank)
+    task = Numbers(first_batch)
+    return Trainer(config=cfg, engine=rank, task=task, checkpoints=checkpoints, tracker=tracker)
 
 
 def no_space(*_: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_a_failed_save_is_told_and_the_run_goes_on(
+def test_a_failed_save_prints_a_line_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(SliceWriter, "add", no_space)
-    on_ranks(2, lambda rank: trainer(tmp_path, rank).save())
+    cfg = settings(tmp_path)
+    on_ranks(2, lambda rank: trainer(cfg, rank).save())
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == (
-        f"step 0 was not saved: {tmp_path}/checkpoints/step_00000000: No space left on device; "
-        "going on, earlier checkpoints are intact"
-    )
+    reason = f"{tmp_path}/checkpoints/step_00000000: No space left on device"
+    assert line.startswith(f"step 0 was not saved: {reason}; ")
+    assert line.endswith("earlier checkpoints are intact")
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
-def test_a_failed_save_ends_the_run_if_so_wished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_ends_the_run_with_failed_save_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SliceWriter, "add", no_space)
+    cfg = settings(tmp_path, "failed_save=stop")
     with pytest.raises(SaveFailedError, match="No space left on device"):
-        on_ranks(1, lambda rank: trainer(tmp_path, rank, failed_save="stop").save())
+        on_ranks(1, lambda rank: trainer(cfg, rank).save())
 
 
 def test_other_data_are_an_error(tmp_path: Path) -> None:
-    on_ranks(2, lambda rank: trainer(tmp_path, rank).save())
-    found = resumable(tmp_path, "auto")
-    on_ranks(3, lambda rank: trainer(tmp_path, rank).resume(found))
+    cfg = settings(tmp_path)
+    on_ranks(2, lambda rank: trainer(cfg, rank).save())
+    found = resume_candidates(tmp_path, "auto")
+    on_ranks(3, lambda rank: trainer(cfg, rank).resume(found))
     with pytest.raises(ValueError, match=r"step 0 would see other data .* restore data .*tokenizer, seed"):
-        on_ranks(1, lambda rank: trainer(tmp_path, rank, Numbers(1)).resume(found))
+        on_ranks(1, lambda rank: trainer(cfg, rank, first_batch=1).resume(found))
 
 
-def test_other_settings_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    on_ranks(1, lambda rank: trainer(tmp_path, rank).save())
-    found = resumable(tmp_path, "auto")
-    on_ranks(1, lambda rank: trainer(tmp_path, rank, resume=str(found[0])).resume(found))
+def test_changed_settings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = settings(tmp_path)
+    on_ranks(1, lambda rank: trainer(cfg, rank).save())
+    found = resume_candidates(tmp_path, "auto")
+    on_ranks(1, lambda rank: trainer(cfg, rank).resume(found))
     assert "changed since" not in capsys.readouterr().out
-    on_ranks(1, lambda rank: trainer(tmp_path, rank, max_steps=20).resume(found))
+    longer = settings(tmp_path, "max_steps=20")
+    on_ranks(1, lambda rank: trainer(longer, rank).resume(found))
     assert "changed since the checkpoint: max_steps 10 -> 20" in capsys.readouterr().out
 
 

@@ -1,33 +1,25 @@
-"""lr_at by hand for each schedule, at its borders, and between its limits everywhere."""
+"""lr_at against values computed by hand, at the ends of each schedule, and within its bounds everywhere."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typed_configs import optim_config
 
 from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.schedule import lr_at
 
-BASE: dict[str, Any] = {
-    "lr": 2.0,
-    "betas": (0.9, 0.95),
-    "eps": 1e-8,
-    "weight_decay": 0.1,
-    "clip_norm": 1.0,
-    "schedule": "cosine",
-    "warmup_steps": 4,
-    "decay_steps": 5,
-    "final_lr_ratio": 0.1,
-}
+BASE = optim_config("lr=2", "warmup_steps=4", "decay_steps=5")  # cosine, final_lr_ratio 0.1
 STEPS = 13
 
 
 def optim(**changes: Any) -> OptimConfig:
-    return OptimConfig(**BASE | changes)
+    return replace(BASE, **changes)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant", "wsd"])
@@ -96,7 +88,7 @@ def runs(draw: st.DrawFn) -> tuple[OptimConfig, int]:
 
 
 @given(runs())
-def test_between_nothing_and_lr_up_then_down(run: tuple[OptimConfig, int]) -> None:
+def test_it_rises_to_lr_and_then_falls(run: tuple[OptimConfig, int]) -> None:
     settings, max_steps = run
     rates = [lr_at(step, max_steps, settings) for step in range(max_steps)]
     assert all(0 <= rate <= settings.lr * (1 + 1e-12) for rate in rates)
@@ -121,6 +113,6 @@ def test_between_nothing_and_lr_up_then_down(run: tuple[OptimConfig, int]) -> No
         ({"schedule": "cosin"}, "'cosine', 'linear', 'constant' or 'wsd'"),
     ],
 )
-def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         optim(**changes)

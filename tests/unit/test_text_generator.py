@@ -1,4 +1,4 @@
-"""Streaming, batches and stop strings say the same text."""
+"""Streaming, batches and stop strings give the same text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.inference.text_generator import TextGenerator, prompts_in, sample_from
+from gptj_train.inference.text_generator import TextGenerator, read_prompts, sample_from
 
 PROMPTS = ["Once", "upon a time, a bé", "naïve 🙂 text"]
 OPTIONS = {"max_new_tokens": 30, "do_sample": False, "repetition_penalty": 1.3}
@@ -50,7 +50,7 @@ def test_a_batch_says_what_each_prompt_says_alone(folder: Path) -> None:
 def test_text_ends_before_a_stop_string(folder: Path, length: int) -> None:
     writer = TextGenerator(folder)
     (whole,) = writer.complete([PROMPTS[0]], **OPTIONS)
-    stop = [whole[4 : 4 + length], "never said"]
+    stop = [whole[4 : 4 + length], "absent"]
     expected = whole[: whole.index(stop[0])]
     assert writer.complete([PROMPTS[0]], stop, **OPTIONS) == [expected]
     assert "".join(writer.stream(PROMPTS[0], stop, **OPTIONS)) == expected
@@ -61,10 +61,10 @@ def test_text_ends_before_a_special_token(folder: Path, monkeypatch: pytest.Monk
     """As a chat's turn does; the token's text is in no decoded text."""
     writer = TextGenerator(folder)
     ids = writer.encode(PROMPTS[0])
-    said = writer.model.generate(torch.tensor([ids]), eos_token_id=[], **OPTIONS)[0, len(ids) :].tolist()
-    before = said[: said.index(said[at])]
+    tokens = writer.model.generate(torch.tensor([ids]), eos_token_id=[], **OPTIONS)[0, len(ids) :].tolist()
+    before = tokens[: tokens.index(tokens[at])]
     expected = writer.tokenizer.decode(ids + before)[len(PROMPTS[0]) :]
-    monkeypatch.setitem(writer.tokenizer.__dict__, "special_tokens", {"<|turn|>": said[at]})
+    monkeypatch.setitem(writer.tokenizer.__dict__, "special_tokens", {"<|turn|>": tokens[at]})
     assert writer.complete([PROMPTS[0]], ["<|turn|>"], **OPTIONS) == [expected]
     assert "".join(writer.stream(PROMPTS[0], ["<|turn|>"], **OPTIONS)) == expected
 
@@ -90,12 +90,12 @@ def test_an_empty_prompt_is_told(folder: Path) -> None:
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text("one\n\ntwo\nthree\n")
-    assert prompts_in(str(file), 2) == [["one", "two"], ["three"]]
+    assert read_prompts(str(file), 2) == [["one", "two"], ["three"]]
     file.write_text("\n")
     with pytest.raises(ValueError, match="holds no prompt"):
-        prompts_in(str(file), 2)
+        read_prompts(str(file), 2)
     with pytest.raises(ValueError, match="cannot be read"):
-        prompts_in(str(tmp_path / "absent"), 2)
+        read_prompts(str(tmp_path / "absent"), 2)
 
 
 def test_beams_come_out_at_once_and_are_the_models(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""metrics.jsonl over starts and resumes, silence of the other ranks, and Weights & Biases without a network."""
+"""metrics.jsonl over starts and resumes, no output on other ranks, and W&B without a network."""
 
 from __future__ import annotations
 
@@ -118,14 +118,14 @@ def test_no_metrics_yet(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == []
 
 
-def test_losses_that_are_no_numbers_are_kept_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nan_becomes_null_and_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 0, step(4, loss=math.nan, grad_norm=math.inf))
     (line,) = read_metrics(tmp_path)
     assert line["loss"] is line["grad_norm"] is None  # JSON knows no NaN
     assert "loss nan" in capsys.readouterr().out
 
 
-def test_other_ranks_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     silent = tracker(tmp_path / "run", rank=1, wandb="online")
     silent.note("before")
     silent.start(0, 4)
@@ -143,7 +143,7 @@ def test_rank_0_writes_nothing_before_its_start(tmp_path: Path, capsys: pytest.C
     assert not (tmp_path / "run").exists()
 
 
-def test_what_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path, 0, evaluated(0), step(1), step(2), step(4))
     assert capsys.readouterr().out.splitlines() == [
         "step 0: eval_loss 4.0000  perplexity 54.6000  bits_per_byte 1.2500",
@@ -199,16 +199,16 @@ def test_wandb_offline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert [row["item"]["_step"] for row in wandb_records(resumed)["history"]] == [3]
 
 
-def test_wandb_goes_on_in_the_run_that_a_checkpoint_names(tmp_path: Path) -> None:
-    """Resumed into a folder of its own."""
-    going_on = tracker(tmp_path, wandb="offline")
-    assert going_on.wandb_id is None
-    going_on.start(2, 4, "abcd1234")
-    assert going_on.wandb_id == (tmp_path / "wandb_id.txt").read_text() == "abcd1234"
-    going_on.finish()
+def test_wandb_resumes_the_run_that_a_checkpoint_names(tmp_path: Path) -> None:
+    """Resumed into another folder."""
+    resumed = tracker(tmp_path, wandb="offline")
+    assert resumed.wandb_id is None
+    resumed.start(2, 4, "abcd1234")
+    assert resumed.wandb_id == (tmp_path / "wandb_id.txt").read_text() == "abcd1234"
+    resumed.finish()
 
 
-def test_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_overrides_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     write(tmp_path, 0, step(1), wandb="online")
     assert not (tmp_path / "wandb_id.txt").exists()

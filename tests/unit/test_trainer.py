@@ -1,4 +1,4 @@
-"""The loop's decisions, on an engine that computes nothing: when it evaluates, saves, skips and ends early."""
+"""When the training loop evaluates, saves, skips and ends early, on an engine that computes nothing."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from typed_configs import config
 
+from gptj_train.config import ClmConfig
+from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted
-from gptj_train.tracking import Tracker, TrackingConfig
+from gptj_train.tasks.task import EvaluationBatch
+from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import TrainState
-from gptj_train.training.optimizer import OptimConfig
-from gptj_train.training.trainer import Trainer, TrainerConfig
+from gptj_train.training.trainer import Trainer
 
-OPTIM = OptimConfig(
-    lr=1e-3,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.0,
-    clip_norm=1.0,
-    schedule="constant",
-    warmup_steps=0,
-    decay_steps=0,
-    final_lr_ratio=1.0,
+CONFIG = config(
+    "clm",
+    ClmConfig,
+    *("max_steps=6", "global_batch_size=2", "micro_batch_size=2", "eval_every=2", "save_every=3", "keep_checkpoints=1"),
+    *("max_skipped_steps=3", "hang_timeout=60"),
 )
 
 
@@ -77,7 +75,7 @@ class FakeEngine:
 
 
 class FakeTask:
-    """Four evaluation batches; sends itself signals where it is told to."""
+    """Four evaluation batches; sends itself a signal in a chosen evaluation or step."""
 
     def __init__(self, signal_in_evaluation: int | None, signal_in_step: int | None) -> None:
         self.evaluations = 0
@@ -89,27 +87,27 @@ class FakeTask:
     def training_batches(self, step: int, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
         return [{"input_ids": torch.tensor([[step]])}]
 
-    def evaluation_batches(self, rank: int, world_size: int) -> Iterator[dict[str, torch.Tensor]]:
+    def evaluation_batches(self, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
         self.evaluations += 1
         for number in range(4):
             assert not (self.evaluations == self.signal_in_evaluation and number == 3), "not cut short"
             if self.evaluations == self.signal_in_evaluation and number == 1:
                 os.kill(os.getpid(), signal.SIGUSR1)
-            yield {}
+            yield EvaluationBatch({}, None)
 
     def targets(self, batch: dict[str, torch.Tensor]) -> int:
         if batch["input_ids"].item() == self.signal_in_step:
             os.kill(os.getpid(), signal.SIGTERM)
         return 7
 
-    def records(self, output: Any, batch: dict[str, torch.Tensor]) -> list[float]:
+    def records(self, output: Any, batch: EvaluationBatch) -> list[float]:
         return [output.loss.item()]
 
     def metrics(self, records: list[float]) -> dict[str, float]:
         assert len(records) == 4
         return {"eval_loss": sum(records) / 4}
 
-    def write_predictions(self, folder: str) -> None:
+    def write_predictions(self, folder: str | Path) -> None:
         pass
 
 
@@ -125,7 +123,7 @@ class FakeCheckpoints:
 
 
 class Run:
-    """A Trainer on all of these, and what it left."""
+    """A trainer on these fakes, and what it left behind."""
 
     def __init__(
         self,
@@ -138,31 +136,14 @@ class Run:
         resumed_from: Run | None = None,
         **changes: Any,
     ) -> None:
-        settings = {
-            "seed": 0,
-            "max_steps": 6,
-            "global_batch_size": 2,
-            "micro_batch_size": 2,
-            "eval_every": 2,
-            "save_every": 3,
-            "keep_checkpoints": 1,
-            "keep_every": 0,
-            "failed_save": "continue",
-            "resume": "auto",
-            "max_hours": None,
-            "max_skipped_steps": 3,
-            "hang_timeout": 60,
-            "optim": OPTIM,
-        }
         self.folder, self.checkpoints = folder, FakeCheckpoints()
         self.task = FakeTask(signal_in_evaluation, signal_in_step)
-        tracking = TrackingConfig(wandb="disabled", project="test", run_name=None)
         self.trainer = Trainer(
-            TrainerConfig(output_dir=str(folder), **(settings | changes)),
-            FakeEngine(losses or [2.0], norms or [1.0], finite),  # type: ignore[arg-type]
-            self.task,
-            self.checkpoints,  # type: ignore[arg-type]
-            Tracker(tracking, folder, {}, 0),
+            config=replace(CONFIG, output_dir=str(folder), **changes),
+            engine=FakeEngine(losses or [2.0], norms or [1.0], finite),  # type: ignore[arg-type]
+            task=self.task,
+            checkpoints=self.checkpoints,  # type: ignore[arg-type]
+            tracker=Tracker(CONFIG.tracking, folder, {}, 0),
         )
         if resumed_from is not None and resumed_from.checkpoints.saved:
             self.checkpoints.saved = resumed_from.checkpoints.saved
@@ -183,7 +164,7 @@ def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_an_undisturbed_run(tmp_path: Path) -> None:
+def test_an_uninterrupted_run(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.trainer.train()
     assert run.saved == [3, 6]
@@ -194,10 +175,10 @@ def test_an_undisturbed_run(tmp_path: Path) -> None:
 
 def test_a_signal_in_a_step_ends_the_run_after_it(tmp_path: Path) -> None:
     run = Run(tmp_path, signal_in_step=3)
-    with pytest.raises(Preempted, match="SIGTERM reached rank 0: ended after step 4 of 6, saved"):
+    with pytest.raises(Preempted, match="SIGTERM reached rank 0: preempted after step 4 of 6, saved"):
         run.trainer.train()
     assert run.saved == [3, 4]
-    assert list(run.lines("eval_loss")) == [0, 2]  # the one of step 4 has time later
+    assert list(run.lines("eval_loss")) == [0, 2]  # step 4 is evaluated after the resume
     resumed = Run(tmp_path, resumed_from=run)
     resumed.trainer.train()
     assert list(run.lines("eval_loss")) == [0, 2, 4, 6]
@@ -205,9 +186,9 @@ def test_a_signal_in_a_step_ends_the_run_after_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("number", "step"), [(1, 0), (2, 2), (4, 6)])
-def test_an_evaluation_is_cut_short_and_made_up_for(tmp_path: Path, number: int, step: int) -> None:
+def test_an_evaluation_that_was_cut_short_is_repeated_after_a_resume(tmp_path: Path, number: int, step: int) -> None:
     run = Run(tmp_path, signal_in_evaluation=number)
-    with pytest.raises(Preempted, match=f"SIGUSR1 reached rank 0: ended after step {step} of 6"):
+    with pytest.raises(Preempted, match=f"SIGUSR1 reached rank 0: preempted after step {step} of 6"):
         run.trainer.train()
     assert run.saved == [saved for saved in (3, step) if 0 < saved <= step]
     assert step not in run.lines("eval_loss")
@@ -216,7 +197,7 @@ def test_an_evaluation_is_cut_short_and_made_up_for(tmp_path: Path, number: int,
     assert list(run.lines("eval_loss")) == [0, 2, 4, 6]
 
 
-def test_a_run_that_is_done_does_nothing_again(tmp_path: Path) -> None:
+def test_a_finished_run_does_nothing_when_rerun(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.trainer.train()
     again = Run(tmp_path, resumed_from=run)
@@ -239,19 +220,19 @@ def test_a_second_signal_during_the_save_does_no_harm(tmp_path: Path) -> None:
     assert run.saved == [3, 4]
 
 
-def test_it_stops_in_time_for_slurm_s_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_stops_in_time_before_slurm_kills_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before a save has been timed it reserves for two of 5 minutes, and a minute."""
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 655))
     run = Run(tmp_path)
     with pytest.raises(
-        Preempted, match=r"the Slurm job ends in 6[45]\d s: ended after step 0 of 6, .*there is no checkpoint"
+        Preempted, match=r"the Slurm job ends in 6[45]\d s: preempted after step 0 of 6, .*there is no checkpoint"
     ):
         run.trainer.train()  # found out in the first evaluation
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(time.time()) + 755))
     Run(tmp_path).trainer.train()
 
 
-def test_a_save_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_would_take_too_long_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = time.time()
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 3600))
     run = Run(tmp_path)
@@ -264,15 +245,15 @@ def test_a_save_that_does_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pyte
         return rows(step, rank, world_size)
 
     run.task.training_batches = later  # type: ignore[method-assign]
-    with pytest.raises(Preempted, match=r"ended after step 5 of 6, no time to save; the last checkpoint is of step 3"):
+    with pytest.raises(Preempted, match=r"preempted after step 5 of 6, no time to save; last checkpoint: step 3"):
         run.trainer.train()
     assert run.saved == [3]
 
 
-def test_max_hours_end_a_run_saved(tmp_path: Path) -> None:
+def test_max_hours_save_and_end_a_run(tmp_path: Path) -> None:
     run = Run(tmp_path, max_hours=1e-9, eval_every=0, save_every=0)
     run.trainer.state.evaluated = 0
-    with pytest.raises(Preempted, match="max_hours=1e-09 are over: ended after step 1 of 6, saved"):
+    with pytest.raises(Preempted, match="max_hours=1e-09 have passed: preempted after step 1 of 6, saved"):
         run.trainer.train()
     assert run.saved == [1]
 
@@ -281,42 +262,42 @@ def test_a_stop_file_ends_a_run(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
     run = Run(tmp_path, eval_every=0)
     run.trainer.state.evaluated = 0
-    with pytest.raises(Preempted, match=r"STOP is there; remove it before you start again: ended after step 1"):
+    with pytest.raises(Preempted, match=r"found .*STOP; remove it before you rerun: preempted after step 1"):
         run.trainer.train()
 
 
-def test_skipped_steps_are_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_steps_are_counted_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run(tmp_path, losses=[2.0, math.nan, 2.0, 2.0], norms=[1.0, math.inf, math.inf, 1.0])
     run.trainer.train()
     assert run.lines("skipped_steps") == {1: 0, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
     assert run.lines("loss")[2] is run.lines("grad_norm")[2] is None
     assert [(state.skipped, state.skipped_in_a_row) for state in run.checkpoints.saved] == [(2, 2), (2, 0)]
-    said = capsys.readouterr().out
-    assert "step 2: loss nan on rank 0 in rows [10, 11] of the training data\n" in said
-    assert "step 2: loss nan, gradient norm inf: no update\n" in said
-    assert "step 3: loss 2, gradient norm inf: no update\n" in said
+    output = capsys.readouterr().out
+    assert "step 2: loss nan on rank 0 in rows [10, 11] of the training data\n" in output
+    assert "step 2: loss nan, gradient norm inf: non-finite, update skipped\n" in output
+    assert "step 3: loss 2, gradient norm inf: non-finite, update skipped\n" in output
 
 
 def test_too_many_in_a_row_stop_the_run_before_a_save(tmp_path: Path) -> None:
     run = Run(tmp_path, norms=[1.0, math.inf], save_every=4)
     with pytest.raises(
-        ValueError, match=r"step 4: .* for 3 steps in a row \(max_skipped_steps\): no update since step 1"
+        UserError, match=r"step 4: .* for 3 steps in a row \(max_skipped_steps\), no update since step 1"
     ):
         run.trainer.train()
     assert run.saved == []
 
 
-def test_a_row_of_them_goes_on_over_a_resume(tmp_path: Path) -> None:
+def test_a_resume_continues_the_row_of_skipped_steps(tmp_path: Path) -> None:
     run = Run(tmp_path, norms=[1.0, math.inf], signal_in_step=2)
     with pytest.raises(Preempted):
         run.trainer.train()
     resumed = Run(tmp_path, norms=[math.inf], resumed_from=run)
-    with pytest.raises(ValueError, match=r"step 4: .* for 3 steps in a row"):
+    with pytest.raises(UserError, match=r"step 4: .* for 3 steps in a row"):
         resumed.trainer.train()
 
 
-def test_what_is_not_finite_is_never_saved(tmp_path: Path) -> None:
+def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
     run = Run(tmp_path, finite=False)
-    with pytest.raises(ValueError, match="step 3: weights or moments are no longer finite, so that they are not saved"):
+    with pytest.raises(UserError, match="step 3: weights or moments are non-finite and were not saved"):
         run.trainer.train()
     assert run.saved == []

@@ -1,4 +1,4 @@
-"""A process that is stuck ends itself with its stacks on disk; one that is slow, saving or suspended does not."""
+"""A process that hangs exits with its stacks on disk; one that is slow, saving or suspended does not."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from gptj_train.launch import watchdog
 from gptj_train.launch.preemption import Preempted
 from gptj_train.launch.watchdog import Watchdog
-from gptj_train.training import watchdog
 
 LIMIT = 0.5
 
@@ -25,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watched(folder: Path, work: Callable[[Watchdog], None], limit: float = LIMIT) -> multiprocessing.Process:
-    """``work`` in a process of its own."""
+    """Start ``work`` under a watchdog in a new process."""
 
     def run() -> None:
         with Watchdog(folder, limit, rank=3) as dog:
@@ -47,12 +47,12 @@ def stacks(folder: Path) -> str:
     return (folder / "stacks" / "rank_3.txt").read_text()
 
 
-def spinning_for_ever(dog: Watchdog) -> None:
+def spinning_forever(dog: Watchdog) -> None:
     while True:
         pass
 
 
-def waiting_for_ever(dog: Watchdog) -> None:
+def waiting_forever(dog: Watchdog) -> None:
     threading.Event().wait()
 
 
@@ -68,26 +68,26 @@ def long_save(dog: Watchdog) -> None:
     time.sleep(LIMIT / 2)
 
 
-@pytest.mark.parametrize("work", [spinning_for_ever, waiting_for_ever])
-def test_what_is_stuck_ends_and_says_where(
+@pytest.mark.parametrize("work", [spinning_forever, waiting_forever])
+def test_a_hang_ends_the_process_and_leaves_its_stacks(
     tmp_path: Path, work: Callable[[Watchdog], None], capfd: pytest.CaptureFixture[str]
 ) -> None:
     began = time.monotonic()
     assert ends_with(watched(tmp_path, work)) == 1
     assert LIMIT < time.monotonic() - began < LIMIT + 5
     assert work.__name__ in stacks(tmp_path)
-    said = capfd.readouterr().err
-    assert said.startswith("error: rank 3 made no progress for 0.5 s (hang_timeout); where it was: ")
-    assert said.count("\n") == 1
+    message = capfd.readouterr().err
+    assert message.startswith("error: rank 3 made no progress for 0.5 s (hang_timeout); its stacks: ")
+    assert message.count("\n") == 1
 
 
 @pytest.mark.parametrize(("work", "limit"), [(slow_but_alive, LIMIT), (long_save, LIMIT), (long_save, 0)])
-def test_what_goes_on_is_left_alone(tmp_path: Path, work: Callable[[Watchdog], None], limit: float) -> None:
+def test_progress_and_pauses_keep_it_alive(tmp_path: Path, work: Callable[[Watchdog], None], limit: float) -> None:
     assert ends_with(watched(tmp_path, work, limit)) == 0
     assert not (tmp_path / "stacks").exists()
 
 
-def test_a_job_that_was_suspended_is_not_hung(tmp_path: Path) -> None:
+def test_a_suspended_job_does_not_hang(tmp_path: Path) -> None:
     process = watched(tmp_path, slow_but_alive)
     time.sleep(LIMIT)
     os.kill(process.pid or 0, signal.SIGSTOP)
@@ -96,28 +96,28 @@ def test_a_job_that_was_suspended_is_not_hung(tmp_path: Path) -> None:
     assert ends_with(process) == 0
 
 
-def test_sigterm_leaves_the_stacks_too_and_then_does_what_it_did(tmp_path: Path) -> None:
+def test_sigterm_leaves_the_stacks_and_then_ends_the_process(tmp_path: Path) -> None:
     """Launchers end the ranks beside a failed one with it; this one hangs in a call and cannot answer."""
-    process = watched(tmp_path, waiting_for_ever, limit=60)
+    process = watched(tmp_path, waiting_forever, limit=60)
     time.sleep(2)
     process.terminate()
     assert ends_with(process) == -signal.SIGTERM
-    assert "waiting_for_ever" in stacks(tmp_path)
+    assert "waiting_forever" in stacks(tmp_path)
 
 
 def fails(dog: Watchdog) -> None:
     raise RuntimeError("Connection closed by peer")
 
 
-def is_told_to_stop(dog: Watchdog) -> None:
+def is_preempted(dog: Watchdog) -> None:
     raise Preempted("SIGTERM")
 
 
-def test_an_error_leaves_its_traceback_and_an_orderly_end_nothing(tmp_path: Path) -> None:
+def test_a_crash_leaves_its_traceback_and_a_preemption_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), Watchdog(tmp_path / "failed", LIMIT, rank=3) as dog:
         fails(dog)
     assert "in fails" in stacks(tmp_path / "failed")
     assert "Connection closed by peer" in stacks(tmp_path / "failed")
-    with pytest.raises(Preempted), Watchdog(tmp_path / "told", LIMIT, rank=3) as dog:
-        is_told_to_stop(dog)
-    assert not (tmp_path / "told" / "stacks").exists()
+    with pytest.raises(Preempted), Watchdog(tmp_path / "preempted", LIMIT, rank=3) as dog:
+        is_preempted(dog)
+    assert not (tmp_path / "preempted" / "stacks").exists()

@@ -1,38 +1,21 @@
-"""Engine settings -> DeepSpeed's dict, whole; what contradicts itself or has two owners is refused."""
+"""Engine settings -> DeepSpeed's whole dict; contradictions and settings with two owners are refused."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from typed_configs import engine_config, optim_config
 
 from gptj_train.training.accumulation import accumulation_steps
-from gptj_train.training.optimizer import OptimConfig
 from gptj_train.training.zero_config import EngineConfig, deepspeed_config
 
-OPTIM = OptimConfig(
-    lr=1e-5,
-    betas=(0.9, 0.95),
-    eps=1e-8,
-    weight_decay=0.1,
-    clip_norm=0.5,
-    schedule="cosine",
-    warmup_steps=10,
-    decay_steps=0,
-    final_lr_ratio=0.1,
-)
-BASE: dict[str, Any] = {
-    "stage": 3,
-    "offload_optimizer": "none",
-    "offload_parameters": "none",
-    "nvme_path": None,
-    "precision": "bf16",
-    "activation_checkpointing": True,
-    "deepspeed": {},
-}
+OPTIM = optim_config("clip_norm=0.5")
+BASE = engine_config("zero3")
 ADAMW = {"lr": 0.0, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.0}
 ON_THE_GPU = {"optimizer": {"type": "AdamW", "params": ADAMW | {"torch_adam": True, "fused": True}}}
 GOLDEN: dict[str, Any] = {
@@ -49,11 +32,18 @@ GOLDEN: dict[str, Any] = {
 
 
 def engine(**changes: Any) -> EngineConfig:
-    return EngineConfig(**BASE | changes)
+    return replace(BASE, **changes)
 
 
 def config(pin_memory: bool = False, **changes: Any) -> dict[str, Any]:
-    return deepspeed_config(engine(**changes), OPTIM, 2, 4, largest_parameter=1000, pin_memory=pin_memory)
+    return deepspeed_config(
+        engine=engine(**changes),
+        optim=OPTIM,
+        micro_batch_size=2,
+        accumulation=4,
+        largest_parameter=1000,
+        pin_memory=pin_memory,
+    )
 
 
 def test_zero3_on_the_gpus() -> None:
@@ -110,7 +100,7 @@ def test_stage_0_sums_gradients_in_its_own_precision(precision: str) -> None:
     assert made["data_types"] == {"grad_accum_dtype": precision}
 
 
-def test_more_settings_in_deepspeeds_own_spelling() -> None:
+def test_further_settings_in_deepspeeds_spelling() -> None:
     own = {
         "zero_optimization": {"stage3_max_live_parameters": 5, "offload_optimizer": {"pin_memory": True}},
         "wall_clock_breakdown": True,
@@ -128,7 +118,7 @@ def test_more_settings_in_deepspeeds_own_spelling() -> None:
     }
 
 
-def test_the_settings_stay_as_they_were() -> None:
+def test_the_settings_are_not_modified() -> None:
     own = {"zero_optimization": {"offload_param": {"buffer_count": 9}}}
     config(offload_optimizer="cpu", offload_parameters="cpu", deepspeed=own)
     assert own == {"zero_optimization": {"offload_param": {"buffer_count": 9}}}
@@ -152,7 +142,7 @@ def test_the_settings_stay_as_they_were() -> None:
         ({"zero_optimization": {"offload_param": {"nvme_path": "/x"}}}, "is set by engine.nvme_path"),
     ],
 )
-def test_keys_of_ours_are_refused_with_the_name_of_ours(own: dict[str, Any], message: str) -> None:
+def test_keys_that_our_settings_own_are_refused(own: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         engine(deepspeed=own)
 
@@ -161,7 +151,7 @@ def test_keys_of_ours_are_refused_with_the_name_of_ours(own: dict[str, Any], mes
     "own",
     [{"zero_optimization": None}, {"zero_optimization": 2}, {"zero_optimization": {"offload_optimizer": None}}],
 )
-def test_a_block_that_holds_keys_of_ours_cannot_be_replaced(own: dict[str, Any]) -> None:
+def test_a_block_with_such_keys_cannot_be_replaced(own: dict[str, Any]) -> None:
     with pytest.raises(ValidationError, match=r"is set by engine\.(stage|offload_optimizer); set it there"):
         engine(deepspeed=own)
 
@@ -180,23 +170,23 @@ def test_a_block_that_holds_keys_of_ours_cannot_be_replaced(own: dict[str, Any])
         ({"offload_optimizer": "disk"}, "should be 'none', 'cpu' or 'nvme'"),
     ],
 )
-def test_combinations_that_cannot_work(changes: dict[str, Any], message: str) -> None:
+def test_invalid_combinations(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         engine(**changes)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_combinations_that_can(stage: int) -> None:
+def test_valid_combinations(stage: int) -> None:
     assert engine(stage=stage, offload_optimizer="cpu").stage == stage
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 9))
-def test_accumulation_makes_up_the_global_batch(accumulation: int, micro: int, world: int) -> None:
+def test_accumulation_fills_the_global_batch(accumulation: int, micro: int, world: int) -> None:
     assert accumulation_steps(accumulation * micro * world, micro, world) == accumulation
 
 
 @given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 9))
-def test_a_batch_that_does_not_divide_names_one_that_does(total: int, micro: int, world: int) -> None:
+def test_a_batch_that_does_not_divide_suggests_one_that_does(total: int, micro: int, world: int) -> None:
     if total % (micro * world) == 0:
         return
     with pytest.raises(ValueError, match=f"global_batch_size {total} does not divide") as caught:
@@ -216,6 +206,6 @@ def test_the_message_of_a_batch_that_does_not_divide() -> None:
 
 
 @pytest.mark.parametrize(("total", "micro"), [(0, 1), (1, 0), (-4, 2)])
-def test_batches_of_nothing(total: int, micro: int) -> None:
+def test_empty_batches(total: int, micro: int) -> None:
     with pytest.raises(ValueError, match="global_batch_size and micro_batch_size must be at least 1"):
         accumulation_steps(total, micro, 1)

@@ -26,7 +26,8 @@ def test_ctranslate2_converts_and_agrees(tmp_path: Path) -> None:
     backend = Backend(WordLevel(words, unk_token="w1"))
     ModelFiles(model.config, "GPTJForCausalLM", Tokenizer(backend)).save(tmp_path / "export", torch.float32)
     converted = ctranslate2.converters.TransformersConverter(str(tmp_path / "export")).convert(str(tmp_path / "ct2"))
-    generator = ctranslate2.Generator(converted, device="cpu", compute_type="float32")
+    # One thread: its OpenMP threads would go on spinning and slow down every later test.
+    generator = ctranslate2.Generator(converted, device="cpu", compute_type="float32", intra_threads=1)
 
     prompt = torch.randint(1, WORDS, (1, 11))
     logits = np.array(generator.forward_batch(prompt.tolist()))

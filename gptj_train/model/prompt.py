@@ -1,0 +1,99 @@
+"""Check a request to generate text before the model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptj_train.errors import UserError
+from gptj_train.model.gptj_config import GPTJConfig
+
+_DEFAULT_NEW_TOKENS = 20  # of Transformers
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A checked batch of prompts and where its texts end.
+
+    Attributes:
+        ids: (B, T) int64, padded on the left.
+        mask: (B, T), 0 on padding.
+        end_ids: (E) tokens that end a text.
+        filler: token that fills a row after its end.
+        max_length: limit on prompt plus new tokens.
+    """
+
+    ids: Tensor
+    mask: Tensor
+    end_ids: Tensor
+    filler: int
+    max_length: int
+
+
+def check_prompt(
+    config: GPTJConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    max_length: int | None,
+    max_new_tokens: int | None,
+    eos_token_id: int | list[int] | None,
+    pad_token_id: int | None,
+) -> Prompt:
+    """Fill in the config's defaults and check a request; the arguments are those of ``GenerationMixin.stream``.
+
+    Raises:
+        UserError: an empty prompt, padding on the right, or a limit beyond ``n_positions``.
+    """
+    if input_ids.dim() != 2 or input_ids.shape[1] == 0:
+        raise UserError("generate needs at least one prompt token in each row of input_ids (B, T)")
+    pad = config.pad_token_id if pad_token_id is None else pad_token_id
+    ends = _as_list(config.eos_token_id if eos_token_id is None else eos_token_id)
+    mask = attention_mask
+    if mask is None:
+        mask = _mask_from_pad(input_ids, pad, ends)
+    if mask.shape != input_ids.shape:
+        raise UserError(f"attention_mask must be {tuple(input_ids.shape)}, got {tuple(mask.shape)}")
+    if not mask[:, -1].all():
+        # The next token would be predicted from padding.
+        raise UserError("prompts must be padded on the left for generation")
+    first_end = ends[0] if ends else 0
+    return Prompt(
+        ids=input_ids,
+        mask=mask,
+        end_ids=torch.tensor(ends, device=input_ids.device, dtype=input_ids.dtype),
+        filler=first_end if pad is None else pad,
+        max_length=_length_limit(input_ids.shape[1], max_length, max_new_tokens, config.n_positions),
+    )
+
+
+def _as_list(ids: int | list[int] | None) -> list[int]:
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+def _mask_from_pad(input_ids: Tensor, pad: int | None, ends: list[int]) -> Tensor:
+    # A pad id that is also an end token may be text, so it tells nothing about padding.
+    if pad is None or pad in ends:
+        return torch.ones_like(input_ids)
+    return (input_ids != pad).long()
+
+
+def _length_limit(prompt_length: int, max_length: int | None, max_new_tokens: int | None, n_positions: int) -> int:
+    if max_new_tokens is not None:
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        limit = prompt_length + max_new_tokens
+    elif max_length is not None:
+        limit = max_length
+    else:
+        # Only the default gives way to n_positions; a limit that the user gave is never cut silently.
+        limit = min(prompt_length + _DEFAULT_NEW_TOKENS, n_positions)
+    if limit <= prompt_length:
+        raise UserError(f"max_length {limit} leaves no room after the prompt of {prompt_length} tokens")
+    if limit > n_positions:
+        raise UserError(f"prompt plus new tokens ({limit}) exceed the model's n_positions ({n_positions})")
+    return limit
