@@ -50,7 +50,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     tokenizer = Tokenizer.load(tokenizer_folder)
     documents = Documents(open_stores([Path(file) for file in files], data, tokenizer))
     length, rows = CELL.sequence_length, CELL.micro_batch_size
-    windows = ContiguousWindows(documents, length, tokenizer.end_id)
+    windows = ContiguousWindows(documents, length, tokenizer.eos_id)
     # Padded rows: a document each, or, where it is longer than a window, one of its pieces.
     pieces = []
     for document, size in enumerate(documents.lengths.tolist()):
@@ -66,7 +66,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
             for document, start in (pieces[index] for index in order):
                 size = min(length, int(documents.lengths[document]) - start)
                 texts.append(documents.part(document, start, size)[0])
-            ids = torch.full((rows, max(map(len, texts))), tokenizer.end_id)
+            ids = torch.full((rows, max(map(len, texts))), tokenizer.eos_id)
             mask = torch.zeros_like(ids)
             for row, text in enumerate(texts):
                 ids[row, : len(text)] = torch.from_numpy(text.astype("int64"))
