@@ -151,7 +151,7 @@ MISTAKES = {
     "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text; convert it ("),
     "too many bad records": (
         ["data.train={}/broken.jsonl", "data.bad_records=skip"],
-        "{}/broken.jsonl: 4.76% of the records are bad (1 of not a line of JSON), more than data.max_bad_share (1.00%)",
+        "{}/broken.jsonl: 4.76% of the records are bad (1 x not a line of JSON), more than data.max_bad_share (1.00%)",
     ),
     "cut off": (["data.train={}/cut_off.jsonl.zst"], "{}/cut_off.jsonl.zst: cut off in the middle of a zstd frame"),
     "template without a place": (["data.chat_template=x"], "data.chat_template must contain {content} exactly once"),
