@@ -9,8 +9,6 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from gptj_train.model.kv_cache import KVCache
-
 
 class ModelOutput(OrderedDict[str, Any]):
     """A dictionary of values in the order of the class's annotations; a value of None counts as absent.
@@ -92,7 +90,7 @@ class BaseModelOutput(ModelOutput):
     """
 
     last_hidden_state: Tensor
-    past_key_values: KVCache | None
+    past_key_values: Any
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -107,7 +105,7 @@ class CausalLMOutput(ModelOutput):
 
     loss: Tensor | None
     logits: Tensor | None
-    past_key_values: KVCache | None
+    past_key_values: Any
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -122,7 +120,7 @@ class SequenceClassifierOutput(ModelOutput):
 
     loss: Tensor | None
     logits: Tensor
-    past_key_values: KVCache | None
+    past_key_values: Any
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
 
@@ -140,3 +138,19 @@ class QuestionAnsweringOutput(ModelOutput):
     end_logits: Tensor
     hidden_states: tuple[Tensor, ...] | None
     attentions: tuple[Tensor, ...] | None
+
+
+class GenerateOutput(ModelOutput):
+    """What ``generate`` returns with ``return_dict_in_generate=True``.
+
+    Attributes:
+        sequences: (B, T + new) ids, or (B, new) after ``inputs_embeds``.
+        sequences_scores: (B) of beam search: log-probabilities divided by length ** length_penalty.
+        scores: of each new token (B, V) fp32, after all penalties and filters; absent without ``output_scores``.
+        past_key_values: the cache, to continue the texts with.
+    """
+
+    sequences: Tensor
+    sequences_scores: Tensor | None
+    scores: tuple[Tensor, ...] | None
+    past_key_values: Any
