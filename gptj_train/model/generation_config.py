@@ -105,6 +105,10 @@ class GenerationConfig:
                 values[entry.name] = value
         return {**self.extra, **values}
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """Return the same as ``to_dict``; pipelines ask by this name what differs from the defaults."""
+        return self.to_dict()
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``generation_config.json``."""
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True)

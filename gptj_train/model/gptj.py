@@ -108,7 +108,7 @@ class GPTJModel(PreTrained):
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
 
         Raises:
-            UserError: both or neither of the inputs, positions below 0 or beyond ``n_positions``, shapes that do not match.
+            UserError: both or neither of the inputs, positions outside 0 to ``n_positions``, shapes that do not match.
         """
         config = self.config
         if use_cache is None:

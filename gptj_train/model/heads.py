@@ -24,8 +24,8 @@ class GPTJWithHead(PreTrained):
     """The trunk as ``transformer``; each subclass adds a head.
 
     All heads have one shape: ``forward(input_ids, *, <the head's own arguments>, **inputs)``, where ``inputs`` are
-    arguments of ``GPTJModel.forward``, which ``inspect.signature`` shows one by one. Only ``input_ids`` is positional, because Transformers' heads differ in
-    what comes second.
+    arguments of ``GPTJModel.forward``, which ``inspect.signature`` shows one by one. Only ``input_ids`` is
+    positional, because Transformers' heads differ in what comes second.
     """
 
     accepts_loss_kwargs = True
@@ -243,9 +243,7 @@ class GPTJForQuestionAnswering(GPTJWithHead):
     def __init__(self, config: GPTJConfig) -> None:
         if config.num_labels != 2:
             # Transformers would build a head of this size, and could not read the folder that we write.
-            raise UserError(
-                f"question answering has 2 labels, start and end, not {config.num_labels}; set num_labels=2"
-            )
+            raise UserError(f"a span has 2 labels, start and end, not {config.num_labels}; set num_labels=2")
         super().__init__(config)
         self.qa_outputs = Linear(config.n_embd, 2, config.initializer_range)
 

@@ -143,7 +143,7 @@ class PreTrained(TransformersNames):
         parameters = {name: given.get(name, parameter) for name, parameter in self.named_parameters()}
         wanted = requested_dtype(dtype, None)
         dtypes = {name: wanted or parameter.dtype for name, parameter in parameters.items()}
-        # Wide elements first, so that each tensor starts at a multiple of its element's size. One dtype keeps its order.
+        # Wide elements first: each tensor then starts at a multiple of its element's size.
         names = sorted(parameters, key=lambda name: -dtypes[name].itemsize)
         shapes = {name: parameters[name].shape for name in names}
         tensors = ((name, parameters[name]) for name in names)

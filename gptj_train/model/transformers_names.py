@@ -28,6 +28,8 @@ class TransformersNames(nn.Module):
     main_input_name: ClassVar[str] = "input_ids"
     accepts_loss_kwargs: ClassVar[bool] = False
     loss_type: ClassVar[str | None] = None
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    output_modalities: ClassVar[tuple[str, ...]] = ("text",)
     supports_gradient_checkpointing: ClassVar[bool] = True
 
     @property
@@ -92,25 +94,52 @@ class TransformersNames(nn.Module):
         """Share parameters as the config asks for; a model without language-model head has none to share."""
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether the backward recomputes each block."""
         return bool(self.base_model.gradient_checkpointing)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
         """Recompute each block in the backward instead of keeping its activations (training mode only).
 
         Args:
-            gradient_checkpointing_kwargs: Transformers' arguments of torch's checkpoint; ``use_reentrant`` is False
+            activation_checkpointing_kwargs: Transformers' arguments of torch's checkpoint; ``use_reentrant`` is False
                 whatever it says, with the same gradients.
+            every_n_layers, offload: not offered beyond their defaults.
+
+        Raises:
+            UserError: an argument that is not offered.
         """
-        unknown = set(gradient_checkpointing_kwargs or {}) - {"use_reentrant"}
-        if unknown:
-            raise UserError(f"gradient_checkpointing_kwargs: {', '.join(sorted(unknown))} is not offered")
+        refused = set(activation_checkpointing_kwargs or {}) - {"use_reentrant"}
+        if every_n_layers != 1:
+            refused.add("every_n_layers")
+        if offload:
+            refused.add("offload")
+        if refused:
+            raise UserError(f"activation checkpointing does not offer {', '.join(sorted(refused))}")
         self.base_model.gradient_checkpointing = True  # type: ignore[assignment]
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Keep the activations of all blocks again."""
         self.base_model.gradient_checkpointing = False  # type: ignore[assignment]
+
+    # The names before Transformers 6, which PEFT and our engine call.
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.is_activation_checkpointing
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **arguments: Any
+    ) -> None:
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **arguments)
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.activation_checkpointing_disable()
 
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None
