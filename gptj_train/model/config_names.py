@@ -61,8 +61,8 @@ class ConfigNames:
             value = str(value).removeprefix("torch.")
         # Only on a finished config: until then __post_init__ still checks what it was given.
         finished = "extra" in self.__dict__
-        if finished and name == "num_labels" and value != len(self.id2label):
-            self.id2label = default_labels(value)
+        if finished and name == "num_labels" and value != len(self.__dict__["id2label"]):
+            object.__setattr__(self, "id2label", default_labels(value))
         if finished and name == "id2label":
             value = default_labels(self.num_labels) if value is None else numbered(value)
             object.__setattr__(self, "num_labels", len(value))

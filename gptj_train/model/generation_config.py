@@ -159,6 +159,9 @@ def resolved(defaults: GenerationConfig, given: Any, options: Mapping[str, Any])
         if refused:
             raise UserError(f"generate does not offer {', '.join(refused)}, set in generation_config")
     config.update(**options)
+    if options.get("max_length") is not None and "max_new_tokens" not in options:
+        # The folder's number of new tokens must not outdo the limit that this call gives.
+        config.max_new_tokens = None
     for name, off in _NONE_MEANS.items():
         if getattr(config, name) is None:
             setattr(config, name, off)

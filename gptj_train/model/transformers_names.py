@@ -65,14 +65,15 @@ class TransformersNames(nn.Module):
 
     def get_memory_footprint(self, return_buffers: bool = True) -> int:
         """Return the bytes of all parameters, and of all buffers."""
-        held = list(self.parameters())
+        held: list[Tensor] = list(self.parameters())
         if return_buffers:
             held.extend(self.buffers())
         return sum(tensor.nbytes for tensor in held)
 
     def get_input_embeddings(self) -> nn.Embedding:
         """Return the token embedding."""
-        embedding: nn.Embedding = self.base_model.wte
+        embedding = self.base_model.wte
+        assert isinstance(embedding, nn.Embedding)
         return embedding
 
     def set_input_embeddings(self, embedding: nn.Embedding) -> None:
@@ -183,7 +184,7 @@ class TransformersNames(nn.Module):
         return self.get_input_embeddings()
 
 
-def _resized(old: nn.Parameter, rows: int) -> nn.Parameter:
+def _resized(old: Tensor, rows: int) -> nn.Parameter:
     """Return the first rows of a parameter (V, ...), and the mean of all where it has too few."""
     kept = old.detach()[:rows]
     # fp32: the mean of 50400 bf16 rows would drown in rounding.
