@@ -93,6 +93,7 @@ class TextGenerator:
         if num_beams > 1:
             # Beams change until the search is over, so that stop strings cannot end it early.
             sequences = self.model.generate(input_ids, mask, num_beams=num_beams, **options)
+            assert isinstance(sequences, torch.Tensor)
             new_ids = sequences[:, input_ids.shape[1] :].tolist()
         else:
             new_ids = [[] for _ in prompts]

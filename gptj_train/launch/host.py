@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import cpuinfo
-import torch
 
 # Seconds. An extension takes about a minute on a free core; an older lock belongs to a process that was killed.
 _LONGEST_COMPILATION = 1800
@@ -20,6 +19,8 @@ _LONGEST_COMPILATION = 1800
 
 def prepare_environment() -> None:
     """Set what DeepSpeed reads from the environment; call it before the import of deepspeed."""
+    import torch  # Here: it takes seconds to load, which a process that only asks for its cores need not spend.
+
     # DeepSpeed asks for it three times on every rank, and each answer takes a process that runs for a second.
     cpuinfo.get_cpu_info = functools.cache(cpuinfo.get_cpu_info)
     if not torch.accelerator.is_available():
@@ -55,6 +56,8 @@ def usable_cores() -> int:
 
 def share_cores() -> None:
     """Set torch's threads to this rank's share of the host's cores, which an offloaded optimizer needs."""
+    import torch
+
     # LOCAL_WORLD_SIZE is set by torchrun and by ranks.py under srun, LOCAL_SIZE by the deepspeed launcher.
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
     share = max(1, usable_cores() // ranks_here)

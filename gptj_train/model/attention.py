@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from gptj_train.errors import UserError
 from gptj_train.model.documents import document_lengths, document_starts
 from gptj_train.model.gptj_config import GPTJConfig
-from gptj_train.model.kv_cache import KVCache
+from gptj_train.model.kv_cache import KVCache, TrimmedCache
 from gptj_train.model.layers import Linear
 from gptj_train.model.rotary import rotate
 
@@ -66,11 +66,12 @@ def attention_pattern(
         attention_mask = _without_padding_is_none(attention_mask, (batch, total))
     if attention_mask is None and not eager:
         # The two patterns that the fused kernels know without a dense mask, which would cost them their speed.
-        if document_ids is not None:
+        # A compiled graph must not depend on the values of a tensor, so it isolates documents by a mask.
+        if document_ids is not None and not torch.compiler.is_compiling():
             lengths = document_lengths(document_ids)
             one_per_row = len(lengths) == batch
             return AttentionPattern() if one_per_row else AttentionPattern(lengths=lengths)
-        if past_length == 0 or length == 1:
+        if document_ids is None and (past_length == 0 or length == 1):
             return AttentionPattern()
     key_index = torch.arange(total, device=hidden.device)
     query_index = torch.arange(past_length, total, device=hidden.device)
@@ -95,6 +96,8 @@ def _without_padding_is_none(attention_mask: Tensor, shape: tuple[int, int]) -> 
     """Return None for a mask without padding, which masks nothing that causality does not."""
     if attention_mask.shape != shape:
         raise UserError(f"attention_mask must be {shape}, got {tuple(attention_mask.shape)}")
+    if torch.compiler.is_compiling():
+        return attention_mask
     return None if attention_mask.all() else attention_mask
 
 
@@ -113,7 +116,8 @@ def _masked(mask: Tensor, eager: bool) -> AttentionPattern:
     # The fused kernels' backward recomputes the softmax from its saved log-sum-exp. In a fully masked row that
     # sum is lowest + log(S), which rounds to lowest, so every weight would come back as 1 instead of 1 / S.
     if not eager and torch.is_grad_enabled():
-        eager = has_fully_masked_rows(mask)
+        # A compiled graph cannot look for such rows, so it takes the way that is right for them.
+        eager = torch.compiler.is_compiling() or has_fully_masked_rows(mask)
     return AttentionPattern(mask=mask, eager=eager)
 
 
@@ -236,7 +240,7 @@ class GPTJAttention(nn.Module):
         hidden: Tensor,
         angles: tuple[Tensor, Tensor],
         pattern: AttentionPattern,
-        cache: KVCache | None = None,
+        cache: KVCache | TrimmedCache | None = None,
         head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend and project.
@@ -255,7 +259,7 @@ class GPTJAttention(nn.Module):
         key = rotate(self._heads(self.k_proj(hidden)), *angles).transpose(1, 2)
         value = self._heads(self.v_proj(hidden)).transpose(1, 2)
         if cache is not None:
-            key, value = cache.update(self.layer, key, value)
+            key, value = cache.update(key, value, self.layer)
         dropout = self.attn_pdrop if self.training else 0.0
         weights = None
         if pattern.eager:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptj_train.model.kv_cache import KVCache
+from gptj_train.errors import UserError
+from gptj_train.model.generation_config import GenerationConfig
+from gptj_train.model.outputs import GenerateOutput
 from gptj_train.model.prompt import Prompt
 from gptj_train.model.sampling import Sampling
+from gptj_train.model.token_loop import NextLogits
 
 _NEVER = -1e9
 """Score of a beam that must not be chosen: below every log-probability, but finite, so that sums stay ordered."""
-
-NextLogits = Callable[[Tensor, Tensor, KVCache | None, bool], tuple[Tensor, KVCache | None]]
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The best one-token extensions of each row's beams, best first.
+    """The best one-token extensions of each row's beams, best first; drawn ones in the order of the draws.
 
     Attributes:
         scores: (R, C) fp32 summed log-probabilities.
@@ -54,40 +56,57 @@ class BeamSearch:
     def __init__(
         self,
         prompt: Prompt,
+        options: GenerationConfig,
         *,
+        choice: Sampling,
         next_logits: NextLogits,
-        num_beams: int,
-        length_penalty: float,
-        scoring: Sampling,
+        criteria: Sequence[Callable[[Tensor, Tensor], Any]],
+        generator: torch.Generator | None,
+        cache: Any,
     ) -> None:
-        rows = len(prompt.ids)
+        if criteria:
+            raise UserError("beam search takes neither stop_strings nor stopping_criteria; use num_beams=1")
+        num_beams = options.num_beams
+        rows = len(prompt.ids) // num_beams
         device = prompt.ids.device
         self._prompt = prompt
+        self._options = options
+        self._choice = choice
         self._next_logits = next_logits
+        self._generator = generator
+        self._cache = cache
         self._num_beams = num_beams
-        self._length_penalty = length_penalty
-        self._scoring = scoring
-        self._ids = prompt.ids.repeat_interleave(num_beams, dim=0)
-        self._mask = prompt.mask.repeat_interleave(num_beams, dim=0)
-        self._cache: KVCache | None = None
+        self._ids = prompt.ids
+        self._mask = prompt.mask
         # All beams of a row are still the same text: only the first may be extended.
         self._scores = torch.full((rows, num_beams), _NEVER, device=device)
         self._scores[:, 0] = 0
         self._first_beams = torch.arange(rows, device=device)[:, None] * num_beams
         self._finished: list[list[Hypothesis]] = [[] for _ in range(rows)]
         self._done = [False] * rows
+        self._token_scores: list[Tensor] = []
 
-    def run(self) -> Tensor:
-        """Return the best text of each row (R, T), prompts included, filled up on the right."""
+    def output(self) -> Tensor | GenerateOutput:
+        """Search, and return the best texts of each row, prompts included, filled up on the right."""
         while self._length < self._prompt.max_length and not all(self._done):
             candidates = self._candidates()
             self._keep_finished(candidates)
             self._extend_beams(candidates)
             self._mark_done_rows()
-        best = [texts[0].ids for texts in self._finished]
-        longest = max(len(ids) for ids in best)
-        filled = [F.pad(ids, (0, longest - len(ids)), value=self._prompt.filler) for ids in best]
-        return torch.stack(filled)
+        best: list[Hypothesis] = []
+        for texts in self._finished:
+            best.extend(texts[: self._options.num_return_sequences])
+        longest = max(len(text.ids) for text in best)
+        filled = [F.pad(text.ids, (0, longest - len(text.ids)), value=self._prompt.filler) for text in best]
+        sequences = torch.stack(filled)
+        if not self._options.return_dict_in_generate:
+            return sequences
+        return GenerateOutput(
+            sequences=sequences,
+            sequences_scores=torch.tensor([text.score for text in best], device=sequences.device),
+            scores=tuple(self._token_scores) if self._options.output_scores else None,
+            past_key_values=self._cache,
+        )
 
     @property
     def _length(self) -> int:
@@ -96,9 +115,12 @@ class BeamSearch:
     def _candidates(self) -> Candidates:
         """Run the model and choose each row's best extensions."""
         rows, num_beams = self._scores.shape
-        logits, self._cache = self._next_logits(self._ids, self._mask, self._cache, True)
+        logits, self._cache = self._next_logits(self._ids, self._mask, self._cache)
         log_probabilities = logits.float().log_softmax(dim=-1)
-        log_probabilities = self._scoring.scores(log_probabilities, self._ids, self._mask)
+        mask = self._mask[:, self._mask.shape[1] - self._length :]
+        log_probabilities = self._choice.scores(log_probabilities, self._ids, mask)
+        if self._options.output_scores:
+            self._token_scores.append(log_probabilities)
         log_probabilities = log_probabilities.view(rows, num_beams, -1)
         vocabulary = log_probabilities.shape[-1]
         # A beam can end in E ways. With 1 + E candidates for each beam, K of them remain to be extended, whatever
@@ -106,7 +128,13 @@ class BeamSearch:
         per_beam = max(2, 1 + len(self._prompt.end_ids))
         count = min(per_beam, vocabulary) * num_beams
         sums = self._scores[:, :, None] + log_probabilities
-        best, index = sums.flatten(1).topk(count)
+        sums = sums.flatten(1)
+        if self._choice.do_sample:
+            # In the order of the draws, as in Transformers.
+            index = torch.multinomial(sums.softmax(dim=-1), count, generator=self._generator)
+            best = sums.gather(1, index)
+        else:
+            best, index = sums.topk(count)
         tokens = index % vocabulary
         at_limit = self._length + 1 == self._prompt.max_length
         return Candidates(
@@ -141,7 +169,7 @@ class BeamSearch:
         self._ids = torch.cat((self._ids[beams], tokens[:, None]), dim=1)
         self._mask = torch.cat((self._mask[beams], self._mask.new_ones(len(beams), 1)), dim=1)
         if self._cache is not None:
-            self._cache.reorder(beams)
+            self._cache.reorder_cache(beams)
 
     def _mark_done_rows(self) -> None:
         for row, texts in enumerate(self._finished):
@@ -152,5 +180,5 @@ class BeamSearch:
     def _normalized(self, score: float, length: int) -> float:
         """Divide a log-probability by the number of new tokens, to the power of the length penalty."""
         new_tokens = length - self._prompt.ids.shape[1]
-        divisor: float = new_tokens**self._length_penalty
+        divisor: float = new_tokens**self._options.length_penalty
         return score / divisor

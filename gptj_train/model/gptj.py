@@ -14,7 +14,7 @@ from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.attention import AttentionPattern, GPTJAttention, attention_pattern
 from gptj_train.model.documents import documents_from_positions, positions_in_documents
 from gptj_train.model.gptj_config import GPTJConfig
-from gptj_train.model.kv_cache import KVCache
+from gptj_train.model.kv_cache import KVCache, TrimmedCache, past_length_of
 from gptj_train.model.layers import Embedding, Linear
 from gptj_train.model.outputs import BaseModelOutput
 from gptj_train.model.pretrained import PreTrained
@@ -51,7 +51,7 @@ class GPTJBlock(nn.Module):
         hidden: Tensor,
         angles: tuple[Tensor, Tensor],
         pattern: AttentionPattern,
-        cache: KVCache | None = None,
+        cache: KVCache | TrimmedCache | None = None,
         head_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the next hidden states (B, T, D) and the attention weights; arguments of ``GPTJAttention``."""
@@ -74,7 +74,7 @@ class GPTJModel(PreTrained):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        past_key_values: KVCache | None = None,
+        past_key_values: Any = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
@@ -92,7 +92,8 @@ class GPTJModel(PreTrained):
 
         Args:
             input_ids: (B, T) token ids. Give them or ``inputs_embeds``.
-            past_key_values: the cache of a previous call; the new tokens are appended to it.
+            past_key_values: the cache of a previous call, or another library's; see ``TrimmedCache``. The new tokens
+                are appended to it.
             attention_mask: (B, past + T), nonzero for real tokens; or a complete 4-D mask.
             token_type_ids: (B, T) ids whose embeddings are added to the tokens'.
             position_ids: (B, T) or (1, T); by default from ``document_ids``, ``cache_position`` or the cache
@@ -107,7 +108,7 @@ class GPTJModel(PreTrained):
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
 
         Raises:
-            UserError: both or neither of the inputs, positions beyond ``n_positions``, shapes that do not match.
+            UserError: both or neither of the inputs, positions outside 0 to ``n_positions``, shapes that do not match.
         """
         config = self.config
         if use_cache is None:
@@ -122,12 +123,16 @@ class GPTJModel(PreTrained):
         # A recomputed block would append its keys a second time; documents are never continued.
         if cache is None and use_cache and not self._recomputes_blocks and document_ids is None:
             cache = KVCache()
-        past_length = 0 if cache is None else cache.get_seq_length()
+        past_length = past_length_of(cache)
+        total = past_length + hidden.shape[1]
         if position_ids is None:
             position_ids = _default_positions(hidden, past_length, cache_position, document_ids)
-        elif document_ids is None and attention_mask is None and cache is None:
-            document_ids = documents_from_positions(position_ids).expand(hidden.shape[:2])
-        self._check_positions(position_ids)
+            highest = total - 1 if cache_position is None else None
+        else:
+            highest = None
+            if document_ids is None and attention_mask is None and cache is None:
+                document_ids = documents_from_positions(position_ids).expand(hidden.shape[:2])
+        self._check_positions(position_ids, highest)
 
         # Angles and pattern are the same in every layer, so they are computed once.
         angles = rotary_angles(position_ids, config.n_positions, config.rotary_size)
@@ -140,7 +145,7 @@ class GPTJModel(PreTrained):
         )
         hidden, all_hidden, all_weights = self._run_blocks(
             hidden,
-            (angles, pattern, cache),
+            (angles, pattern, cache if isinstance(cache, KVCache | None) else TrimmedCache(cache, total)),
             head_mask=head_mask,
             keep_hidden=output_hidden_states,
             keep_weights=output_attentions,
@@ -156,7 +161,7 @@ class GPTJModel(PreTrained):
     def _run_blocks(
         self,
         hidden: Tensor,
-        shared: tuple[tuple[Tensor, Tensor], AttentionPattern, KVCache | None],
+        shared: tuple[tuple[Tensor, Tensor], AttentionPattern, KVCache | TrimmedCache | None],
         *,
         head_mask: Tensor | None,
         keep_hidden: bool,
@@ -202,14 +207,17 @@ class GPTJModel(PreTrained):
             hidden = hidden + self.wte(token_type_ids.view(hidden.shape[:2]))
         return F.dropout(hidden, self.config.embd_pdrop, self.training)
 
-    def _check_positions(self, position_ids: Tensor) -> None:
+    def _check_positions(self, position_ids: Tensor, highest: int | None) -> None:
+        """Refuse positions outside the table; ``highest`` is their largest if that is known without reading them."""
         limit = self.config.n_positions
-        too_long = position_ids.shape[1] > limit
-        # On a GPU the lookup itself asserts; reading the maximum would wait for the device.
-        if not too_long and not position_ids.is_cuda:
-            too_long = int(position_ids.max()) >= limit
-        if too_long:
+        # On a GPU, and in a compiled graph, the lookup itself asserts; reading values would wait for the device.
+        lowest = 0
+        if highest is None and not (position_ids.is_cuda or torch.compiler.is_compiling()):
+            lowest, highest = (int(value) for value in position_ids.aminmax())
+        if position_ids.shape[1] > limit or (highest is not None and highest >= limit):
             raise UserError(f"the sequence is longer than the model's n_positions ({limit})")
+        if lowest < 0:
+            raise UserError(f"position_ids must be at least 0, got {lowest}")
 
 
 def _default_positions(

@@ -9,17 +9,9 @@ from typing import Any
 
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
+from gptj_train.model.config_names import ALIASES, ConfigNames, default_labels, field_values, numbered, takes_aliases
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
-
-# The general names that newer Transformers code uses for GPT-J's own fields.
-_ALIASES = {
-    "max_position_embeddings": "n_positions",
-    "hidden_size": "n_embd",
-    "num_attention_heads": "n_head",
-    "num_hidden_layers": "n_layer",
-    "torch_dtype": "dtype",
-}
 
 # Far beyond any GPT-J. A config.json is untrusted: above these sizes, building the model would fill the memory before
 # its weights are compared with the file's.
@@ -40,16 +32,19 @@ _FRACTIONS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "
 _DROPPED_KEYS = {"model_type", "transformers_version", "label2id"}
 
 
+@takes_aliases
 @dataclass
-class GPTJConfig:
+class GPTJConfig(ConfigNames):
     """Shape and behaviour of a GPT-J; the defaults are the 6B model.
 
-    Field names and meanings are those of ``transformers.GPTJConfig``.
+    Field names and meanings are those of ``transformers.GPTJConfig``, and so are the other names of fields
+    (``hidden_size``, ``label2id``): see ``config_names.py``.
 
     Attributes:
         rotary_dim: dimensions of each head that rotate; None means all.
         n_inner: width of the MLP; None means 4 * n_embd.
-        num_labels: taken from ``id2label`` if that is given.
+        num_labels: taken from ``id2label`` if that is given; setting it renews ``id2label``.
+        id2label: name of each label by its number; None means LABEL_0, LABEL_1, ...
         problem_type: one of PROBLEM_TYPES, or None: the first labels decide.
         dtype: of the stored weights, such as "bfloat16".
         extra: keys of a config.json without a field here; they are written back unchanged.
@@ -124,15 +119,9 @@ class GPTJConfig:
             raise UserError(f"model.{name} must be a number from 0 to below 1, got {value!r}")
 
     def _set_labels(self) -> None:
-        """Make ``id2label`` and ``num_labels`` agree; two unnamed labels, the default, stay without names."""
-        if not isinstance(self.id2label, dict | None):
-            raise UserError(f"id2label must name the labels by number, got {self.id2label!r}")
-        if self.id2label is None and self.num_labels != 2:
-            self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
-        if self.id2label is not None:
-            # JSON keys are strings.
-            self.id2label = {int(label): name for label, name in self.id2label.items()}
-            self.num_labels = len(self.id2label)
+        """Make ``id2label`` and ``num_labels`` agree; names win over their number."""
+        self.id2label = default_labels(self.num_labels) if self.id2label is None else numbered(self.id2label)
+        self.num_labels = len(self.id2label)
 
     @property
     def head_size(self) -> int:
@@ -149,24 +138,6 @@ class GPTJConfig:
         """Width of the MLP."""
         return 4 * self.n_embd if self.n_inner is None else self.n_inner
 
-    # The general names, as attributes, for code written for any Transformers config.
-
-    @property
-    def hidden_size(self) -> int:
-        return self.n_embd
-
-    @property
-    def num_hidden_layers(self) -> int:
-        return self.n_layer
-
-    @property
-    def num_attention_heads(self) -> int:
-        return self.n_head
-
-    @property
-    def max_position_embeddings(self) -> int:
-        return self.n_positions
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GPTJConfig:
         """Build a config from the keys of a config.json; unknown keys become ``extra``.
@@ -178,7 +149,7 @@ class GPTJConfig:
         chosen: dict[str, Any] = {}
         extra: dict[str, Any] = {}
         for key, value in values.items():
-            name = _ALIASES.get(key, key)
+            name = ALIASES.get(key, key)
             if name in known:
                 chosen[name] = value
             elif name not in _DROPPED_KEYS:
@@ -191,8 +162,12 @@ class GPTJConfig:
         return cls(**chosen, extra=extra)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> GPTJConfig:
+    def from_pretrained(cls, folder: str | Path, **changes: Any) -> GPTJConfig:
         """Read ``config.json`` of a Transformers folder, as data only.
+
+        Args:
+            folder: a local folder.
+            **changes: fields, under any of their names, that replace those of the file.
 
         Raises:
             UserError: no such file, no JSON, another architecture than GPT-J, or as the constructor.
@@ -207,8 +182,9 @@ class GPTJConfig:
             raise UserError(f"{path}: no readable GPT-J config.json here ({error})") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise UserError(f"{path}: model_type must be 'gptj'")
+        changed = field_values(cls, changes)
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(_with_changes(values, changed))
         except (TypeError, ValueError) as error:
             raise UserError(f"{path}: {error}") from None
 
@@ -226,12 +202,17 @@ class GPTJConfig:
         if self.dtype is not None:
             # Transformers renamed torch_dtype to dtype; with both keys, old and new versions read it.
             values["torch_dtype"] = self.dtype
+        # Transformers refuses null here, and whole numbers in place of these fractions.
+        values["rotary_dim"] = self.rotary_size
+        for name in ("layer_norm_epsilon", "initializer_range"):
+            values[name] = float(values[name])
         # Transformers derives it from id2label.
         del values["num_labels"]
-        if self.id2label is None:
+        if self.id2label == default_labels(2):
+            # Its default, which it leaves out too.
             del values["id2label"]
         else:
-            values["label2id"] = {name: label for label, name in self.id2label.items()}
+            values["label2id"] = self.label2id
         header: dict[str, Any] = {"model_type": "gptj"}
         if architectures:
             header["architectures"] = architectures
@@ -242,3 +223,15 @@ class GPTJConfig:
         """Write ``config.json``; ``architecture`` as in ``to_dict``."""
         text = json.dumps(self.to_dict(architecture), indent=2, sort_keys=True)
         (Path(folder) / "config.json").write_text(text + "\n")
+
+
+def _with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Return the keys of a config.json with some fields replaced; ``changes`` has fields' names only."""
+    merged = {ALIASES.get(key, key): value for key, value in values.items()}
+    names = merged.get("id2label")
+    if "num_labels" in changes and isinstance(names, dict) and len(names) != changes["num_labels"]:
+        # As in Transformers: other labels have other names.
+        del merged["id2label"]
+    changes = dict(changes)
+    extra = changes.pop("extra", {})
+    return {**merged, **changes, **extra}

@@ -10,29 +10,29 @@ from torch.nn import functional as F
 
 from gptj_train.errors import UserError
 from gptj_train.model.generation import GenerationMixin
+from gptj_train.model.generation_config import GenerationConfig
 from gptj_train.model.gptj import GPTJModel
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.loss import IGNORE, linear_cross_entropy, next_token_targets
 from gptj_train.model.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from gptj_train.model.pretrained import PreTrained
+from gptj_train.model.signatures import with_arguments_of
 
 
 class GPTJWithHead(PreTrained):
     """The trunk as ``transformer``; each subclass adds a head.
 
     All heads have one shape: ``forward(input_ids, *, <the head's own arguments>, **inputs)``, where ``inputs`` are
-    arguments of ``GPTJModel.forward``. Only ``input_ids`` is positional, because Transformers' heads differ in
-    what comes second.
+    arguments of ``GPTJModel.forward``, which ``inspect.signature`` shows one by one. Only ``input_ids`` is
+    positional, because Transformers' heads differ in what comes second.
     """
+
+    accepts_loss_kwargs = True
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.transformer = GPTJModel(config)
-
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute each block in the backward instead of keeping its activations (training mode only)."""
-        self.transformer.gradient_checkpointing = True
 
 
 class LMHead(Linear):
@@ -45,22 +45,31 @@ class LMHead(Linear):
         """(B, T, D) -> (B, T, V); with targets (B, T) -> scalar fp32, the sum of their losses."""
         if targets is None:
             return super().forward(hidden)
+        if torch.compiler.is_compiling():
+            # The chunked loss leaves out positions without target. A graph of fixed shapes takes all of them.
+            logits = super().forward(hidden).flatten(0, -2).float()
+            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
         return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
 
 
 class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
     """GPT-J with a language-model head. Parameter names and numbers equal ``transformers.GPTJForCausalLM``."""
 
+    loss_type = "ForCausalLM"
+    tied_names = ("lm_head.weight", "transformer.wte.weight")
+
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.lm_head = LMHead(config.n_embd, config.vocab_size, config.initializer_range)
         self.tie_weights()
+        self.generation_config = GenerationConfig()
 
-    def tie_weights(self) -> None:
+    def tie_weights(self, **_: Any) -> None:
         """Make ``lm_head`` and the embedding one parameter if ``tie_word_embeddings`` is set."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.transformer.wte.weight
 
+    @with_arguments_of(GPTJModel.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -122,11 +131,13 @@ class GPTJForSequenceClassification(GPTJWithHead):
     """GPT-J with a label head on each row's last real token, as ``transformers.GPTJForSequenceClassification``."""
 
     new_head_allowed = True
+    loss_type = "ForSequenceClassification"
 
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.score = Linear(config.n_embd, config.num_labels, config.initializer_range, bias=False)
 
+    @with_arguments_of(GPTJModel.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -227,11 +238,16 @@ class GPTJForQuestionAnswering(GPTJWithHead):
     """GPT-J with a span head on every token, as ``transformers.GPTJForQuestionAnswering``."""
 
     new_head_allowed = True
+    loss_type = "ForQuestionAnswering"
 
     def __init__(self, config: GPTJConfig) -> None:
+        if config.num_labels != 2:
+            # Transformers would build a head of this size, and could not read the folder that we write.
+            raise UserError(f"a span has 2 labels, start and end, not {config.num_labels}; set num_labels=2")
         super().__init__(config)
         self.qa_outputs = Linear(config.n_embd, 2, config.initializer_range)
 
+    @with_arguments_of(GPTJModel.forward)
     def forward(
         self,
         input_ids: Tensor | None = None,

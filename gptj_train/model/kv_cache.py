@@ -2,41 +2,145 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from gptj_train.errors import UserError
 
 
 class KVCache:
-    """Keys and values of all past tokens, one pair of (B, N, T, H) tensors for each layer."""
+    """Keys and values of all past tokens, one pair of (B, N, T, H) tensors for each layer.
+
+    The first update of a layer is kept as it comes. Later ones are written behind it, into memory for twice the
+    tokens: appending a token then moves that token alone, where a concatenation would copy the whole past.
+    """
 
     def __init__(self) -> None:
-        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._keys: list[Tensor] = []  # (B, N, T, H), views of the memory's first T tokens
+        self._values: list[Tensor] = []
+        self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, N, room, H)
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._keys)
 
     def __getitem__(self, layer: int) -> tuple[Tensor, Tensor]:
-        return self._layers[layer]
+        return self._keys[layer], self._values[layer]
 
-    def get_seq_length(self) -> int:
+    def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of cached tokens."""
-        if not self._layers:
-            return 0
-        first_key, _ = self._layers[0]
-        return first_key.shape[2]
+        return self._keys[layer_idx].shape[2] if layer_idx < len(self._keys) else 0
 
-    def update(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values (B, N, T, H) to a layer and return all of the layer's."""
-        if layer == len(self._layers):
-            self._layers.append((key, value))
-            return key, value
-        past_key, past_value = self._layers[layer]
-        key = torch.cat((past_key, key), dim=2)
-        value = torch.cat((past_value, value), dim=2)
-        self._layers[layer] = (key, value)
+        if layer_idx == len(self._keys):
+            self._keys.append(key_states)
+            self._values.append(value_states)
+            return key_states, value_states
+        past_key, past_value = self[layer_idx]
+        # Autograd, and a compiler's graph, keep the past as it was: nothing may be written into it.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            key = torch.cat((past_key, key_states), dim=2)
+            value = torch.cat((past_value, value_states), dim=2)
+        else:
+            key, value = self._append(layer_idx, key_states, value_states)
+        self._keys[layer_idx], self._values[layer_idx] = key, value
         return key, value
 
-    def reorder(self, rows: Tensor) -> None:
-        """Select batch rows: row i of the cache becomes the former ``rows[i]``."""
-        for layer, (key, value) in enumerate(self._layers):
-            self._layers[layer] = (key[rows], value[rows])
+    def _append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        past = self.get_seq_length(layer)
+        end = past + key.shape[2]
+        memory = self._memory.get(layer)
+        if memory is None or not _is_writable(memory[0], end):
+            memory = (_with_room(self._keys[layer], 2 * end), _with_room(self._values[layer], 2 * end))
+            self._memory[layer] = memory
+        keys, values = memory
+        keys[:, :, past:end] = key
+        values[:, :, past:end] = value
+        return keys[:, :, :end], values[:, :, :end]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Select batch rows: row i of the cache becomes the former ``beam_idx[i]``."""
+        for layer in range(len(self)):
+            memory = self._memory.get(layer)
+            if memory is None:
+                self._keys[layer] = self._keys[layer][beam_idx]
+                self._values[layer] = self._values[layer][beam_idx]
+                continue
+            length = self.get_seq_length(layer)
+            keys, values = (whole.index_select(0, beam_idx) for whole in memory)
+            self._memory[layer] = keys, values
+            self._keys[layer], self._values[layer] = keys[:, :, :length], values[:, :, :length]
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first tokens; a negative length counts from the end."""
+        length = self.get_seq_length()
+        kept = max_length if max_length >= 0 else length + max_length
+        for layer in range(len(self)):
+            self._keys[layer] = self._keys[layer][:, :, :kept]
+            self._values[layer] = self._values[layer][:, :, :kept]
+
+
+def _is_writable(memory: Tensor, end: int) -> bool:
+    # Memory made in inference mode cannot be written outside of it.
+    frozen = memory.is_inference() and not torch.is_inference_mode_enabled()
+    return memory.shape[2] >= end and not frozen
+
+
+def _with_room(past: Tensor, room: int) -> Tensor:
+    batch, heads, length, size = past.shape
+    memory = past.new_empty(batch, heads, room, size)
+    memory[:, :, :length] = past
+    return memory
+
+
+class TrimmedCache:
+    """Another library's cache, reduced to the tokens that are there: static ones return their whole memory.
+
+    Args:
+        cache: an object with ``update(key, value, layer)`` and ``get_seq_length()``, as Transformers' caches.
+        total: tokens that it holds after this forward.
+    """
+
+    def __init__(self, cache: Any, total: int) -> None:
+        self._cache = cache
+        self._total = total
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append to a layer of the cache and return the layer's keys and values without spare room."""
+        key, value = self._cache.update(key_states, value_states, layer_idx)
+        return key[:, :, : self._total], value[:, :, : self._total]
+
+
+def past_length_of(cache: Any) -> int:
+    """Return the number of cached tokens; 0 without a cache.
+
+    Raises:
+        UserError: an object that is no cache, such as the tuples of old Transformers versions.
+    """
+    if cache is None:
+        return 0
+    if not (hasattr(cache, "update") and hasattr(cache, "get_seq_length")):
+        raise UserError(
+            f"past_key_values must be a cache with update and get_seq_length, got {type(cache).__name__}; "
+            "give the past_key_values of an earlier output"
+        )
+    return int(cache.get_seq_length())
+
+
+def _flatten(cache: KVCache) -> tuple[list[Tensor], None]:
+    return [*cache._keys, *cache._values], None
+
+
+def _unflatten(tensors: Any, _: None) -> KVCache:
+    cache = KVCache()
+    tensors = list(tensors)
+    half = len(tensors) // 2
+    cache._keys, cache._values = tensors[:half], tensors[half:]
+    return cache
+
+
+# torch.export, FSDP2 and static DDP look for the tensors of an output, this cache among them, in this registry.
+pytree.register_pytree_node(KVCache, _flatten, _unflatten, serialized_type_name="gptj_train.KVCache")

@@ -6,12 +6,19 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _BASE = 10000
 
 
-@lru_cache(maxsize=8)
+# A constant of compiled graphs: tracing it would compute the table anew in every forward.
+@torch.compiler.assume_constant_result
 def _table(n_positions: int, rotary_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    return _kept_table(n_positions, rotary_size, device)
+
+
+@lru_cache(maxsize=8)
+def _kept_table(n_positions: int, rotary_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return sine and cosine, fp32 (n_positions, rotary_size / 2), of position * base^(-2i / rotary_size)."""
     # A cached function instead of a module buffer: zero.Init and module.to(bfloat16) would round a buffer.
     # Not inference tensors, even if generation asks first: training could not save those for its backward.
@@ -37,8 +44,9 @@ def rotary_angles(position_ids: Tensor, n_positions: int, rotary_size: int) -> t
         Two fp32 tensors (B or 1, T, 1, rotary_size / 2), to broadcast over heads.
     """
     sin, cos = _table(n_positions, rotary_size, position_ids.device)
-    sin = sin[position_ids]
-    cos = cos[position_ids]
+    # Not sin[position_ids]: an index below 0 would count from the end; a lookup fails, on a GPU and compiled too.
+    sin = F.embedding(position_ids, sin)
+    cos = F.embedding(position_ids, cos)
     return sin.unsqueeze(2), cos.unsqueeze(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ class Sampling:
         top_k: draw from the k likeliest tokens only; 0 means all.
         top_p: draw from the smallest set of likeliest tokens with at least this probability; 1 means all.
         repetition_penalty: factor that makes tokens of the text so far less likely (CTRL, arXiv 1909.05858).
+        processors: functions of the text so far (B, T) and the scores (B, V) that return new scores; called after the
+            penalty and before the temperature.
+        fewest: number of tokens that top_k and top_p leave at least; a beam needs one besides the end tokens.
 
     Raises:
         UserError: a value outside its range.
@@ -31,6 +35,8 @@ class Sampling:
     top_k: int = 50
     top_p: float = 1.0
     repetition_penalty: float = 1.0
+    processors: tuple[Callable[[Tensor, Tensor], Tensor], ...] = ()
+    fewest: int = 1
 
     def __post_init__(self) -> None:
         if self.do_sample and self.temperature <= 0:
@@ -42,22 +48,15 @@ class Sampling:
         if self.repetition_penalty <= 0:
             raise UserError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
 
-    def pick(
-        self,
-        logits: Tensor,
-        ids: Tensor,
-        generator: torch.Generator | None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Return the next token (B) of each row; ``logits``, ``ids`` and ``mask`` as in ``scores``."""
-        scores = self.scores(logits, ids, mask)
+    def pick(self, scores: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Return the next token (B) of each row; scores (B, V) are those of ``scores``."""
         if not self.do_sample:
             return scores.argmax(dim=-1)
         probabilities = scores.softmax(dim=-1)
         return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
 
     def scores(self, logits: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Apply repetition penalty, temperature, top-k and top-p to logits, in this order.
+        """Apply repetition penalty, processors, temperature, top-k and top-p to logits, in this order.
 
         Args:
             logits: (B, V).
@@ -70,13 +69,15 @@ class Sampling:
         scores = logits.float()
         if self.repetition_penalty != 1.0:
             scores = _penalize(scores, ids, mask, self.repetition_penalty)
+        for processor in self.processors:
+            scores = processor(ids, scores)
         if not self.do_sample:
             return scores
         scores = scores / self.temperature
         if 0 < self.top_k < scores.shape[-1]:
-            scores = _keep_top_k(scores, self.top_k)
+            scores = _keep_top_k(scores, max(self.top_k, self.fewest))
         if self.top_p < 1:
-            scores = _keep_top_p(scores, self.top_p)
+            scores = _keep_top_p(scores, self.top_p, self.fewest)
         return scores
 
 
@@ -94,17 +95,17 @@ def _penalize(scores: Tensor, ids: Tensor, mask: Tensor | None, penalty: float) 
 
 
 def _keep_top_k(scores: Tensor, top_k: int) -> Tensor:
-    lowest_kept = scores.topk(top_k).values[:, -1:]
+    lowest_kept = scores.topk(min(top_k, scores.shape[-1])).values[:, -1:]
     # Tokens that tie with the last one stay, as in Transformers.
     return scores.masked_fill(scores < lowest_kept, -torch.inf)
 
 
-def _keep_top_p(scores: Tensor, top_p: float) -> Tensor:
+def _keep_top_p(scores: Tensor, top_p: float, fewest: int) -> Tensor:
     # Ascending, as in Transformers: descending sums would round differently at the border.
     ascending, order = scores.sort(dim=-1)
     cumulative = ascending.softmax(dim=-1).cumsum(dim=-1)
     removed = cumulative <= 1 - top_p
-    # The likeliest token always stays, even where rounding would remove it.
-    removed[:, -1] = False
+    # The likeliest tokens always stay, even where rounding would remove them.
+    removed[:, -fewest:] = False
     removed = removed.scatter(1, order, removed)
     return scores.masked_fill(removed, -torch.inf)

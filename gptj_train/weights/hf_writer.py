@@ -44,34 +44,37 @@ def write_weights(
     tensors: Iterable[tuple[str, Tensor]],
     shapes: Mapping[str, torch.Size],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, str]:
     """Write named tensors as sharded safetensors, one tensor in memory at a time.
 
     Args:
         folder: an existing folder.
-        tensors: (name, tensor) in the order of ``shapes``; each is cast to ``dtype`` as it comes.
+        tensors: (name, tensor) in the order of ``shapes``; each is cast to its dtype as it comes.
         shapes: of every tensor that will come.
+        dtype: of all written tensors; or name -> dtype.
 
     Returns:
         File name -> sha256 of the bytes that were sent to the disk.
     """
-    sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
+    dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
+    sizes = {name: shape.numel() * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = plan_shards(sizes, max_shard_bytes)
     # One stream through all files: each tensor may exist only while it is at its head.
     stream = iter(tensors)
     hashes = {}
     for file, names in shards.items():
         in_file = {name: shapes[name] for name in names}
-        hashes[file] = write_file(folder / file, stream, in_file, dtype=dtype)
+        hashes[file] = write_file(folder / file, stream, in_file, dtype=dtypes)
     if len(shards) > 1:
-        _write_index(folder, shards, total_size=sum(sizes.values()), dtype=dtype)
+        elements = sum(shape.numel() for shape in shapes.values())
+        _write_index(folder, shards, total_size=sum(sizes.values()), elements=elements)
     return hashes
 
 
-def _write_index(folder: Path, shards: Mapping[str, list[str]], *, total_size: int, dtype: torch.dtype) -> None:
-    metadata = {"total_size": total_size, "total_parameters": total_size // dtype.itemsize}
+def _write_index(folder: Path, shards: Mapping[str, list[str]], *, total_size: int, elements: int) -> None:
+    metadata = {"total_size": total_size, "total_parameters": elements}
     weight_map: dict[str, str] = {}
     for file, names in shards.items():
         weight_map |= dict.fromkeys(names, file)
@@ -80,7 +83,11 @@ def _write_index(folder: Path, shards: Mapping[str, list[str]], *, total_size: i
 
 
 def write_file(
-    path: Path, tensors: Iterator[tuple[str, Tensor]], shapes: Mapping[str, torch.Size], *, dtype: torch.dtype
+    path: Path,
+    tensors: Iterator[tuple[str, Tensor]],
+    shapes: Mapping[str, torch.Size],
+    *,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
 ) -> str:
     """Write the next tensors of a stream, as many as there are shapes, into one file; return its sha256."""
     # Transformers refuses a file without this format in its metadata.

@@ -24,7 +24,7 @@ CHUNK = 1 << 24
 """Elements that are moved to the CPU, converted and written at a time."""
 
 _LARGEST_HEADER = 100_000_000  # bytes, as in the safetensors library
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
 class Written(NamedTuple):
@@ -35,12 +35,12 @@ class Written(NamedTuple):
 
 
 class SafetensorsWriter:
-    """Stream tensors of one dtype into a new safetensors file, and hash what goes out.
+    """Stream tensors into a new safetensors file, and hash what goes out.
 
     Args:
         path: the file to create; one that exists is never overwritten.
         shapes: name -> shape of every tensor, in the order in which ``add`` will get them.
-        dtype: that each tensor is cast to.
+        dtype: that each tensor is cast to; or name -> dtype.
         metadata: free text for the header.
         separators: of the header's JSON, as in ``json.dumps``; they decide the header's bytes.
     """
@@ -50,17 +50,19 @@ class SafetensorsWriter:
         path: Path,
         shapes: Mapping[str, Sequence[int]],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
         metadata: Mapping[str, str] | None = None,
         separators: tuple[str, str] = (",", ":"),
     ) -> None:
-        self._shapes, self._dtype = shapes, dtype
+        self._shapes = shapes
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dtype
         self._announced = iter(shapes)
         header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
         end = 0
         for name, shape in shapes.items():
-            begin, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+            own_dtype = self._dtypes[name]
+            begin, end = end, end + torch.Size(shape).numel() * own_dtype.itemsize
+            header[name] = {"dtype": _DTYPE_NAMES[own_dtype], "shape": list(shape), "data_offsets": [begin, end]}
         encoded = json.dumps(header, separators=separators).encode()
         # Readers map the file into memory: spaces bring the first tensor to a multiple of 8 bytes.
         encoded += b" " * (-len(encoded) % 8)
@@ -79,7 +81,7 @@ class SafetensorsWriter:
         assert name == expected, f"{name} came where {expected} was announced"
         assert tensor.shape == torch.Size(self._shapes[name]), f"{name} has another shape than announced"
         for chunk in torch.split(tensor.detach().reshape(-1), CHUNK):
-            stored = chunk.to("cpu", self._dtype).contiguous()
+            stored = chunk.to("cpu", self._dtypes[name]).contiguous()
             self._write(stored.view(torch.uint8).numpy().data)
 
     def finish(self) -> Written:

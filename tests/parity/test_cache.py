@@ -74,7 +74,7 @@ def test_reorder_selects_rows(pair: tuple[Any, Any]) -> None:
     model, ids = pair[0], random_ids(3)
     rows = torch.tensor([2, 0, 0])
     cache = model(ids[:, :8]).past_key_values
-    cache.reorder(rows)
+    cache.reorder_cache(rows)
     out = model(ids[rows, 8:], past_key_values=cache)
     assert_close(out.logits, model(ids[rows]).logits[:, 8:])
 

@@ -153,12 +153,13 @@ def test_greedy_scores_ignore_the_sampling_options() -> None:
     logits, ids_so_far = torch.randn(2, VOCAB), random_ids()
     greedy = Sampling(temperature=0.5, top_k=3, top_p=0.5)
     assert torch.equal(greedy.scores(logits, ids_so_far), logits)
-    assert torch.equal(greedy.pick(logits, ids_so_far, None), logits.argmax(dim=-1))
+    assert torch.equal(greedy.pick(logits, None), logits.argmax(dim=-1))
 
 
 def test_sampling_stays_within_the_allowed_tokens(pair: tuple[Any, Any]) -> None:
     logits = torch.randn(1, VOCAB).expand(500, -1)
-    picked = Sampling(do_sample=True, top_k=4).pick(logits, random_ids(500, 3), torch.Generator().manual_seed(0))
+    sampling = Sampling(do_sample=True, top_k=4)
+    picked = sampling.pick(sampling.scores(logits, random_ids(500, 3)), torch.Generator().manual_seed(0))
     assert set(picked.tolist()) == set(logits[0].topk(4).indices.tolist())
     ids = prompts()
     narrow = pair[0].generate(ids, max_new_tokens=8, do_sample=True, top_k=1)
@@ -167,9 +168,9 @@ def test_sampling_stays_within_the_allowed_tokens(pair: tuple[Any, Any]) -> None
 
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0]]).expand(20_000, -1)
-    picked = Sampling(do_sample=True, temperature=0.7).pick(
-        logits, torch.zeros(20_000, 1, dtype=torch.long), torch.Generator().manual_seed(0)
-    )
+    sampling = Sampling(do_sample=True, temperature=0.7)
+    scores = sampling.scores(logits, torch.zeros(20_000, 1, dtype=torch.long))
+    picked = sampling.pick(scores, torch.Generator().manual_seed(0))
     expected = (logits[0] / 0.7).softmax(dim=-1)
     assert torch.allclose(picked.bincount(minlength=4) / 20_000, expected, atol=0.015)
 
@@ -213,7 +214,6 @@ def test_generation_while_checkpointing_in_training() -> None:
         (prompts(), {"do_sample": True, "temperature": 0.0}, "temperature must be above 0"),
         (prompts(), {"do_sample": True, "temperature": -1.0}, "temperature must be above 0"),
         (prompts(), {"num_beams": 0}, "num_beams must be at least 1"),
-        (prompts(), {"num_beams": 2, "do_sample": True}, "beam search does not sample"),
         (prompts(), {"top_k": -1}, "top_k must be 0"),
         (prompts(), {"top_p": 0.0}, r"top_p must be in \(0, 1\]"),
         (prompts(), {"top_p": 1.5}, r"top_p must be in \(0, 1\]"),

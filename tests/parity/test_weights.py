@@ -171,7 +171,11 @@ def test_saving_again_replaces_the_weights(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "export"  # Parents are created.
     first.save_pretrained(folder, max_shard_bytes=10_000)
     second.save_pretrained(folder)
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ]
     assert_same_weights(theirs_from(folder), reference)
     assert list(folder.parent.iterdir()) == [folder]  # No scratch folder remains.
 
@@ -206,4 +210,4 @@ def test_saving_into_a_folder_keeps_its_other_files(tmp_path: Path) -> None:
     (tmp_path / "m" / "tokenizer.json").write_text("{}")
     model.save_pretrained(tmp_path / "m")
     names = sorted(file.name for file in (tmp_path / "m").iterdir())
-    assert names == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert names == ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json"]
