@@ -81,7 +81,7 @@ def test_what_an_export_holds(parts: tuple[PlainEngine, ModelFiles], tmp_path: P
     )
     folder = run(parts, tmp_path / "export", dtype)
     names = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
     assert {file.name for file in folder.iterdir()} == names
     assert {file.name for file in tmp_path.iterdir()} == {"export", "export_report.json", "metrics.jsonl"}
 
