@@ -1,4 +1,4 @@
-"""Write a tokenizer's folder so that old and new readers take it: Transformers 4 and 5, other runtimes, other languages."""
+"""Write a tokenizer's folder for old and new readers: Transformers 4 and 5, other runtimes, other languages."""
 
 from __future__ import annotations
 

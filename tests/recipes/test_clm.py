@@ -25,7 +25,8 @@ from gptj_train.training.retention import newest_complete
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
+KEYS = {"kind", "time", "epoch", "step", "loss", "lr", "grad_norm", "tokens", "target_tokens", "tokens_per_second"}
+KEYS |= {"step_seconds", "memory_gib"}
 KEYS |= {"skipped_steps", "loss_scale"}
 TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
@@ -97,7 +98,14 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
+    assert names == {
+        *("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "export", "export_report.json"),
+        "report.html",
+    }
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["ranks"] == environment["hosts"][0]["ranks"] == 2
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["command"].startswith("clm.py ")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = train(corpus, 2, "max_steps=16", "save_every=6")
@@ -113,7 +121,9 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     assert [line["step"] for line in evaluations] == [0, 4, 8, 12, 16]
     metrics = ("eval_loss", "perplexity", "bits_per_byte")
     of_components = {f"{metric}/{name}" for metric in metrics for name in ("even", "odd", "forgetting")}
-    assert all(line.keys() == {"step", "tokens", *metrics, *of_components} for line in evaluations)
+    assert all(
+        line.keys() == {"kind", "time", "epoch", "step", "tokens", *metrics, *of_components} for line in evaluations
+    )
     assert evaluations[-1]["eval_loss/forgetting"] > evaluations[-1]["eval_loss"]
     for name in sorted(of_components):
         assert f">Held-out {name}</h2>" in (run / "report.html").read_text()
