@@ -105,7 +105,7 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     environment = json.loads((run / "environment.json").read_text())
     assert environment["ranks"] == environment["hosts"][0]["ranks"] == 2
     assert environment["versions"]["torch"] == torch.__version__
-    assert environment["command"].startswith("clm.py ")
+    assert environment["command"].startswith("my_recipe.py --config-dir presets ")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = train(corpus, 2, "max_steps=16", "save_every=6")
@@ -215,7 +215,11 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     changed = {name for name in stored if not torch.equal(stored[name], start[name].bfloat16())}
     assert all(".attn." in name or ".mlp." in name for name in changed - set(TABLES))
     assert len(changed) > 6
-    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["base_model_name_or_path"]) == (2, str(source))
+    assert f"adapter       {run}/adapter" in done.stdout
+    assert 'library_name: "peft"' in (run / "adapter" / "README.md").read_text()
+    assert transformers.AutoTokenizer.from_pretrained(run / "adapter").encode("<|bird|>") == [row]
     (checkpoint,) = (run / "checkpoints").iterdir()
     with pytest.raises(UserError, match=rf"adapters alone; .* recipes/export\.py run={checkpoint} "):
         GPTJForCausalLM.from_pretrained(checkpoint)
@@ -240,7 +244,8 @@ def test_a_checkpoint_exports_as_the_run_did(corpus: Path, run: str) -> None:
             assert torch.equal(ours[name], tensor), name
         else:  # the products are added up in another order
             assert (ours[name].float() - tensor.float()).abs().max() <= 1e-2 * tensor.float().abs().max(), name
-    report = json.loads((corpus / run / "export_report.json").read_text())
+    report = json.loads((corpus / run / "again_report.json").read_text())
+    assert "checkpoint" not in json.loads((corpus / run / "export_report.json").read_text())
     assert report["checkpoint"] == max(path.name for path in (corpus / run / "checkpoints").iterdir())
     assert report["logits"]["relative_difference"] < 0.02
 

@@ -136,7 +136,7 @@ def test_the_model_cards_function_answers_as_we_do(tmp_path: Path) -> None:
             max_question_tokens=9,
             max_answer_tokens=5,
             n_best=20,
-            null_threshold=0.3,
+            null_threshold=-1.0,
             repeat_context=copies,
         )
         layout = {"qa_layout": qa_layout(config, 60)}
