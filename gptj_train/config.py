@@ -18,6 +18,7 @@ from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
+from gptj_train.weights.hf_writer import parse_size
 
 T = TypeVar("T")
 
@@ -54,6 +55,7 @@ class FinetuneConfig(TrainerConfig):
     tokenizer: str | None
     add_tokens: list[str]
     export_dtype: Literal["bf16", "fp16", "fp32"]
+    export_shard_size: str
     model: ModelConfig
     lora: LoraConfig
     engine: EngineConfig
@@ -63,6 +65,7 @@ class FinetuneConfig(TrainerConfig):
         super().__post_init__()
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
+        parse_size(self.export_shard_size)
 
 
 @schema
@@ -238,6 +241,7 @@ class ExportConfig:
     run: str
     output_dir: str | None
     dtype: Literal["bf16", "fp16", "fp32"]
+    export_shard_size: str
 
 
 def model_config_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:

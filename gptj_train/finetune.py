@@ -9,6 +9,7 @@ from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.sampler import Sampler
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.unused_rows import AddedToken
+from gptj_train.environment import describe_environment, describe_host
 from gptj_train.errors import UserError
 from gptj_train.export.from_engine import export
 from gptj_train.inference.text_generator import sample_from
@@ -27,6 +28,7 @@ from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
+from gptj_train.weights.hf_writer import parse_size
 
 _SHOWN_AT_START = ("data", "labels", "batch", "epochs")  # facts that fit on a screen
 
@@ -52,6 +54,7 @@ class Finetune:
         check_run_folder(cfg.output_dir)
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
+        self._steps_per_epoch: float | None = None
 
     def sampler(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Sampler:
         """Return the sampler of the training data, of one or several components.
@@ -60,6 +63,7 @@ class Finetune:
             sizes: windows or rows of each component.
             weights: shares of the components; None joins them.
         """
+        self._steps_per_epoch = sum(sizes) / self._cfg.global_batch_size
         return Sampler(
             sizes,
             weights=weights,
@@ -102,7 +106,7 @@ class Finetune:
         """
         cfg = self._cfg
         model_config = model_config or self.model_config
-        tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
+        tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank(), steps_per_epoch=self._steps_per_epoch)
         for name in _SHOWN_AT_START:
             if name in facts:
                 tracker.note(f"{name:<6} {facts[name]}")
@@ -118,6 +122,12 @@ class Finetune:
             seed=cfg.seed,
             mean_rows=self._mean_rows,
         )
+        environment = describe_environment(engine.gathered([describe_host()]))
+        parameters = {
+            "parameters": sum(shape.numel() for shape in engine.shapes.values()),
+            "trained_parameters": sum(shape.numel() for shape in engine.trained.values()),
+        }
+        tracker.describe(environment | parameters)
         model_files = ModelFiles(model_config, model_class.__name__, self.tokenizer)
         checkpoints = Checkpoints(
             cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
@@ -133,6 +143,7 @@ class Finetune:
             facts=facts,
             lora=cfg.lora,
             base=cfg.init_from,
+            shard_bytes=parse_size(cfg.export_shard_size),
         )
         tracker.finish()
         if engine.rank != 0:

@@ -45,7 +45,7 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
     parts = [f"<!doctype html><meta charset=utf-8><title>{escape(title)}</title><style>{_STYLE}</style>"]
     parts.append(f"<h1>{escape(title)}</h1><table>")
     rows = dict(facts)
-    memory = [line["memory"] for line in steps if "memory" in line]
+    memory = [line["memory_gib"] for line in steps if "memory_gib" in line]
     if memory:
         rows["measured"] = f"{max(memory):.1f} GiB at most on rank 0"
     for name, value in rows.items():
@@ -53,11 +53,11 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
     parts.append("</table>")
     losses = {"training": _curve(steps, "loss"), "held-out": _curve(evaluations, "eval_loss")}
     parts.append(_chart("Loss (mean over targets)", losses))
-    speed = {"targets/s": _curve(steps, "tokens_per_second")}
-    parts.append(_chart("Throughput (targets per second)", speed, from_zero=True))
+    speed = {"tokens/s": _curve(steps, "tokens_per_second")}
+    parts.append(_chart("Throughput (tokens per second)", speed, from_zero=True))
     parts.append(_chart("Learning rate", {"lr": _curve(steps, "lr")}))
     parts.append(_chart("Gradient norm before clipping", {"norm": _curve(steps, "grad_norm")}))
-    parts.append(_chart("Peak memory of rank 0 (GiB)", {"memory": _curve(steps, "memory")}, from_zero=True))
+    parts.append(_chart("Peak memory of rank 0 (GiB)", {"memory": _curve(steps, "memory_gib")}, from_zero=True))
     if evaluations:
         for name in results_of(evaluations[-1]):
             if name != "eval_loss":  # drawn beside the training loss
@@ -98,6 +98,8 @@ def summary(output_dir: str, architecture: str, sample: str | None = None) -> st
         "Next:",
         "  rerun the command with a larger max_steps=... to resume from the last checkpoint",
     ]
+    if (Path(output_dir) / "adapter").is_dir():
+        text.insert(-2, f"  adapter       {output_dir}/adapter   (PEFT loads it on the base model)")
     if architecture == "GPTJForCausalLM":
         text.append(f'  python recipes/generate.py checkpoint={output_dir}/export prompt="..."')
     return "\n".join(text)

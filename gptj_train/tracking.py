@@ -1,4 +1,17 @@
-"""Progress bar, metrics.jsonl and W&B logging, all on rank 0."""
+"""Progress bar, metrics.jsonl, W&B and TensorBoard logging, all on rank 0.
+
+Every line of metrics.jsonl is a JSON object with
+
+* ``kind``: "train" after an optimizer step, "eval" after an evaluation;
+* ``step``: optimizer steps done; ``epoch``: passes over the training data, a fraction;
+* ``time``: Unix time in seconds;
+* ``tokens``: tokens that the model has read in training so far, without padding, whatever the task.
+
+A train line has also ``loss``, ``lr``, ``grad_norm``, ``skipped_steps``, ``loss_scale``, ``tokens_per_second``,
+``step_seconds``, ``memory_gib`` (peak of rank 0), and the terms of the loss so far: ``target_tokens`` in language
+modeling, ``labels`` in classification, ``windows`` in question answering. An eval line has the task's metrics,
+``eval_loss`` among them. NaN and infinity are null.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +19,6 @@ import contextlib
 import json
 import math
 import os
-import secrets
 import sys
 import time
 from collections.abc import Mapping
@@ -17,53 +29,65 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from gptj_train.atomic_write import write_text
-from gptj_train.errors import UserError
 from gptj_train.schema import schema
+from gptj_train.tracking_services import (
+    Service,
+    TensorBoard,
+    Wandb,
+    evaluation_charts,
+    forget_wandb_run,
+    training_charts,
+)
 
 _SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
 _BAR = "{percentage:3.0f}% |{bar:20}| step {n}/{total}{postfix}  {remaining} left"
-_ID_FILE = "wandb_id.txt"
-# Names in metrics.jsonl and in W&B, which groups its charts by what stands before the slash.
-_WANDB_NAMES = {
-    "loss": "train/loss",
-    "grad_norm": "train/grad_norm",
-    "lr": "train/lr",
-    "tokens": "train/tokens",
-    "tokens_per_second": "perf/tokens_per_s",
-    "step_seconds": "perf/step_seconds",
-    "memory": "mem/peak_gib",
-    "skipped_steps": "train/skipped_steps",
-    "loss_scale": "train/loss_scale",
-}
+_COUNTERS = ("kind", "step", "epoch", "time", "tokens", "memory_gib")  # no results of an evaluation
 
 
 @schema
 class TrackingConfig:
-    """W&B settings; the environment variables WANDB_MODE, WANDB_PROJECT and WANDB_NAME override them."""
+    """W&B and TensorBoard; the environment variables WANDB_MODE, WANDB_PROJECT and WANDB_NAME override the keys."""
 
+    tensorboard: bool
     wandb: Literal["disabled", "offline", "online"]
     project: str
     run_name: str | None
 
 
 class Tracker:
-    """Log a run to its folder, the screen and W&B. On ranks other than 0 every method does nothing.
+    """Log a run to its folder, the screen, W&B and TensorBoard. On ranks other than 0 every method does nothing.
 
     Args:
         output_dir: the run folder, created by ``start``.
-        run_config: the resolved config, written to config.yaml and W&B.
+        run_config: the resolved config, written to config.yaml, W&B and TensorBoard.
+        steps_per_epoch: optimizer steps in which all training data is seen once; None: unknown.
     """
 
-    def __init__(self, config: TrackingConfig, output_dir: str | Path, run_config: dict[str, Any], rank: int) -> None:
+    def __init__(
+        self,
+        config: TrackingConfig,
+        output_dir: str | Path,
+        run_config: dict[str, Any],
+        rank: int,
+        *,
+        steps_per_epoch: float | None = None,
+    ) -> None:
         self._config = config
         self._folder = Path(output_dir)
         self._run_config = run_config
         self._enabled = rank == 0
         self._metrics: TextIO | None = None
         self._bar: tqdm | None = None
-        self._wandb: Any = None
+        self._steps_per_epoch = steps_per_epoch
+        self._facts: dict[str, Any] = {}
+        self._wandb: Wandb | None = None
+        self._services: list[Service] = []
         self._last_line = 0.0  # time of the last printed step
         self._seconds_per_step = 0.0  # moving average
+
+    def describe(self, facts: Mapping[str, Any]) -> None:
+        """Set the facts of environment.json, such as versions and parameters; W&B and TensorBoard show them too."""
+        self._facts |= facts
 
     def start(self, step: int, max_steps: int, wandb_id: str | None = None) -> None:
         """Open the files of the run folder, and drop lines of metrics.jsonl after ``step``.
@@ -75,12 +99,14 @@ class Tracker:
             wandb_id: W&B run to resume if the folder names none; a checkpoint stores it.
 
         Raises:
-            UserError: W&B without an API key.
+            UserError: W&B without an API key, or TensorBoard that is not installed.
         """
         if not self._enabled:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(self._run_config), self._folder / "config.yaml")
+        if self._facts:
+            write_text(self._folder / "environment.json", json.dumps(self._facts, indent=2) + "\n")
         path = self._folder / "metrics.jsonl"
         lines = read_metrics(self._folder)
         # A fresh run drops everything, the evaluation before the first step too.
@@ -88,12 +114,30 @@ class Tracker:
         if len(kept) < len(lines) or not _ends_with_newline(path):
             write_text(path, "".join(_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
-        if step == 0:
-            (self._folder / _ID_FILE).unlink(missing_ok=True)  # a fresh run is a new W&B run
-        self._wandb = _start_wandb(self._config, self._folder, self._run_config, wandb_id)
+        self._start_services(step, wandb_id)
         if sys.stderr.isatty():
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
         self._max_steps = max_steps
+
+    def _start_services(self, step: int, wandb_id: str | None) -> None:
+        shown = {**self._run_config, **self._facts}
+        if step == 0:
+            forget_wandb_run(self._folder)  # a fresh run is a new W&B run
+        mode = os.environ.get("WANDB_MODE", self._config.wandb)
+        if mode != "disabled":
+            self._wandb = Wandb(
+                self._folder,
+                shown,
+                mode=mode,
+                project=self._config.project,
+                name=self._config.run_name,
+                run_id=wandb_id,
+            )
+            self._services.append(self._wandb)
+            if self._wandb.url is not None:
+                self.note(f"follow this run at {self._wandb.url}")
+        if self._config.tensorboard:
+            self._services.append(TensorBoard(self._folder, shown, step=step))
 
     @property
     def wandb_id(self) -> str | None:
@@ -104,14 +148,13 @@ class Tracker:
         """Log a finished optimizer step."""
         if self._metrics is None:
             return
-        self._write(metrics)
+        line = self._write("train", metrics)
         step = int(metrics["step"])
-        if self._wandb is not None:
-            logged = {wandb_name: metrics[name] for name, wandb_name in _WANDB_NAMES.items()}
-            self._wandb.log(logged, step=step)
+        for service in self._services:
+            service.log(training_charts(line), step)
         text = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory']:.1f} GiB"
+            f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory_gib']:.1f} GiB"
         )
         seconds = metrics["step_seconds"]
         self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
@@ -127,24 +170,26 @@ class Tracker:
         """Log the held-out metrics after a step; values other than numbers go to metrics.jsonl only."""
         if self._metrics is None:
             return
-        self._write(metrics)
+        line = self._write("eval", metrics)
         results = results_of(metrics)
-        if self._wandb is not None:
-            logged = {f"eval/{name.removeprefix('eval_')}": value for name, value in results.items()}
-            # Tokens are the x axis of W&B's charts. The evaluation before step 1 has no training metrics to give them.
-            logged[_WANDB_NAMES["tokens"]] = metrics["tokens"]
-            self._wandb.log(logged, step=int(metrics["step"]))
+        for service in self._services:
+            service.log(evaluation_charts(line, results), int(metrics["step"]))
         # The metrics of components, such as eval_loss/NAME, would be too many for a line.
         shown = [f"{name} {value:.4f}" for name, value in results.items() if "/" not in name]
         self.note(f"step {metrics['step']}: " + "  ".join(shown))
 
-    def _write(self, metrics: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl. A full disk costs the line, not the run."""
+    def _write(self, kind: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a line of metrics.jsonl, and return it. A full disk costs the line, not the run."""
         assert self._metrics is not None
+        line: dict[str, Any] = {"kind": kind, "time": round(time.time(), 3)}
+        if self._steps_per_epoch:
+            line["epoch"] = metrics["step"] / self._steps_per_epoch
+        line |= metrics
         try:
-            self._metrics.write(_line(metrics))
+            self._metrics.write(_line(line))
         except OSError as error:
             self.note(f"metrics.jsonl lacks step {metrics['step']}: {error.strerror}")
+        return line
 
     def note(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -159,12 +204,10 @@ class Tracker:
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # lines lost to a full disk were reported when they were written
                 self._metrics.close()
-        if self._wandb is not None:
-            is_offline = self._wandb.settings.mode == "offline"
-            folder = Path(self._wandb.dir).parent
-            self._wandb.finish()
-            if is_offline:
-                self.note(f"upload this run with: wandb sync {folder}")
+        for service in self._services:
+            message = service.finish()
+            if message is not None:
+                self.note(message)
 
 
 def _ends_with_newline(path: Path) -> bool:
@@ -186,16 +229,19 @@ def _without_nan(value: Any) -> Any:
 
 
 def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric results in an evaluation line of metrics.jsonl, without its counters."""
+    """Return the numeric results in an eval line of metrics.jsonl, without its counters."""
     results = {}
     for name, value in evaluation.items():
-        if isinstance(value, float) and name not in ("step", "tokens"):
+        if isinstance(value, float) and name not in _COUNTERS:
             results[name] = value
     return results
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without a last line that a crash cut off; [] if there is no file."""
+    """Return the lines of a run's metrics.jsonl, without a last line that a crash cut off; [] if there is no file.
+
+    Lines of version 0.1 get the names of today. Their ``tokens`` stay what they were: terms of the loss.
+    """
     lines = []
     try:
         text = (Path(folder) / "metrics.jsonl").read_text()
@@ -203,42 +249,11 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
         return []
     for line in text.splitlines():
         try:
-            lines.append(json.loads(line))
+            values = json.loads(line)
         except json.JSONDecodeError:
             break
+        if "memory" in values:
+            values["memory_gib"] = values.pop("memory")
+        values.setdefault("kind", "eval" if "eval_loss" in values else "train")
+        lines.append(values)
     return lines
-
-
-def _start_wandb(config: TrackingConfig, folder: Path, run_config: dict[str, Any], wandb_id: str | None) -> Any:
-    """Start or resume the W&B run of a folder; return None if W&B is disabled."""
-    mode = os.environ.get("WANDB_MODE", config.wandb)
-    if mode == "disabled":
-        return None
-    import wandb  # slow to import, and most runs have it disabled
-
-    # The id is created once and kept in the run folder, so that a resumed job continues the same W&B run.
-    id_file = folder / _ID_FILE
-    if not id_file.exists():
-        id_file.write_text(wandb_id or secrets.token_hex(4))
-
-    def init(mode: str) -> Any:
-        return wandb.init(
-            mode=mode,  # type: ignore[arg-type]
-            project=os.environ.get("WANDB_PROJECT", config.project),
-            name=os.environ.get("WANDB_NAME", config.run_name),
-            id=id_file.read_text(),
-            resume="allow",
-            dir=folder,
-            config=run_config,
-            settings=wandb.Settings(silent=True),
-        )
-
-    try:
-        run = init(mode)
-    except wandb.errors.UsageError as error:  # no API key
-        raise UserError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
-    except wandb.errors.CommError as error:  # an unreachable server must not end a training run
-        print(f"cannot reach Weights & Biases ({error}); logging offline", file=sys.stderr, flush=True)
-        run = init("offline")
-    run.define_metric("*", step_metric="train/tokens", step_sync=False)
-    return run

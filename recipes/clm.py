@@ -12,6 +12,7 @@ from gptj_train.tasks.clm import CausalLM
 def main(cfg: ClmConfig) -> None:
     run = Finetune(cfg)
     data = prepare(cfg.data, run.tokenizer, cfg.sequence_length)
+    run.tokenizer.chat_template = data.chat_template or run.tokenizer.chat_template
     components = data.train.windows
     task = CausalLM(
         train=components,

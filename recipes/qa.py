@@ -7,7 +7,7 @@ from gptj_train.config import QAConfig
 from gptj_train.data.squad import read_questions
 from gptj_train.finetune import Finetune
 from gptj_train.launch.recipe import recipe
-from gptj_train.tasks.question_answering import QuestionAnswering, build_features
+from gptj_train.tasks.question_answering import QuestionAnswering, build_features, qa_layout
 
 
 @recipe(QAConfig, primary="qa")
@@ -25,7 +25,8 @@ def main(cfg: QAConfig) -> None:
     )
     facts = {"data": str(train), "batch": run.batch_facts("windows")}
     # Start and end logits, whatever labels the head of init_from has.
-    model_config = replace(run.model_config, num_labels=2, id2label=None)
+    extra = {**run.model_config.extra, "qa_layout": qa_layout(cfg.task, cfg.sequence_length)}
+    model_config = replace(run.model_config, num_labels=2, id2label=None, extra=extra)
     run.train(GPTJForQuestionAnswering, task, facts, model_config=model_config)
 
 

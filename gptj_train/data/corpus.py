@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
 from gptj_train.data.preparation import open_stores
@@ -85,11 +86,13 @@ class TextData:
         splits: ``train``, ``validation`` and ``forgetting``, as far as the config names files for them.
         weights: share of each component of ``train``; None: no mixture.
         isolate: the documents in a window neither see nor predict each other.
+        chat_template: in Jinja, what the data was put into; None: it is no chats.
     """
 
     splits: dict[str, Split]
     weights: list[float] | None
     isolate: bool
+    chat_template: str | None
 
     @property
     def train(self) -> Split:
@@ -119,6 +122,13 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
     if length < 2:
         raise UserError(f"sequence_length must be at least 2, got {length}")
     weights = list(data.weights.values()) if data.weights else None
+    chat_template = None
+    if data.kind == "chat":
+        template = data.chat_template or tokenizer.chat_template or DEFAULT
+        chat_template = to_jinja(template)
+        if is_jinja(template):
+            template = with_special_tokens(template, tokenizer.eos_token, list(tokenizer.special_tokens))
+        data = replace(data, chat_template=template)
     # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
     files = _find_all_files(data)
     splits = {}
@@ -135,7 +145,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
             components = []
         splits[name] = _pack(stores, data, tokenizer, length=length, components=components)
         _check_not_empty(name, splits[name], known)
-    return TextData(splits, weights, data.isolate)
+    return TextData(splits, weights, data.isolate, chat_template)
 
 
 def component_names(stores: list[TokenStore]) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from gptj_train.data.chat_template import ASSISTANT, DEFAULT, TemplateFailedError, is_jinja, render, special_tokens_of
 from gptj_train.data.text_config import DataConfig
 
 _ROLE = re.compile(r"[\w -]+")
@@ -19,6 +20,7 @@ class Segment(NamedTuple):
         target: its tokens are to be predicted.
         template: it may contain special tokens; data may only spell them.
         last: it ends the document.
+        joined: it is tokenized together with the segment before it, as one text.
     """
 
     text: str
@@ -26,6 +28,7 @@ class Segment(NamedTuple):
     target: bool = True
     template: bool = False
     last: bool = True
+    joined: bool = False
 
 
 class BadRecordError(ValueError):
@@ -116,7 +119,10 @@ def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
     """
     if not isinstance(messages, list) or not messages:
         raise BadRecordError("no messages", f"set data.messages_field (now {data.messages_field})")
-    before, after = data.chat_template.split("{content}")
+    template = data.chat_template or DEFAULT
+    if is_jinja(template):
+        return _chat_by_jinja(messages, component, template)
+    before, after = template.split("{content}")
     segments = []
     for message in messages:
         fields = message if isinstance(message, dict) else {}
@@ -126,7 +132,7 @@ def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
         if not _ROLE.fullmatch(role):
             # A role becomes part of the template, where "<|endoftext|>" would be the special token.
             raise BadRecordError("a role that is no name", "write it in letters, digits, spaces, _ and -")
-        target = role == "assistant"
+        target = role == ASSISTANT
         first_half, second_half = before.replace("{role}", role), after.replace("{role}", role)
         segments += [
             Segment(first_half, component, target=False, template=True, last=False),
@@ -139,4 +145,51 @@ def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
     *others, last = segments
     document = [segment for segment in others if segment.text]
     document.append(last._replace(last=True))
-    return document
+    return _joined(document)
+
+
+def _chat_by_jinja(messages: list[Any], component: str, template: str) -> list[Segment]:
+    """Render the chat message by message: what an assistant's message adds to the text is a target."""
+    eos_token, special_tokens = special_tokens_of(template)
+    for message in messages:
+        # In the rendered text they could not be told from those of the template.
+        if any(token in str(message) for token in special_tokens):
+            raise BadRecordError("a special token in a message", "remove it: only the chat template may contain it")
+    segments: list[Segment] = []
+    text = ""
+
+    def append(longer: str, *, target: bool) -> None:
+        nonlocal text
+        # EOS at the end of every chat is not at the end of its first half.
+        if segments and not longer.startswith(text) and text.endswith(eos_token):
+            text = text.removesuffix(eos_token)
+            segments[-1] = segments[-1]._replace(text=segments[-1].text.removesuffix(eos_token))
+        if not longer.startswith(text):
+            raise BadRecordError(
+                "a chat template that changes earlier text when a message is added", "set data.chat_template"
+            )
+        added = checked_text(longer.removeprefix(text))
+        segments.append(Segment(added, component, target=target, template=True, last=False))
+        text = longer
+
+    try:
+        for number, message in enumerate(messages):
+            target = isinstance(message, dict) and message.get("role") == ASSISTANT
+            if target:
+                # The opening of an answer belongs to the prompt, so it is not predicted.
+                append(render(template, messages[:number], add_generation_prompt=True), target=False)
+            append(render(template, messages[: number + 1], add_generation_prompt=False), target=target)
+    except TemplateFailedError as error:
+        raise BadRecordError("messages that the chat template refuses", f"correct them ({error})") from None
+    if not any(segment.target for segment in segments):
+        raise BadRecordError("nothing said by the assistant", "there is nothing to learn from it")
+    *others, last = segments
+    # The end of the document brings an EOS token by itself.
+    last = last._replace(text=last.text.removesuffix(eos_token), last=True)
+    return _joined([*(segment for segment in others if segment.text), last])
+
+
+def _joined(document: list[Segment]) -> list[Segment]:
+    # A server tokenizes the whole rendered chat; tokens of training that end with each message would be others.
+    first, *others = document
+    return [first, *(segment._replace(joined=True) for segment in others)]

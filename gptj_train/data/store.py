@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from gptj_train.data.joint_encoding import encode_joined
 from gptj_train.data.records import Segment
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
-FORMAT = 2
+FORMAT = 3
 """Part of every store's name: raise it if reading or tokenizing changes, so that no old store is reused."""
 
 _DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16)])
@@ -125,25 +126,28 @@ def _batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
     batch: list[Segment] = []
     characters = 0
     for segment in segments:
-        batch.append(segment)
-        characters += len(segment.text)
-        if characters > _CHARACTERS_AT_ONCE:
+        # A batch ends where a text does.
+        if characters > _CHARACTERS_AT_ONCE and not segment.joined:
             yield batch
             batch = []
             characters = 0
+        batch.append(segment)
+        characters += len(segment.text)
     if batch:
         yield batch
 
 
 def _encode(batch: list[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Tokenize segments: special tokens count as such in a template, and are plain text in data."""
-    data = [segment.text for segment in batch if not segment.template]
-    ids_of_data = iter(tokenizer.encode_texts(data))
+    """Tokenize segments: special tokens count as such in a template, and are plain text in data.
+
+    The tokens of joined segments are those of their joint text. A token of two segments belongs to the later one.
+    """
+    if any(segment.joined for segment in batch):
+        yield from encode_joined(batch, tokenizer)
+        return
+    ids_of_data = iter(tokenizer.encode_texts([segment.text for segment in batch if not segment.template]))
     for segment in batch:
-        if segment.template:
-            yield tokenizer.encode(segment.text)
-        else:
-            yield next(ids_of_data)
+        yield tokenizer.encode(segment.text) if segment.template else next(ids_of_data)
 
 
 def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:

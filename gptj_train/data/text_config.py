@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from gptj_train.data.chat_template import is_jinja
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
@@ -20,7 +21,7 @@ class DataConfig:
     prompt_field: str
     response_field: str
     messages_field: str
-    chat_template: str
+    chat_template: str | None
     component_field: str
     weights: dict[str, float] | None
     packing: Literal["contiguous", "best_fit"]
@@ -30,8 +31,11 @@ class DataConfig:
     cache_dir: str
 
     def __post_init__(self) -> None:
-        if self.chat_template.count("{content}") != 1:
-            raise UserError("data.chat_template must contain {content} exactly once; {role} is optional")
+        template = self.chat_template
+        if template is not None and not is_jinja(template) and template.count("{content}") != 1:
+            raise UserError(
+                "data.chat_template must contain {content} exactly once, with {role} where you like, or be Jinja"
+            )
         if not 0 <= self.max_bad_share < 1:
             raise UserError(f"data.max_bad_share must be at least 0 and below 1, got {self.max_bad_share}")
         if self.weights is not None and (not self.weights or min(self.weights.values()) <= 0):

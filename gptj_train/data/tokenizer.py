@@ -14,7 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from gptj_train.data import unused_rows
+from gptj_train.data.chat_template import template_in
 from gptj_train.data.fast_bpe import FastBPE
+from gptj_train.data.tokenizer_files import write_tokenizer_files
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
 
@@ -30,7 +32,10 @@ class Tokenizer:
     Attributes:
         eos_token: the EOS token, "<|endoftext|>" in GPT-J.
         eos_id: its id.
+        chat_template: in Jinja; None if the tokenizer has none.
     """
+
+    chat_template: str | None = None
 
     def __init__(self, backend: Backend, eos_token: str = EOS_TOKEN) -> None:
         eos_id = backend.token_to_id(eos_token)
@@ -57,9 +62,12 @@ class Tokenizer:
                 if file.exists() and not (file.is_file() or file.is_dir()):
                     raise UserError(f"{file.name} is not a regular file")
             if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
-                return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
-            file = path / "tokenizer.json" if path.is_dir() else path
-            return cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
+                tokenizer = cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
+            else:
+                file = path / "tokenizer.json" if path.is_dir() else path
+                tokenizer = cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
+            tokenizer.chat_template = template_in(path if path.is_dir() else path.parent)
+            return tokenizer
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the backend raises plain Exceptions, and its panics are BaseExceptions
@@ -114,7 +122,9 @@ class Tokenizer:
             if token.like and token.name in places:
                 # By this tokenizer, without the added tokens: one of them has no row yet to take the mean of.
                 mean_rows[places[token.name]] = [number for word in token.like for number in self.encode(word)]
-        return Tokenizer(backend, self.eos_token), mean_rows
+        extended = Tokenizer(backend, self.eos_token)
+        extended.chat_template = self.chat_template
+        return extended, mean_rows
 
     def pad_id(self, rows: int) -> int:
         """Return the id of the padding token: the last unused row of the embedding, or EOS if all are used."""
@@ -218,12 +228,16 @@ class Tokenizer:
             sizes[number] = added.get(text, len(text))
         return sizes
 
-    def save(self, folder: Path, rows: int | None = None) -> None:
-        """Write the three files from which Transformers loads a tokenizer.
+    def save(
+        self, folder: Path, rows: int | None = None, *, max_length: int | None = None, padding_side: str = "right"
+    ) -> None:
+        """Write the files from which Transformers and other readers load a tokenizer; see ``tokenizer_files``.
 
         Args:
             rows: of the model's embedding; each gets an entry, and the last unused one is the padding token. None:
                 only the tokenizer's own entries, and no padding token.
+            max_length: tokens that the model reads at most; None: unknown.
+            padding_side: left for a model that generates, else right.
 
         Raises:
             OSError: a full disk.
@@ -235,18 +249,14 @@ class Tokenizer:
         if rows is not None:
             backend = unused_rows.with_all_rows_named(backend, rows)
             special_tokens["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))
-        try:
-            backend.save(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers has no exception class for it
-            raise OSError(str(error)) from None
-        config = {
-            **special_tokens,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-            "model_input_names": ["input_ids", "attention_mask"],
-        }
-        (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
+        write_tokenizer_files(
+            folder,
+            backend,
+            special_tokens,
+            max_length=max_length,
+            padding_side=padding_side,
+            chat_template=self.chat_template,
+        )
 
 
 def _byte_level(model: models.BPE) -> Backend:

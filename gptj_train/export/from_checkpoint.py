@@ -12,26 +12,30 @@ from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
 from gptj_train.export.adapters import MergedWeights
-from gptj_train.export.from_engine import progress, prompt_ids, write_export_report, write_verified
+from gptj_train.export.card_facts import card_facts, progress
+from gptj_train.export.from_engine import prompt_ids, write_export_report, write_verified
 from gptj_train.export.verify import streamed_logits
 from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import newest_complete
 from gptj_train.weights.checkpoint_weights import CheckpointWeights, open_weights
-from gptj_train.weights.hf_writer import DTYPES
+from gptj_train.weights.hf_writer import DTYPES, MAX_SHARD_BYTES
 from gptj_train.weights.manifest import Manifest
 from gptj_train.weights.mean_rows import WithMeanRows
 from gptj_train.weights.stored import StoredWeights, is_adapter
 
 
-def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) -> Path:
+def export_checkpoint(
+    run: str | Path, folder: str | Path | None, dtype: str, shard_bytes: int = MAX_SHARD_BYTES
+) -> Path:
     """Write the export of a run as if it had ended at a checkpoint; one parameter or block is in memory at a time.
 
     Args:
         run: a run folder, whose newest complete checkpoint is taken, or a ``step_...`` folder.
         folder: to write, which must not exist or be empty; None replaces ``export`` in the run folder.
         dtype: bf16, fp16 or fp32.
+        shard_bytes: largest size of a weight file.
 
     Raises:
         UserError: no complete checkpoint; a LoRA run whose base weights are unknown; ``folder`` is not empty.
@@ -50,7 +54,9 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in model_class(config).named_parameters()}
     settings = _settings(run_folder)
-    facts = progress(run_folder, settings.get("init_from"), until=Manifest.read(step_folder).state["step"])
+    step, base = Manifest.read(step_folder).state["step"], settings.get("init_from")
+    facts = progress(run_folder, base, until=step)
+    chat = model_files.tokenizer.chat_template is not None
     with _open_model_weights(step_folder, settings) as weights:
         weights.match(shapes)
         expected, _ = streamed_logits(weights, config, prompt_ids(config))
@@ -63,8 +69,9 @@ def export_checkpoint(run: str | Path, folder: str | Path | None, dtype: str) ->
             shapes,
             dtype=DTYPES[dtype],
             model_files=model_files,
-            facts=facts,
+            facts=card_facts(facts, run=run_folder, base=base, chat=chat, until=step),
             expected=expected,
+            shard_bytes=shard_bytes,
         )
     about = {"architecture": model_class.__name__, "run": facts, "checkpoint": step_folder.name}
     write_export_report(target, report | about)

@@ -13,17 +13,16 @@ from torch import Tensor
 
 from gptj_train.atomic_write import new_folder, write_text
 from gptj_train.export.adapters import save_adapter
-from gptj_train.export.model_card import model_card
+from gptj_train.export.card_facts import base_path, card_facts, progress
+from gptj_train.export.model_card import CardFacts, model_card
 from gptj_train.export.verify import ExportError, check_logits, verify_folder
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig, merged
-from gptj_train.tracking import read_metrics, results_of
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.weights.hf_writer import DTYPES, write_weights
+from gptj_train.weights.hf_writer import DTYPES, MAX_SHARD_BYTES, write_weights
 from gptj_train.weights.stored import is_adapter
 
-REPORT = "export_report.json"
 _PROMPT_TOKENS = 32
 _PROMPT_STRIDE = 7919  # a prime: the ids spread over the vocabulary and do not repeat
 
@@ -37,17 +36,19 @@ def export(
     facts: Mapping[str, str],
     lora: LoraConfig,
     base: str | None,
+    shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Path:
     """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
     Rank 0 holds one tensor besides its own part. The folder gets its name after it was read again and agrees with
-    the live model; the results go to export_report.json beside it. With LoRA the weights are merged, and
+    the live model; the results go to NAME_report.json beside it. With LoRA the weights are merged, and
     ``adapter`` beside the folder holds the adapters only.
 
     Args:
         dtype: bf16, fp16 or fp32.
         facts: about the run, for model card and report.
-        base: the folder that a LoRA run started from.
+        base: the folder or hub id that the run started from.
+        shard_bytes: largest size of a weight file.
 
     Raises:
         ExportError: on all ranks, when a check fails; no new folder is left.
@@ -61,18 +62,21 @@ def export(
     if engine.rank == 0:
         try:
             facts = dict(facts) | progress(target.parent, base)
+            chat = model_files.tokenizer.chat_template is not None
             report = write_verified(
                 target,
                 weights,
                 {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)},
                 dtype=DTYPES[dtype],
                 model_files=model_files,
-                facts=facts,
+                facts=card_facts(facts, run=target.parent, base=base, chat=chat),
                 expected=expected,
+                shard_bytes=shard_bytes,
             )
             if trained:
                 adapter = target.with_name("adapter")
-                _write_adapter_folder(adapter, trained, lora, architecture=model_files.architecture, base=base)
+                about = card_facts(facts, run=target.parent, base=base, chat=chat, adapter=True)
+                _write_adapter_folder(adapter, trained, lora, model_files=model_files, base=base, facts=about)
             write_export_report(target, report | {"architecture": model_files.architecture, "run": facts})
         except (ExportError, OSError) as error:
             failure = f"the export failed, {target} is not written: {error}"
@@ -91,8 +95,9 @@ def write_verified(
     *,
     dtype: torch.dtype,
     model_files: ModelFiles,
-    facts: Mapping[str, str],
+    facts: CardFacts,
     expected: Tensor,
+    shard_bytes: int = MAX_SHARD_BYTES,
 ) -> dict[str, Any]:
     """Write a model folder, which replaces ``target`` after every check has passed.
 
@@ -100,6 +105,7 @@ def write_verified(
         weights: (name, tensor) in the order of ``shapes``.
         facts: about the run, for the model card.
         expected: logits of the model for ``prompt_ids``.
+        shard_bytes: largest size of a weight file.
 
     Returns:
         The results of the checks.
@@ -108,9 +114,9 @@ def write_verified(
         ExportError: a check failed.
     """
     with new_folder(target) as scratch:
-        hashes = write_weights(scratch, weights, shapes, dtype=dtype)
+        hashes = write_weights(scratch, weights, shapes, dtype=dtype, max_shard_bytes=shard_bytes)
         model_files.save(scratch, dtype)
-        (scratch / "README.md").write_text(model_card(model_files.architecture, facts))
+        (scratch / "README.md").write_text(model_card(model_files.architecture, facts), encoding="utf-8")
         report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
         report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
     return report
@@ -120,31 +126,6 @@ def prompt_ids(config: GPTJConfig) -> Tensor:
     """Return (1, T) ids from all over the vocabulary, the same for every model of this size."""
     positions = torch.arange(min(_PROMPT_TOKENS, config.n_positions))
     return (1 + _PROMPT_STRIDE * positions)[None] % config.vocab_size
-
-
-def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
-    """Return facts about a run's training from its metrics.jsonl: its start, last step and last evaluation.
-
-    Args:
-        base: the folder that it started from.
-        until: ignore later steps.
-    """
-    step: dict[str, Any] | None = None
-    evaluation: dict[str, Any] = {}
-    for line in read_metrics(run):
-        if until is not None and line["step"] > until:
-            continue
-        # A skipped step has a null loss.
-        if line.get("loss") is not None:
-            step = line
-        if "eval_loss" in line:
-            evaluation = line
-    facts = {"start": "random weights" if base is None else Path(base).name}
-    if step is not None:
-        facts["training"] = f"{step['step']:,} steps, {step['tokens']:,} target tokens, loss {step['loss']:.4f}"
-    for name, value in results_of(evaluation).items():
-        facts[name.replace("_", " ")] = f"{value:.4f}"
-    return facts
 
 
 def _trained_with_lora(engine: Engine, lora: LoraConfig) -> dict[str, Tensor]:
@@ -173,8 +154,15 @@ def _live_logits(engine: Engine, config: GPTJConfig) -> Tensor:
 
 
 def _write_adapter_folder(
-    target: Path, trained: Mapping[str, Tensor], lora: LoraConfig, *, architecture: str, base: str | None
+    target: Path,
+    trained: Mapping[str, Tensor],
+    lora: LoraConfig,
+    *,
+    model_files: ModelFiles,
+    base: str | None,
+    facts: CardFacts,
 ) -> None:
+    """Write adapters, tokenizer and model card: all that PEFT needs besides the base model."""
     heads = {name.partition(".")[0] for name in trained if not is_adapter(name)}
     with new_folder(target) as scratch:
         save_adapter(
@@ -186,11 +174,18 @@ def _write_adapter_folder(
             dropout=lora.dropout,
             targets=lora.targets,
             heads=sorted(heads),
-            base=base,
-            architecture=architecture,
+            base=base_path(base),
+            architecture=model_files.architecture,
         )
+        model_files.save_tokenizer(scratch)
+        (scratch / "README.md").write_text(model_card(model_files.architecture, facts), encoding="utf-8")
+
+
+def report_path(target: Path) -> Path:
+    """Return where an export's report lies: beside it, under its name, so that two exports keep theirs."""
+    return target.with_name(f"{target.name}_report.json")
 
 
 def write_export_report(target: Path, report: dict[str, Any]) -> None:
-    """Write export_report.json beside an export."""
-    write_text(target.with_name(REPORT), json.dumps(report, indent=2) + "\n")
+    """Write the report of an export beside it."""
+    write_text(report_path(target), json.dumps(report, indent=2) + "\n")

@@ -129,6 +129,8 @@ class Classification:
         predictions: of the last evaluation, one for each held-out row, in the order of the rows.
     """
 
+    targets_name = "labels"
+
     def __init__(
         self,
         *,

@@ -47,6 +47,8 @@ class CausalLM:
         batch_size: windows of an evaluation batch.
     """
 
+    targets_name = "target_tokens"
+
     def __init__(
         self,
         *,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from gptj_train.data.sampler import Sampler, evaluation_batches
 from gptj_train.data.squad import Question
-from gptj_train.data.squad_features import Features
+from gptj_train.data.squad_features import SEPARATOR, Features
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
@@ -49,6 +49,21 @@ def build_features(questions: list[Question], tokenizer: Tokenizer, length: int,
         max_question_tokens=config.max_question_tokens,
         repeat_context=config.repeat_context,
     )
+
+
+def qa_layout(config: QATaskConfig, length: int) -> dict[str, Any]:
+    """Return what a reader of the export needs to lay out its inputs and choose answers, for config.json."""
+    return {
+        "order": "question separator context eos",
+        "no_answer": "last token (eos)",
+        "separator": SEPARATOR,
+        "context_copies": 2 if config.repeat_context else 1,
+        "max_length": length,
+        "doc_stride": config.doc_stride,
+        "max_question_tokens": config.max_question_tokens,
+        "max_answer_tokens": config.max_answer_tokens,
+        "null_threshold": config.null_threshold,
+    }
 
 
 class Span(NamedTuple):
@@ -99,6 +114,8 @@ class QuestionAnswering:
         predictions: the answer to each question id, of the last evaluation.
         candidates: the ``n_best`` answers to each question id with their scores, of the last evaluation.
     """
+
+    targets_name = "windows"
 
     def __init__(
         self,

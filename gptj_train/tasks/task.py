@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from gptj_train.data.packing import PADDING
+
 Batch = dict[str, Tensor]
 """Keyword arguments of the model's forward, on the CPU; (B, T) each."""
 
@@ -24,8 +26,23 @@ class EvaluationBatch(NamedTuple):
     source: Any
 
 
+def count_tokens(batch: Batch) -> int:
+    """Count the tokens of a batch without its padding, which is masked or belongs to no document."""
+    if "attention_mask" in batch:
+        return int(batch["attention_mask"].sum())
+    if "document_ids" in batch:
+        return int((batch["document_ids"] != PADDING).sum())
+    return batch["input_ids"].numel()
+
+
 class Task(Protocol):
-    """What differs between recipes: batches, targets and metrics."""
+    """What differs between recipes: batches, targets and metrics.
+
+    Attributes:
+        targets_name: what ``targets`` counts, as metrics.jsonl names it.
+    """
+
+    targets_name: str
 
     def training_batches(self, step: int, rank: int, world_size: int) -> list[Batch]:
         """Return this rank's micro-batches of an optimizer step, a pure function of the arguments."""

@@ -39,7 +39,8 @@ class TrainState:
 
     Attributes:
         step: optimizer steps done.
-        tokens: target tokens seen.
+        tokens: tokens that the model has read, without padding.
+        targets: terms of the loss: predicted tokens, labels or windows.
         skipped: steps with non-finite numbers, which changed no weight.
         skipped_in_a_row: of these, the ones since the last good step.
         evaluated: the step of the last evaluation.
@@ -50,6 +51,7 @@ class TrainState:
 
     step: int = 0
     tokens: int = 0
+    targets: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = -1

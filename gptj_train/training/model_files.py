@@ -25,7 +25,7 @@ class ModelFiles:
     tokenizer: Tokenizer
 
     def save(self, folder: Path, dtype: torch.dtype) -> None:
-        """Write config.json, generation_config.json and the tokenizer's three files.
+        """Write config.json, generation_config.json and the tokenizer's files.
 
         Args:
             dtype: of the weights beside them.
@@ -35,4 +35,14 @@ class ModelFiles:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         ids = {name: getattr(config, name) for name in names}
         (folder / "generation_config.json").write_text(json.dumps(ids, indent=2) + "\n")
-        self.tokenizer.save(folder, config.vocab_size)
+        self.save_tokenizer(folder)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files."""
+        self.tokenizer.save(
+            folder,
+            self.config.vocab_size,
+            max_length=self.config.n_positions,
+            # A batch of prompts is padded before its texts: generation continues at the end of each row.
+            padding_side="left" if self.architecture == "GPTJForCausalLM" else "right",
+        )

@@ -15,7 +15,7 @@ from gptj_train.data.sampler import fingerprint
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted, StopRequest
 from gptj_train.launch.watchdog import Watchdog
-from gptj_train.tasks.task import Task
+from gptj_train.tasks.task import Task, count_tokens
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
 from gptj_train.training.engine import Engine
@@ -134,7 +134,9 @@ class Trainer:
         # Count the targets of all micro-batches and ranks first: every loss is a sum divided by that count. A mean
         # per micro-batch would give the tokens of short ones more weight.
         batches = task.training_batches(step, engine.rank, engine.world_size)
-        (targets,) = engine.summed([sum(task.targets(batch) for batch in batches)])
+        targets, tokens = engine.summed(
+            [sum(task.targets(batch) for batch in batches), sum(count_tokens(batch) for batch in batches)]
+        )
         if not targets:
             raise UserError(f"step {step}: no token of the global batch is a training target; check the data")
 
@@ -160,7 +162,8 @@ class Trainer:
         self._stopping = requests > 0
         self._step_seconds = time.perf_counter() - began
         self.state.step += 1
-        self.state.tokens += int(targets)
+        self.state.targets += int(targets)
+        self.state.tokens += int(tokens)
 
         # Report non-finite steps, whose update the engine has skipped, and loss spikes; raises if too many.
         grad_norm, loss_scale = engine.grad_norm, engine.loss_scale
@@ -177,9 +180,10 @@ class Trainer:
             "skipped_steps": self.state.skipped,
             "loss_scale": loss_scale,
             "tokens": self.state.tokens,
-            "tokens_per_second": targets / self._step_seconds,
+            task.targets_name: self.state.targets,
+            "tokens_per_second": tokens / self._step_seconds,
             "step_seconds": self._step_seconds,
-            "memory": engine.peak_memory(),
+            "memory_gib": engine.peak_memory(),
         }
 
     def evaluate(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptj_train.atomic_write import install_files
+from gptj_train.errors import UserError
 from gptj_train.weights.safetensors_file import SafetensorsWriter
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -19,7 +20,23 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 MAX_SHARD_BYTES = 5_000_000_000
 
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([MG])B", re.IGNORECASE)
 _WEIGHT_FILE = re.compile(r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?")
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes of a size such as "5GB" or "500MB", in powers of 1000 as Transformers counts them.
+
+    Raises:
+        UserError: no such size, or less than a megabyte.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    size = 0
+    if found is not None:
+        size = int(float(found[1]) * {"M": 10**6, "G": 10**9}[found[2].upper()])
+    if size < 10**6:
+        raise UserError(f"export_shard_size must be a size from 1MB on, such as 5GB or 500MB, got {text!r}")
+    return size
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int = MAX_SHARD_BYTES) -> dict[str, list[str]]:

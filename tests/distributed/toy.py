@@ -125,6 +125,8 @@ def count_targets(batch: dict[str, Tensor]) -> int:
 class ToyTask:
     """The Task protocol on toy windows; remembers which windows it handed out."""
 
+    targets_name = "target_tokens"
+
     def __init__(self, micro_batch_size: int) -> None:
         self.micro_batch_size = micro_batch_size
         self.sampler = sampler(micro_batch_size)

@@ -25,7 +25,8 @@ from gptj_train.training.retention import newest_complete
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
-KEYS = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_seconds", "memory"}
+KEYS = {"kind", "time", "epoch", "step", "loss", "lr", "grad_norm", "tokens", "target_tokens", "tokens_per_second"}
+KEYS |= {"step_seconds", "memory_gib"}
 KEYS |= {"skipped_steps", "loss_scale"}
 TABLES = ("transformer.wte.weight", "lm_head.weight", "lm_head.bias")
 RHYME = "One for sorrow, two for joy, three for a girl, four for a boy, five for silver, six for gold. "
@@ -97,7 +98,14 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
+    assert names == {
+        *("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "export", "export_report.json"),
+        "report.html",
+    }
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["ranks"] == environment["hosts"][0]["ranks"] == 2
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["command"].startswith("my_recipe.py --config-dir presets ")
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = train(corpus, 2, "max_steps=16", "save_every=6")
@@ -113,7 +121,9 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     assert [line["step"] for line in evaluations] == [0, 4, 8, 12, 16]
     metrics = ("eval_loss", "perplexity", "bits_per_byte")
     of_components = {f"{metric}/{name}" for metric in metrics for name in ("even", "odd", "forgetting")}
-    assert all(line.keys() == {"step", "tokens", *metrics, *of_components} for line in evaluations)
+    assert all(
+        line.keys() == {"kind", "time", "epoch", "step", "tokens", *metrics, *of_components} for line in evaluations
+    )
     assert evaluations[-1]["eval_loss/forgetting"] > evaluations[-1]["eval_loss"]
     for name in sorted(of_components):
         assert f">Held-out {name}</h2>" in (run / "report.html").read_text()
@@ -205,7 +215,11 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     changed = {name for name in stored if not torch.equal(stored[name], start[name].bfloat16())}
     assert all(".attn." in name or ".mlp." in name for name in changed - set(TABLES))
     assert len(changed) > 6
-    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
+    adapter = json.loads((run / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["r"], adapter["base_model_name_or_path"]) == (2, str(source))
+    assert f"adapter       {run}/adapter" in done.stdout
+    assert 'library_name: "peft"' in (run / "adapter" / "README.md").read_text()
+    assert transformers.AutoTokenizer.from_pretrained(run / "adapter").encode("<|bird|>") == [row]
     (checkpoint,) = (run / "checkpoints").iterdir()
     with pytest.raises(UserError, match=rf"adapters only; .* recipes/export\.py run={checkpoint} "):
         GPTJForCausalLM.from_pretrained(checkpoint)
@@ -230,7 +244,8 @@ def test_a_checkpoint_exports_as_the_run_did(corpus: Path, run: str) -> None:
             assert torch.equal(ours[name], tensor), name
         else:  # the products are added up in another order
             assert (ours[name].float() - tensor.float()).abs().max() <= 1e-2 * tensor.float().abs().max(), name
-    report = json.loads((corpus / run / "export_report.json").read_text())
+    report = json.loads((corpus / run / "again_report.json").read_text())
+    assert "checkpoint" not in json.loads((corpus / run / "export_report.json").read_text())
     assert report["checkpoint"] == max(path.name for path in (corpus / run / "checkpoints").iterdir())
     assert report["logits"]["relative_difference"] < 0.02
 

@@ -15,11 +15,13 @@ import pytest
 import torch
 import transformers
 
-from gptj_train import GPTJForQuestionAnswering
+from gptj_train import GPTJConfig, GPTJForQuestionAnswering
 from gptj_train.data.squad import read_files
 from gptj_train.data.squad_features import Features
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.tasks.question_answering import QATaskConfig, QuestionAnswering
+from gptj_train.export.model_card import CardFacts, model_card
+from gptj_train.tasks.question_answering import QATaskConfig, QuestionAnswering, build_features, qa_layout
+from gptj_train.training.model_files import ModelFiles
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
@@ -75,7 +77,9 @@ def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     run = tmp_path / "run"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3]
-    assert [line["tokens"] for line in lines if "loss" in line] == [8, 16, 24]
+    assert [line["windows"] for line in lines if "loss" in line] == [8, 16, 24]
+    # Tokens, not windows: every window has more than ten, and at most 48.
+    assert all(80 < line["tokens"] / line["step"] < 8 * 48 for line in lines if "loss" in line)
     evaluations = [line for line in lines if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 3]
     assert evaluations[1]["eval_loss"] < evaluations[0]["eval_loss"]
@@ -111,3 +115,55 @@ def test_a_run_on_two_ranks(tmp_path: Path) -> None:
         torch.testing.assert_close(mine.end_logits, other.end_logits, rtol=1e-4, atol=1e-5)
         summed_loss += mine.loss.item()
     assert summed_loss / 7 == pytest.approx(evaluations[1]["eval_loss"], rel=0.02)  # the run computes in bf16
+
+
+def test_the_model_cards_function_answers_as_we_do(tmp_path: Path) -> None:
+    """With Transformers alone: windows, "no answer", accents and special tokens in the text."""
+    records = questions(24, 0)
+    for record in records[::2]:
+        record["context"] = "Grüße 🙂 <|endoftext|> " + " ".join([record["context"]] * 8)
+        record["answers"] = {"text": [], "answer_start": []}
+    (tmp_path / "validation.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    tokenizer = Tokenizer.train([" ".join(WORDS) + "\nWhere is it?"] * 3, 300)
+    ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 319}
+    shape = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
+    read = read_files([tmp_path / "validation.jsonl"])
+    answered = 0
+    for number, copies in enumerate((False, True)):
+        torch.manual_seed(number)
+        config = QATaskConfig(
+            doc_stride=8,
+            max_question_tokens=9,
+            max_answer_tokens=5,
+            n_best=20,
+            null_threshold=-1.0,
+            repeat_context=copies,
+        )
+        layout = {"qa_layout": qa_layout(config, 60)}
+        model = GPTJForQuestionAnswering(GPTJConfig(**shape, **ids, num_labels=2, extra=layout))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.2 * torch.randn_like(parameter)
+        folder = tmp_path / f"export{number}"
+        folder.mkdir()
+        model.save_pretrained(folder)
+        ModelFiles(model.config, "GPTJForQuestionAnswering", tokenizer).save(folder, torch.float32)
+        task = QuestionAnswering(validation=build_features(read, tokenizer, 60, config), config=config, batch_size=4)
+        evaluated = []
+        for batch in task.evaluation_batches(0, 1):
+            with torch.no_grad():
+                evaluated += task.records(model.eval()(**batch.inputs, num_items_in_batch=1.0), batch)
+        task.metrics(evaluated)
+        # The card's own text is run, in which a changed function would show.
+        card = model_card("GPTJForQuestionAnswering", CardFacts(table={}))
+        example = card.partition("```python\n")[2].partition("```")[0].partition("print(answer")[0]
+        names: dict[str, Any] = {}
+        exec(example.replace('"this folder"', repr(str(folder))), names)
+        found = {}
+        for question in read:
+            found[question.id] = names["answer"](
+                names["model"].eval(), names["tokenizer"], question.question, question.context
+            )
+        assert found == task.predictions
+        answered += sum(bool(text) for text in found.values())
+    assert 0 < answered < 2 * len(read)

@@ -71,7 +71,7 @@ def test_a_last_step_without_a_loss_is_no_hindrance(parts: tuple[PlainEngine, Mo
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     run(parts, tmp_path / "export")
     report = json.loads((tmp_path / "export_report.json").read_text())
-    assert report["run"]["training"] == "1 steps, 7 target tokens, loss 2.5000"
+    assert report["run"]["training"] == "1 steps, 7 tokens, loss 2.5000"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -81,7 +81,7 @@ def test_what_an_export_holds(parts: tuple[PlainEngine, ModelFiles], tmp_path: P
     )
     folder = run(parts, tmp_path / "export", dtype)
     names = {"config.json", "generation_config.json", "model.safetensors", "README.md"}
-    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
+    names |= {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt"}
     assert {file.name for file in folder.iterdir()} == names
     assert {file.name for file in tmp_path.iterdir()} == {"export", "export_report.json", "metrics.jsonl"}
 
@@ -92,11 +92,11 @@ def test_what_an_export_holds(parts: tuple[PlainEngine, ModelFiles], tmp_path: P
     assert report["files"].keys() == names
     for name, entry in report["files"].items():
         assert entry["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    assert report["run"]["training"] == "1,200 steps, 34,567 target tokens, loss 2.5000"
+    assert report["run"]["training"] == "1,200 steps, 34,567 tokens, loss 2.5000"
     assert report["logits"]["relative_difference"] < (1e-5 if dtype == "fp32" else 0.02)
 
     card = (folder / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert card.startswith('---\nlibrary_name: "transformers"\n')
     for row in ("| start | gpt-j-6B |", "| eval loss | 2.2500 |", "| batch | 4 windows \\| all of them |"):
         assert row in card
     assert "/models" not in card

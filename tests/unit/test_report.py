@@ -15,7 +15,7 @@ from gptj_train.report import summary, write_report
 
 CHARTS = [
     "Loss (mean over targets)",
-    "Throughput (targets per second)",
+    "Throughput (tokens per second)",
     "Learning rate",
     "Gradient norm before clipping",
     "Peak memory of rank 0 (GiB)",
@@ -74,7 +74,7 @@ def step(number: int, **changes: float) -> dict[str, float]:
         "tokens": 100 * number,
         "tokens_per_second": 1000.0 + number,
         "step_seconds": 0.25,
-        "memory": 1.5,
+        "memory_gib": 1.5,
         "skipped_steps": 0,
     } | changes
 

@@ -279,7 +279,7 @@ def test_a_chat_is_put_into_the_template(tmp_path: Path) -> None:
 def test_a_chat_that_ends_with_the_user_does_not_learn_its_end(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "chat.jsonl", {"messages": [message_of("assistant", "a"), message_of("user", "b")]})
     *_, last = segments_of(file, kind="chat", chat_template="{role}: {content}")
-    assert last == Segment("", "chat", target=False, template=True, last=True)
+    assert last == Segment("", "chat", target=False, template=True, last=True, joined=True)
 
 
 # --- bad files: the message for each, and the count where they are skipped ---

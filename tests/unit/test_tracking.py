@@ -6,11 +6,14 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import pandas
 import pytest
 import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gptj_train.tracking import Tracker, TrackingConfig, read_metrics
 
@@ -28,7 +31,7 @@ def step(number: int, **changes: float) -> dict[str, float]:
         "step_seconds": 0.25,
         "skipped_steps": 0,
         "loss_scale": 1.0,
-        "memory": 1.5,
+        "memory_gib": 1.5,
     } | changes
 
 
@@ -37,7 +40,7 @@ def evaluated(number: int) -> dict[str, float]:
 
 
 def tracker(folder: Path, rank: int = 0, wandb: str = "disabled", **config: Any) -> Tracker:
-    settings = TrackingConfig(**{"wandb": wandb, "project": "tests", "run_name": None} | config)
+    settings = TrackingConfig(**{"tensorboard": False, "wandb": wandb, "project": "tests", "run_name": None} | config)
     return Tracker(settings, folder, RUN_CONFIG, rank)
 
 
@@ -48,6 +51,15 @@ def write(folder: Path, start: int, *lines: dict[str, float], **options: Any) ->
     for line in lines:
         (made.evaluation if "eval_loss" in line else made.step)(line)
     made.finish()
+
+
+def recorded(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl as they were given; what the tracker adds is checked here."""
+    lines = read_metrics(folder)
+    for line in lines:
+        assert abs(time.time() - line.pop("time")) < 600
+        assert line.pop("kind") == ("eval" if "eval_loss" in line else "train")
+    return lines
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +73,7 @@ def _no_wandb_of_the_user(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 def test_a_line_for_every_step_and_evaluation(tmp_path: Path) -> None:
     lines = [evaluated(0), step(1), step(2), evaluated(2)]
     write(tmp_path / "runs" / "a", 0, *lines)
-    assert read_metrics(tmp_path / "runs" / "a") == lines
+    assert recorded(tmp_path / "runs" / "a") == lines
     assert (tmp_path / "runs" / "a" / "metrics.jsonl").read_text().count("\n") == 4
     assert yaml.safe_load((tmp_path / "runs" / "a" / "config.yaml").read_text()) == RUN_CONFIG
 
@@ -70,21 +82,21 @@ def test_lines_are_on_disk_at_once(tmp_path: Path) -> None:
     running = tracker(tmp_path)
     running.start(0, 4)
     running.step(step(1))
-    assert read_metrics(tmp_path) == [step(1)]
+    assert recorded(tmp_path) == [step(1)]
     running.finish()
 
 
 def test_a_fresh_start_begins_anew(tmp_path: Path) -> None:
     write(tmp_path, 0, evaluated(0), step(1), step(2))
     write(tmp_path, 0, evaluated(0))
-    assert read_metrics(tmp_path) == [evaluated(0)]
+    assert recorded(tmp_path) == [evaluated(0)]
 
 
 def test_resuming_keeps_lines_up_to_the_checkpoint_and_no_later_ones(tmp_path: Path) -> None:
     lines = [evaluated(0), step(1), step(2), evaluated(2), step(3), step(4), evaluated(4)]
     write(tmp_path, 0, *lines[:5])  # cut off at step 3; the checkpoint is of step 2
     write(tmp_path, 2, *lines[4:])
-    assert read_metrics(tmp_path) == lines
+    assert recorded(tmp_path) == lines
 
 
 def test_resuming_twice_from_the_same_checkpoint_doubles_nothing(tmp_path: Path) -> None:
@@ -92,7 +104,7 @@ def test_resuming_twice_from_the_same_checkpoint_doubles_nothing(tmp_path: Path)
     write(tmp_path, 0, *lines)
     write(tmp_path, 2, step(3))
     write(tmp_path, 2, step(3))
-    assert read_metrics(tmp_path) == lines
+    assert recorded(tmp_path) == lines
 
 
 @pytest.mark.parametrize("cut", [1, 10, 30])
@@ -100,9 +112,9 @@ def test_a_line_cut_off_by_a_crash_is_dropped(tmp_path: Path, cut: int) -> None:
     write(tmp_path, 0, step(1), step(2))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + json.dumps(step(3))[:cut])
-    assert read_metrics(tmp_path) == [step(1), step(2)]
+    assert recorded(tmp_path) == [step(1), step(2)]
     write(tmp_path, 2, step(3))
-    assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
+    assert recorded(tmp_path) == [step(1), step(2), step(3)]
 
 
 def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,3 +232,52 @@ def test_online_without_a_key_is_a_mistake_with_advice(tmp_path: Path) -> None:
         tracker(tmp_path, wandb="online").start(0, 4)
     assert str(caught.value).startswith("tracking.wandb=online: ")
     assert str(caught.value).endswith("Or set tracking.wandb=offline.")
+
+
+def test_one_schema_for_both_kinds_of_lines(tmp_path: Path) -> None:
+    """As docs/evaluation.md reads them, with pandas."""
+    settings = TrackingConfig(tensorboard=False, wandb="disabled", project="tests", run_name=None)
+    made = Tracker(settings, tmp_path, RUN_CONFIG, 0, steps_per_epoch=8)
+    made.start(0, 4)
+    made.evaluation(evaluated(0))
+    made.step(step(2))
+    made.step(step(3, loss=math.nan))
+    made.finish()
+    table = pandas.read_json(tmp_path / "metrics.jsonl", lines=True, dtype=False)
+    assert table.kind.tolist() == ["eval", "train", "train"]
+    assert table.epoch.tolist() == [0, 0.25, 0.375]
+    assert table.time.is_monotonic_increasing
+    assert table.set_index("step").loss[2] == 3.0
+    assert table.loss.isna().tolist() == [True, False, True]
+
+
+def test_lines_of_the_first_version_are_read(tmp_path: Path) -> None:
+    lines = [{"step": 0, "eval_loss": 4.0}, {"step": 1, "loss": 4.0, "tokens": 9, "memory": 1.5}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    first, second = read_metrics(tmp_path)
+    assert first == {"kind": "eval", "step": 0, "eval_loss": 4.0}
+    assert second == {"kind": "train", "step": 1, "loss": 4.0, "tokens": 9, "memory_gib": 1.5}
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    return {tag: [(one.step, one.value) for one in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_tensorboard_over_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tracker(tmp_path, tensorboard=True)
+    made.describe({"parameters": 12})
+    made.start(0, 4)
+    for line in (evaluated(0), step(1), step(2), step(3)):
+        (made.evaluation if "eval_loss" in line else made.step)(line)
+    made.finish()
+    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in capsys.readouterr().out
+    write(tmp_path, 2, step(3, loss=1.5), evaluated(3), tensorboard=True)
+    found = scalars(tmp_path)
+    assert found["train/loss"] == [(1, 4.0), (2, 3.0), (3, 1.5)]
+    assert found["train/tokens"] == [(0, 0), (1, 100), (2, 200), (3, 300), (3, 300)]
+    assert found["eval/loss"] == [(0, 4.0), (3, 4.0)]
+    assert found["mem/peak_gib"] == [(1, 1.5), (2, 1.5), (3, 1.5)]
+    text = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("config/text_summary")[0]
+    assert "optim.lr: 0.001" in str(text.tensor_proto.string_val)
+    assert "parameters: 12" in str(text.tensor_proto.string_val)

@@ -77,6 +77,8 @@ class FakeEngine:
 class FakeTask:
     """Four evaluation batches; sends itself a signal in a chosen evaluation or step."""
 
+    targets_name = "labels"
+
     def __init__(self, signal_in_evaluation: int | None, signal_in_step: int | None) -> None:
         self.evaluations = 0
         self.signal_in_evaluation, self.signal_in_step = signal_in_evaluation, signal_in_step
