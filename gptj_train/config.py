@@ -128,7 +128,11 @@ class EvaluationDataConfig(DataConfig):
     def labelled(self) -> LabelledFields:
         """The fields of labelled texts."""
         return LabelledFields(
-            text_field=self.text_field, second_text_field=self.second_text_field, label_field=self.label_field
+            text_field=self.text_field,
+            second_text_field=self.second_text_field,
+            label_field=self.label_field,
+            bad_records=self.bad_records,
+            max_bad_share=self.max_bad_share,
         )
 
 
