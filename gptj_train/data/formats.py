@@ -15,9 +15,8 @@ from gptj_train.data.text_config import DataConfig
 
 # Prompt and response of the formats in use, the most particular first. The fields of a list may be missing.
 _COMPLETIONS: tuple[tuple[str | list[str], str], ...] = (
-    (["instruction", "input"], "output"),
-    (["instruction", "input"], "response"),
-    (["instruction", "context"], "response"),  # Dolly
+    (["instruction", "input"], "output"),  # Alpaca
+    (["instruction", "input", "context"], "response"),  # Dolly has a context instead of an input
     ("prompt", "completion"),
     ("prompt", "response"),
 )

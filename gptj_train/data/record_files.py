@@ -6,6 +6,7 @@ other field can make a file unreadable, and no value changes its type.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -49,10 +50,10 @@ def read_records(
 def _read_json(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
     pieces = chunks(file, progress)
     head = b""
-    # White space may come first; a .gz may yield few bytes at a time.
+    # White space or a byte order mark of three bytes may come first, and a .gz may yield few bytes at a time.
     for piece in pieces:
         head += piece
-        if head.removeprefix(b"\xef\xbb\xbf").strip():
+        if len(head) > len(codecs.BOM_UTF8) and head.removeprefix(codecs.BOM_UTF8).strip():
             break
     whole = _chained(head, pieces)
     if begins_array(head):

@@ -189,7 +189,7 @@ def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
 
 def _role_and_content(message: dict[str, Any]) -> tuple[Any, Any]:
     """Return role and content in OpenAI's names; ShareGPT calls them from and value, and has other role names."""
-    if "from" in message and "role" not in message:
+    if message.get("from") is not None and message.get("role") is None:
         role = message["from"]
         if isinstance(role, str):
             role = _SHAREGPT_ROLES.get(role.lower(), role)
@@ -200,7 +200,7 @@ def _role_and_content(message: dict[str, Any]) -> tuple[Any, Any]:
     content = message.get("content")
     if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
         for part in content:
-            if part.get("type", "text") != "text" or not isinstance(part.get("text"), str):
+            if (part.get("type") or "text") != "text" or not isinstance(part.get("text"), str):
                 raise BadRecordError("a message with parts that are no text", "leave out images and sound")
         content = "".join(part["text"] for part in content)
     return message.get("role"), content
