@@ -69,7 +69,12 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
         ("<system>be\n<user>one\n<tool>3\n<assistant>", "two\n"),
     ),
     "parts of text": (
-        {"messages": [{"role": "user", "content": [{"type": "text", "text": "o"}, {"text": "ne"}]}, ASSISTANT]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "o"}, {"text": "ne"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "two"}]},
+            ]
+        },
         ("<user>one\n<assistant>", "two\n"),
     ),
     "weight 0": (
