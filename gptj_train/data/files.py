@@ -15,6 +15,7 @@ from typing import BinaryIO
 import zstandard
 
 from gptj_train.errors import UserError
+from gptj_train.failed_download import LFS_POINTER, what_it_is
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
@@ -156,6 +157,10 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
     """Read the bytes of a file, decompressed, in pieces of any length. Arguments and errors as ``numbered_lines``."""
     try:
         with open(file, "rb") as raw:
+            if raw.read(len(LFS_POINTER)) == LFS_POINTER:
+                # As a .txt it would be trained on.
+                raise UserError(f"{file}: this is {what_it_is(LFS_POINTER)}")
+            raw.seek(0)
             watched = _Watched(raw, progress)
             if file.suffix.lower() == ".zst":
                 yield from _zstd_chunks(watched, file)

@@ -9,6 +9,7 @@ from typing import Any
 
 from gptj_train.data.records import BadRecordError
 from gptj_train.errors import UserError
+from gptj_train.failed_download import failed_download
 
 _ROWS = 1000  # read at once
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # end-of-stream marker of the Arrow IPC streaming format
@@ -44,6 +45,9 @@ def read_rows(
                 progress(int(size * share) - reported)
                 reported = int(size * share)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        instead = failed_download(file)
+        if instead is not None:
+            raise UserError(f"{file}: this is {instead}") from None
         lines = str(error).splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None

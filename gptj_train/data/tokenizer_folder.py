@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from gptj_train.data.unused_rows import with_names
 from gptj_train.errors import UserError
+from gptj_train.failed_download import what_it_is
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -143,6 +144,9 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _read_text(file: Path) -> str:
     data = file.read_bytes()
+    instead = what_it_is(data[:1024])
+    if instead is not None:
+        raise UserError(f"{file.name} is {instead}")
     return data.removeprefix(codecs.BOM_UTF8).decode()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_train.errors import UserError
+from gptj_train.failed_download import failed_download
 from gptj_train.model.activations import ACTIVATIONS
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -131,7 +132,8 @@ class GPTJConfig:
             self.id2label = {label: f"LABEL_{label}" for label in range(self.num_labels)}
         if self.id2label is not None:
             # JSON keys are strings.
-            self.id2label = {int(label): name for label, name in self.id2label.items()}
+            # Names are text. Configs from other tools hold integers, booleans or null, which text stands for.
+            self.id2label = {int(label): _label_name(label, name) for label, name in self.id2label.items()}
             self.num_labels = len(self.id2label)
 
     @property
@@ -202,7 +204,10 @@ class GPTJConfig:
             # Opening a named pipe would wait forever.
             if path.exists() and not path.is_file():
                 raise UserError("not a regular file")
-            values = json.loads(path.read_text())
+            instead = failed_download(path)
+            if instead is not None:
+                raise UserError(f"it is {instead}")
+            values = json.loads(path.read_bytes().decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: no readable GPT-J config.json here ({error})") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
@@ -242,3 +247,12 @@ class GPTJConfig:
         """Write ``config.json``; ``architecture`` as in ``to_dict``."""
         text = json.dumps(self.to_dict(architecture), indent=2, sort_keys=True)
         (Path(folder) / "config.json").write_text(text + "\n")
+
+
+def _label_name(label: Any, name: Any) -> str:
+    """Return a label's name as text; a label without one gets the name that Transformers gives it."""
+    if name is None:
+        return f"LABEL_{label}"
+    if isinstance(name, float) and name.is_integer():
+        return str(int(name))
+    return str(name)

@@ -15,6 +15,7 @@ from text_data import jsonl
 
 from gptj_train.data import files
 from gptj_train.data.files import SUFFIXES, find_files, numbered_lines
+from gptj_train.data.tables import read_rows
 from gptj_train.errors import UserError
 
 LINES = [b"line %d of a text, " % number + b"word " * (number % 50) for number in range(2000)]
@@ -252,3 +253,39 @@ def test_a_line_that_does_not_end(tmp_path: Path, suffix: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.jsonl.zst", "gone.txt.gz"])
 def test_a_file_that_went_away(tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path / name) == ": cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    file = written(tmp_path / name, pointer)
+    with pytest.raises(UserError, match=r"this is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
+        if name == "a.parquet":
+            list(read_rows(file, {"text"}, lambda read: None))
+        else:
+            lines_of(file)
+
+
+def test_a_near_name_is_offered(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "train.jsonl", "x")
+    with pytest.raises(UserError, match=rf"did you mean '{file}'\?"):
+        find_files(str(tmp_path / "trian.jsonl"), "data.train")
+    with pytest.raises(UserError, match="correct the path") as caught:
+        find_files(str(tmp_path / "other"), "data.train")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_paths_with_commas_between_them(tmp_path: Path) -> None:
+    files = [jsonl(tmp_path / name, "x") for name in ("a.jsonl", "b.jsonl", "c,d.jsonl")]
+    assert find_files(f"{files[0]}, {files[1]}", "data.train") == files[:2]
+    assert find_files(str(files[2]), "data.train") == files[2:]
+    assert find_files([str(files[2]), str(files[0])], "data.train") == [files[2], files[0]]
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    names = ["a.JSONL", "b.Json.GZ", "c.TXT"]
+    files = [jsonl(tmp_path / name, "x") for name in names]
+    assert find_files(str(tmp_path), "data.train") == files
+    assert [find_files(str(file), "data.train") for file in files] == [[file] for file in files]
+    written(tmp_path / "b.Json.GZ", gzip.compress(CONTENT))
+    assert lines_of(tmp_path / "b.Json.GZ") == LINES
