@@ -10,6 +10,7 @@ from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
+from gptj_train.launch.hub import HubKeys
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig
 from gptj_train.schema import PlainText, schema
@@ -45,7 +46,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig):
+class FinetuneConfig(TrainerConfig, HubKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
@@ -137,7 +138,7 @@ class EvaluationDataConfig(DataConfig):
 
 
 @schema
-class EvaluateConfig:
+class EvaluateConfig(HubKeys):
     """recipes/evaluate.py; ``task`` applies to question answering only."""
 
     checkpoint: str
@@ -156,7 +157,7 @@ class EvaluateConfig:
 
 
 @schema
-class HarnessConfig:
+class HarnessConfig(HubKeys):
     """recipes/harness.py; the names are those of ``lm_eval.simple_evaluate``."""
 
     checkpoint: str
@@ -176,7 +177,7 @@ class HarnessConfig:
 
 
 @schema
-class GenerateConfig:
+class GenerateConfig(HubKeys):
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
     checkpoint: str
@@ -225,7 +226,7 @@ class GenerateConfig:
 
 
 @schema
-class ImportMeshConfig:
+class ImportMeshConfig(HubKeys):
     """recipes/import_mesh.py"""
 
     source: str
