@@ -12,7 +12,9 @@ def what_it_is(head: bytes) -> str | None:
     """Return what the first bytes of a file say it is, and what to do; None if they say nothing."""
     start = head.lstrip()[:200].lower()
     if head.startswith(LFS_POINTER):
-        return "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository, or download the file again"
+        return (
+            "a Git LFS pointer, not the file itself; run 'git lfs pull' in its repository, or download the file again"
+        )
     if start.startswith((b"<!doctype html", b"<html")):
         return "an HTML page, such as a login or error page, not the file itself; download the file again"
     if not head:

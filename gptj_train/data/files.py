@@ -83,7 +83,7 @@ def _separate(paths: str | list[str]) -> list[str]:
         return paths
     if "," not in paths or _matches(paths):
         return [paths]
-    return [path.strip() for path in paths.split(",") if path.strip()]
+    return [os.path.expanduser(path.strip()) for path in paths.split(",") if path.strip()]
 
 
 def _matches(path: str) -> list[str]:

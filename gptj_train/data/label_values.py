@@ -105,9 +105,7 @@ def id_of(label: Any, ids: dict[str, int], names: list[str], record: LabelledRec
     return ids[text]
 
 
-def are_vectors(
-    records: list[LabelledRecord], problem_type: str, names: int | None, fields: LabelledFields
-) -> bool:
+def are_vectors(records: list[LabelledRecord], problem_type: str, names: int | None, fields: LabelledFields) -> bool:
     """Return whether each label is a list with a flag of 0 or 1 for every label, not a list of the labels that apply.
 
     That is so if all lists have the same length, at least two, and hold nothing but 0 and 1. Read as ids, such lists

@@ -1,4 +1,4 @@
-"""The records of any file: lines or an array of JSON, rows of .csv, .tsv, .parquet and .arrow. One reader for all tasks.
+"""The records of any file, for all tasks: lines or an array of JSON, rows of .csv, .tsv, .parquet and .arrow.
 
 A record is named by its place, "FILE:LINE" or "FILE row NUMBER". Only the fields that are asked for are looked at: no
 other field can make a file unreadable, and no value changes its type.

@@ -10,7 +10,13 @@ from typing import Any, NamedTuple
 from gptj_train.data.text_config import DataConfig
 
 _ROLE = re.compile(r"[\w -]+")
-_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 _PLACE = re.compile(r"\{([^{}]+)\}")  # of a field in a prompt template
 
 
@@ -132,7 +138,7 @@ def _prompt_of(record: dict[str, Any], prompt_field: str | list[str]) -> str:
     Of several fields some may be empty or missing, as Alpaca's input is, but not all.
     """
     names = prompt_fields(prompt_field)
-    if names == [prompt_field]:
+    if isinstance(prompt_field, str) and names == [prompt_field]:
         return _text_of(record, prompt_field, "data.prompt_field")
     texts = {}
     for name in names:

@@ -52,11 +52,13 @@ def read_questions(data: QADataConfig) -> tuple[list[Question], list[Question]]:
     Raises:
         UserError: a path that matches nothing, or a bad record, named by file and place.
     """
-    options = {"bad_records": data.bad_records, "max_bad_share": data.max_bad_share}
     train = find_files(data.train, "data.train", SUFFIXES)
     validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
-    questions = read_files(train, "data.train", **options)
-    return questions, read_files(validation, "data.validation", **options) if validation else []
+    policy, share = data.bad_records, data.max_bad_share
+    questions = read_files(train, "data.train", bad_records=policy, max_bad_share=share)
+    if not validation:
+        return questions, []
+    return questions, read_files(validation, "data.validation", bad_records=policy, max_bad_share=share)
 
 
 def read_files(files: list[Path], key: str, *, bad_records: str, max_bad_share: float) -> list[Question]:
@@ -200,7 +202,9 @@ def _question(record: Any) -> Question:
     context = _field(record, "context", str)
     name = record.get("id")
     if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool)):
-        raise BadRecordError("an id that is no text or integer", f"correct it, or leave it out (it is {str(name)[:40]})")
+        raise BadRecordError(
+            "an id that is no text or integer", f"correct it, or leave it out (it is {str(name)[:40]})"
+        )
     answers = _answers(record, context)
     for text, start in answers:
         if not text.strip():

@@ -5,8 +5,8 @@ A store is a folder of
 * ``tokens.bin``: the token ids of all documents, concatenated; uint16 where they fit, else uint32;
 * ``targets.bin``: a byte for each token, 1 if it is to be predicted; absent if all are;
 * ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
-* ``store.json``: dtype, component names, skipped records, spelt special tokens and file sizes. It is written last: a folder without it is
-  not a store.
+* ``store.json``: dtype, component names, skipped records, spelt special tokens and file sizes. It is written last: a
+  folder without it is not a store.
 """
 
 from __future__ import annotations

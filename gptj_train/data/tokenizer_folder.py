@@ -42,20 +42,17 @@ def load_backend(path: Path) -> tuple[Backend, str]:
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
         model = models.BPE(_read_object(path / "vocab.json"), _read_merges(path / "merges.txt"))
         backend = byte_level(model, add_prefix_space=named.config.get("add_prefix_space") is True)
-        special = [token for token in sorted(named.special) if backend.token_to_id(token) is not None]
         # As in GPT-2, special tokens are entries of vocab.json, which does not say so.
-        if special:
-            backend.add_special_tokens(special)
+        known = [token for token in sorted(named.special) if backend.token_to_id(token) is not None]
+        backend.add_special_tokens(known)
     else:
         file = path / "tokenizer.json" if path.is_dir() else path
-        text = _read_text(file)
-        backend = Backend.from_str(text)
+        backend = Backend.from_str(_read_text(file))
     for special in (True, False):
-        missing = {
-            number: token
-            for token, number in named.added.items()
-            if backend.token_to_id(token) is None and (token in named.special) is special
-        }
+        missing = {}
+        for token, number in named.added.items():
+            if (token in named.special) is special and backend.token_to_id(token) is None:
+                missing[number] = token
         if missing:
             _check_free(backend, missing, folder)
             backend = with_names(backend, missing, special=special)

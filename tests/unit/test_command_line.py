@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from typed_configs import config
 
 from gptj_train.config import ClmConfig, GenerateConfig
 from gptj_train.launch.command_line import compose
@@ -41,7 +44,7 @@ def test_a_tilde_is_the_home_folder_in_any_path(monkeypatch: pytest.MonkeyPatch,
         "clm",
         ClmConfig,
         "output_dir=~/run",
-        "data.train=[~/a.jsonl,b~/c]",
+        "data.train=['~/a.jsonl','b~/c']",
         "data.validation=~/b.jsonl",
         "data.cache_dir=~/cache",
         "init_from=~/model",

@@ -6,6 +6,7 @@ import gzip
 import os
 import struct
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -259,11 +260,9 @@ def test_a_file_that_went_away(tmp_path: Path, name: str) -> None:
 def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
     file = written(tmp_path / name, pointer)
+    read = partial(read_rows, columns={"text"}) if name == "a.parquet" else numbered_lines
     with pytest.raises(UserError, match=r"this is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
-        if name == "a.parquet":
-            list(read_rows(file, {"text"}, lambda read: None))
-        else:
-            lines_of(file)
+        list(read(file, progress=lambda read: None))
 
 
 def test_a_near_name_is_offered(tmp_path: Path) -> None:
@@ -275,10 +274,12 @@ def test_a_near_name_is_offered(tmp_path: Path) -> None:
     assert "did you mean" not in str(caught.value)
 
 
-def test_paths_with_commas_between_them(tmp_path: Path) -> None:
+def test_paths_with_commas_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [jsonl(tmp_path / name, "x") for name in ("a.jsonl", "b.jsonl", "c,d.jsonl")]
     assert find_files(f"{files[0]}, {files[1]}", "data.train") == files[:2]
     assert find_files(str(files[2]), "data.train") == files[2:]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_files("~/a.jsonl,~/b.jsonl", "data.train") == files[:2]
     assert find_files([str(files[2]), str(files[0])], "data.train") == [files[2], files[0]]
 
 

@@ -1,4 +1,4 @@
-"""Records as instruction data has them: recognised from the first ones, said in one line, and nothing left out silently."""
+"""Instruction data: recognised from its first records, said in one line, and nothing left out silently."""
 
 from __future__ import annotations
 
@@ -199,11 +199,9 @@ def test_each_split_has_its_own_format(prepared: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 4096])
-def test_an_array_is_read_record_by_record(
-    tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_array_is_read_record_by_record(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gptj_train.data.files._CHUNK", chunk)
-    texts = ["a ]}{[ \\\" \u2028 é🙂", "b\n" * 50, "12"]
+    texts = ['a ]}{[ \\" \u2028 é🙂', "b\n" * 50, "12"]
     file = tmp_path / "a.json"
     file.write_bytes(
         b"\xef\xbb\xbf\r\n" + json.dumps([{"text": text} for text in texts], indent=1, ensure_ascii=False).encode()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gptj_train.launch.hub import HubKeys, is_hub_id, with_local_folders
 from gptj_train.errors import UserError
+from gptj_train.launch.hub import HubKeys, is_hub_id, with_local_folders
 
 SHAS = {"main": "a" * 40, "float16": "b" * 40}
 FILES = {
@@ -42,7 +42,7 @@ class Hub(BaseHTTPRequestHandler):
                 self.fetched.append(f"{name}/{file}")
             self._answer(200, content, headers)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815 (named by the base class)
 
     def _describe(self, name: str, revision: str, *, tree: bool) -> None:
         sha = {**SHAS, **{sha: sha for sha in SHAS.values()}}.get(revision)
@@ -97,7 +97,7 @@ for wanted in sys.argv[1:]:
 
 
 def start(home: Path, port: int, *wanted: str) -> subprocess.Popen[str]:
-    """Fetch "NAME REVISION weights|none"; the client reads its settings when it is imported, in a process of its own."""
+    """Fetch "NAME REVISION weights|none"; in a new process, where the client reads its settings."""
     environment = os.environ | {
         "HF_ENDPOINT": f"http://127.0.0.1:{port}",
         "HF_HOME": str(home),

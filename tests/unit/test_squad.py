@@ -187,7 +187,10 @@ def read(*files: Path, bad_records: str = "error", max_bad_share: float = 0.0) -
 
 
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"answers": {"text": ["1999"], "answer_start": [30]}}, r"x.jsonl:1: an answer is not at its place; the answer '1999' is not at character 30"),
+    (
+        {"answers": {"text": ["1999"], "answer_start": [30]}},
+        r"x.jsonl:1: an answer is not at its place; the answer '1999' is not at character 30",
+    ),
     ({"answers": {"text": ["In"], "answer_start": [-36]}}, r"x.jsonl:1: .*; the answer 'In' is not at character -36"),
     ({"answers": {"text": [" "], "answer_start": [2]}}, r"x.jsonl:1: an answer is empty"),
     ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: .*; 1 answer texts, but 0 starts"),
