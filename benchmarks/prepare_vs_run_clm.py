@@ -36,8 +36,14 @@ def ours(tokenizer_folder: str, files: list[str], length: int, cache: str) -> di
     data = DataConfig(
         **{"train": files, "validation": None, "forgetting": None, "cache_dir": cache, "weights": None},
         **{"kind": "text", "text_field": "text", "prompt_field": "prompt", "response_field": "response"},
-        **{"messages_field": "messages", "chat_template": "{content}", "component_field": "meta.pile_set_name"},
-        **{"packing": "contiguous", "isolate": True, "bad_records": "error", "max_bad_share": 0.01},
+        **{"messages_field": "messages", "chat_template": "{content}", "special_tokens": "text"},
+        **{
+            "component_field": "meta.pile_set_name",
+            "packing": "contiguous",
+            "isolate": True,
+            "bad_records": "error",
+            "max_bad_share": 0.01,
+        },
     )
     tokenizer = Tokenizer.load(tokenizer_folder)
     began = spent()
