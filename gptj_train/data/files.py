@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import zstandard
 
+from gptj_train.data.remote_files import fetched, is_url
 from gptj_train.errors import UserError
 from gptj_train.failed_download import LFS_POINTER, what_it_is
 
@@ -56,7 +57,7 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     found: list[Path] = []
     for path in _separate(paths):
         files: dict[Path, None] = {}
-        for match in _matches(path):
+        for match in fetched(path, key) if is_url(path) else _matches(path):
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
@@ -81,6 +82,8 @@ def _separate(paths: str | list[str]) -> list[str]:
     """Return the paths of a list, or of a text with commas, unless such a file exists."""
     if not isinstance(paths, str):
         return paths
+    if is_url(paths):
+        return [paths]
     if "," not in paths or _matches(paths):
         return [paths]
     return [os.path.expanduser(path.strip()) for path in paths.split(",") if path.strip()]

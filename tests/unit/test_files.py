@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import pytest
 import zstandard
 from text_data import jsonl
@@ -290,3 +291,24 @@ def test_suffixes_in_capitals(tmp_path: Path) -> None:
     assert [find_files(str(file), "data.train") for file in files] == [[file] for file in files]
     written(tmp_path / "b.Json.GZ", gzip.compress(CONTENT))
     assert lines_of(tmp_path / "b.Json.GZ") == LINES
+
+
+def test_urls_are_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    there = fsspec.filesystem("memory")
+    for folder in ("a", "b"):
+        there.pipe(f"/{folder}/part.jsonl", CONTENT)
+    found = find_files(["memory://a/*.jsonl", "memory://b/part.jsonl"], "data.train")
+    assert [file.name for file in found] == ["part.jsonl"] * 2
+    assert found[0] != found[1]
+    assert [lines_of(file) for file in found] == [LINES] * 2
+    assert capsys.readouterr().out.count("data.train: copying ") == 2
+    there.rm("/a/part.jsonl")
+    there.rm("/b/part.jsonl")
+    assert find_files("memory://b/part.jsonl", "data.train") == found[1:]
+    with pytest.raises(UserError, match=r"data\.train=memory://b/none\.jsonl: cannot be fetched \(.*; correct it"):
+        find_files("memory://b/none.jsonl", "data.train")
+    with pytest.raises(UserError, match=r"data\.train=none://x: cannot be fetched \(Protocol not known: none"):
+        find_files("none://x", "data.train")
