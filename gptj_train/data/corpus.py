@@ -181,9 +181,9 @@ def _pack(
         documents = Documents(stores, name or None)
         # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
         if not data.has_examples and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.end_id)
+            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
         else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.end_id, supervised=data.has_examples)
+            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.has_examples)
     skipped = Counter[str]()
     special_tokens = Counter[str]()
     for store in stores:

@@ -108,7 +108,7 @@ def write_store(
                     spelt.update(tokenizer.spelt_special_tokens(segment.text))
             for segment, ids in zip(batch, _encode(batch, tokenizer, special_tokens), strict=True):
                 if segment.last:
-                    ids.append(tokenizer.end_id)
+                    ids.append(tokenizer.eos_id)
                 np.array(ids, dtype=dtype).tofile(token_file)
                 if not all_targets:
                     np.full(len(ids), segment.target).tofile(target_file)

@@ -18,7 +18,7 @@ from gptj_train.data.unused_rows import with_names
 from gptj_train.errors import UserError
 from gptj_train.failed_download import what_it_is
 
-END_OF_TEXT = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"
 
 _CONFIG, _SPECIAL, _ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt", _CONFIG, _SPECIAL, _ADDED)
@@ -56,7 +56,7 @@ def load_backend(path: Path) -> tuple[Backend, str]:
         if missing:
             _check_free(backend, missing, folder)
             backend = with_names(backend, missing, special=special)
-    return backend, named.end_of_text
+    return backend, named.eos_token
 
 
 def byte_level(model: models.BPE, *, add_prefix_space: bool = False) -> Backend:
@@ -72,7 +72,7 @@ class _Named:
 
     Attributes:
         config: tokenizer_config.json.
-        end_of_text: the EOS token; GPT-2's if no file names one.
+        eos_token: the EOS token; GPT-2's if no file names one.
         special: all special tokens, the EOS token among them.
         added: added token -> its id.
     """
@@ -91,8 +91,8 @@ class _Named:
                 tokens += listed.values() if isinstance(listed, dict) else listed
             self.special |= {text for text in map(_content, tokens) if text is not None}
         ends = [_content(source.get("eos_token")) for source in sources]
-        self.end_of_text = next((end for end in ends if end is not None), END_OF_TEXT)
-        self.special.add(self.end_of_text)
+        self.eos_token = next((end for end in ends if end is not None), EOS_TOKEN)
+        self.special.add(self.eos_token)
         self.added: dict[str, int] = {}
         for token, number in _read_optional(folder / _ADDED).items():
             self.added[token] = _id(number, _ADDED)

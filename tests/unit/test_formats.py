@@ -253,7 +253,7 @@ def test_special_tokens_in_data_are_counted_said_and_shown(
     )
     assert dict(data.train.facts())["special tokens"] == "2 x <|endoftext|> in the data"
     (windows,) = data.train.windows.values()
-    single_ids = int((windows[0].tokens == tokenizer.end_id)[windows[0].document_ids > 0].sum())
+    single_ids = int((windows[0].tokens == tokenizer.eos_id)[windows[0].document_ids > 0].sum())
     assert single_ids == (2 if how == "text" else 4)
     (shown,) = render_windows(data.train, tokenizer, count=1, seed=0)
     assert ("a<|endoftext|>b" in shown) is (how == "text")

@@ -117,7 +117,7 @@ def test_pairs_keep_a_separator_and_share_the_room(tmp_path: Path, tokenizer: To
     source = write(tmp_path / "p.jsonl", [{"text": "a cat", "other": "a dog", "label": label} for label in "xy"])
     rows, _, _ = read(tokenizer, source, second_text_field="other")
     first, second = tokenizer.encode("a cat"), tokenizer.encode("a dog")
-    assert rows.token_ids[0].tolist() == [*first, tokenizer.end_id, *second]
+    assert rows.token_ids[0].tolist() == [*first, tokenizer.eos_id, *second]
 
     def pair(first: list[int], second: list[int], length: int) -> list[int]:
         return join_pair(first, second, separator=-1, length=length)
@@ -310,7 +310,7 @@ def test_texts_keep_every_line_separator(tmp_path: Path, tokenizer: Tokenizer) -
 def test_an_empty_second_text_is_an_empty_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
     pairs = [{"text": "a cat", "other": "", "label": "x"}, {"text": "a", "other": "b", "label": "y"}]
     rows, _, _ = read(tokenizer, lines(tmp_path / "a.jsonl", *pairs), second_text_field="other")
-    assert rows.token_ids[0].tolist() == [*tokenizer.encode("a cat"), tokenizer.end_id]
+    assert rows.token_ids[0].tolist() == [*tokenizer.encode("a cat"), tokenizer.eos_id]
     missing = lines(tmp_path / "a.jsonl", pairs[0] | {"other": None})
     with pytest.raises(UserError, match=r":1: no text in 'other'; .*; set data.second_text_field"):
         read(tokenizer, missing, second_text_field="other")

@@ -100,18 +100,18 @@ NAMES = {
 def test_the_end_of_text_may_be_named_in_any_file(fast: Path, files: dict[str, Any]) -> None:
     write(fast, **files)
     loaded = Tokenizer.load(fast)
-    assert (loaded.end_of_text, loaded.end_id) == ("</s>", 340)
+    assert (loaded.eos_token, loaded.eos_id) == ("</s>", 340)
 
 
 def test_a_folder_that_names_no_end_of_text_has_that_of_gpt2(fast: Path) -> None:
-    assert Tokenizer.load(fast).end_id == 0
+    assert Tokenizer.load(fast).eos_id == 0
 
 
 @pytest.mark.parametrize("files", NAMES.values(), ids=NAMES)
 def test_a_slow_tokenizer_with_another_end_of_text(tmp_path: Path, files: dict[str, Any]) -> None:
     changed = json.loads(json.dumps(files).replace('"340"', '"266"'))
     loaded = Tokenizer.load(write(with_vocabulary(tmp_path, "</s>", "<|user|>"), **changed))
-    assert (loaded.end_of_text, loaded.end_id, len(loaded)) == ("</s>", 266, 268)
+    assert (loaded.eos_token, loaded.eos_id, len(loaded)) == ("</s>", 266, 268)
     assert loaded.encode("a</s>")[-1] == 266
     assert 266 not in loaded.encode_texts(["a</s>"])[0]
 
