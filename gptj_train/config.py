@@ -10,6 +10,7 @@ from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
+from gptj_train.launch.hub import HubKeys
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig
 from gptj_train.schema import PlainText, schema
@@ -46,7 +47,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig):
+class FinetuneConfig(TrainerConfig, HubKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
@@ -131,12 +132,16 @@ class EvaluationDataConfig(DataConfig):
     def labelled(self) -> LabelledFields:
         """The fields of labelled texts."""
         return LabelledFields(
-            text_field=self.text_field, second_text_field=self.second_text_field, label_field=self.label_field
+            text_field=self.text_field,
+            second_text_field=self.second_text_field,
+            label_field=self.label_field,
+            bad_records=self.bad_records,
+            max_bad_share=self.max_bad_share,
         )
 
 
 @schema
-class EvaluateConfig:
+class EvaluateConfig(HubKeys):
     """recipes/evaluate.py; ``task`` applies to question answering only."""
 
     checkpoint: str
@@ -155,7 +160,7 @@ class EvaluateConfig:
 
 
 @schema
-class HarnessConfig:
+class HarnessConfig(HubKeys):
     """recipes/harness.py; the names are those of ``lm_eval.simple_evaluate``."""
 
     checkpoint: str
@@ -175,7 +180,7 @@ class HarnessConfig:
 
 
 @schema
-class GenerateConfig:
+class GenerateConfig(HubKeys):
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
     checkpoint: str
@@ -224,7 +229,7 @@ class GenerateConfig:
 
 
 @schema
-class ImportMeshConfig:
+class ImportMeshConfig(HubKeys):
     """recipes/import_mesh.py"""
 
     source: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -44,6 +45,8 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
     except OmegaConfBaseException as error:
         raise UserError(f"config: {str(error).splitlines()[0]}") from None
     assert isinstance(values, dict)
+    for key in text_keys(cls) - plain_text_keys(cls):
+        _expand_home(values, key)
     known = set(keys_of(cls))
     present = list(_keys_in(values, cls))
     unknown = [key for key in present if key not in known]
@@ -57,6 +60,26 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
         raise UserError("; ".join(_invalid_value_message(detail) for detail in error.errors())) from None
+
+
+def _expand_home(values: dict[Any, Any], key: str) -> None:
+    """Replace a ~ that begins a path by the home folder: a shell does so only where a word begins with it."""
+    *groups, name = key.split(".")
+    group: Any = values
+    for part in groups:
+        group = group.get(part) if isinstance(group, dict) else None
+    if not isinstance(group, dict) or name not in group:
+        return
+    value = group.get(name)
+    if isinstance(value, list):
+        group[name] = [_with_home(item) for item in value]
+    else:
+        group[name] = _with_home(value)
+
+
+def _with_home(value: Any) -> Any:
+    is_path = isinstance(value, str) and re.match(r"~[\w.-]*/", value)
+    return os.path.expanduser(value) if is_path else value
 
 
 def _refuse_secrets(value: Any, key: str = "") -> None:

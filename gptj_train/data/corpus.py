@@ -11,6 +11,7 @@ import numpy as np
 
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
+from gptj_train.data.formats import describe, recognised, say
 from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
@@ -32,11 +33,15 @@ class Split:
         windows: by component; a split that is not divided into components has a single entry with an empty name.
         skipped: reason -> number of bad records left out.
         unweighted: components that ``data.weights`` does not name, and that are left out for that reason.
+        records: what is read of each record.
+        special_tokens: special token -> how often the data spell it.
     """
 
     windows: dict[str, Windows]
     skipped: Counter[str]
     unweighted: list[str]
+    records: str
+    special_tokens: Counter[str]
 
     def facts(self) -> Iterator[tuple[str, str]]:
         """Describe what was read and what was packed, as rows of a table that accounts for every token."""
@@ -52,6 +57,9 @@ class Split:
         packed = f"{tokens:,} tokens{_dropped_text(self.windows.values())} in {windows:,} windows, {full:.2%} full"
         without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
         yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}{without}"
+        yield "records", self.records
+        if self.special_tokens:
+            yield "special tokens", f"{_counted(self.special_tokens)} in the data"
         if self.skipped:
             yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
@@ -123,17 +131,15 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
         raise UserError(f"sequence_length must be at least 2, got {length}")
     weights = list(data.weights.values()) if data.weights else None
     chat_template = None
-    if data.kind == "chat":
-        template = data.chat_template or tokenizer.chat_template or DEFAULT
-        chat_template = to_jinja(template)
-        if is_jinja(template):
-            template = with_special_tokens(template, tokenizer.eos_token, list(tokenizer.special_tokens))
-        data = replace(data, chat_template=template)
     # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
     files = _find_all_files(data)
     splits = {}
     for name, found in files.items():
-        stores = open_stores(found, data, tokenizer)
+        # Each split has a format of its own: text to remember may stand beside chats to train on.
+        split_data = recognised(data, found, f"data.{name}")
+        if split_data.kind == "chat":
+            split_data, chat_template = _with_chat_template(split_data, tokenizer)
+        stores = open_stores(found, split_data, tokenizer)
         known = component_names(stores)
         if name == "validation" and FORGETTING in known:
             raise UserError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
@@ -143,9 +149,27 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
             components = known
         else:
             components = []
-        splits[name] = _pack(stores, data, tokenizer, length=length, components=components)
+        splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components)
         _check_not_empty(name, splits[name], known)
+        if splits[name].special_tokens:
+            how = "their single ids" if data.special_tokens == "tokens" else "plain text"
+            other = "text" if data.special_tokens == "tokens" else "tokens"
+            counts = _counted(splits[name].special_tokens)
+            say(f"data.{name}: spells special tokens, read as {how} ({counts}); data.special_tokens={other} changes it")
     return TextData(splits, weights, data.isolate, chat_template)
+
+
+def _with_chat_template(data: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, str]:
+    """Choose the chat template: the config's, else the tokenizer's own, else the default.
+
+    Returns:
+        The config with the template to read chats by, and the template in Jinja for the export.
+    """
+    template = data.chat_template or tokenizer.chat_template or DEFAULT
+    exported = to_jinja(template)
+    if is_jinja(template):
+        template = with_special_tokens(template, tokenizer.eos_token, list(tokenizer.special_tokens))
+    return replace(data, chat_template=template), exported
 
 
 def component_names(stores: list[TokenStore]) -> list[str]:
@@ -175,17 +199,19 @@ def _pack(
     for name in components or [""]:
         documents = Documents(stores, name or None)
         # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
-        if data.kind == "text" and data.packing == "contiguous":
+        if not data.has_examples and data.packing == "contiguous":
             windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
         else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.kind != "text")
+            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.has_examples)
     skipped = Counter[str]()
+    special_tokens = Counter[str]()
     for store in stores:
         skipped.update(store.skipped)
+        special_tokens.update(store.special_tokens)
     unweighted = []
     if components:
         unweighted = [name for name in component_names(stores) if name not in components]
-    return Split(windows, skipped, unweighted)
+    return Split(windows, skipped, unweighted, records=describe(data), special_tokens=special_tokens)
 
 
 def _check_not_empty(name: str, split: Split, known: list[str]) -> None:
@@ -198,6 +224,11 @@ def _check_not_empty(name: str, split: Split, known: list[str]) -> None:
         f"data.{name}: nothing to pack of {what}{_dropped_text(split.windows.values())}; "
         f"the components are {', '.join(sorted(known))}"
     )
+
+
+def _counted(special_tokens: Counter[str]) -> str:
+    """Write how often the most frequent tokens occur."""
+    return ", ".join(f"{count:,} x {token}" for token, count in special_tokens.most_common(5))
 
 
 def _dropped_text(components: Iterable[Windows]) -> str:

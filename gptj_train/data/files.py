@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import glob
 import gzip
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import zstandard
 
+from gptj_train.data.remote_files import fetched, is_url
 from gptj_train.errors import UserError
+from gptj_train.failed_download import LFS_POINTER, what_it_is
 
 TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
 SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
@@ -33,33 +36,41 @@ _LARGEST_RATIO = 1000  # text compresses 3 to 20 times
 _FREE = 64 * 2**20  # decompressed bytes before the ratio is checked: a small file may compress better
 
 
+def kind_of(file: Path) -> str:
+    """Return a file's suffix in lower case, without that of its compression: ".jsonl" of "a.JSONL.gz"."""
+    name = file.name.lower()
+    for packed in (".zst", ".gz"):
+        name = name.removesuffix(packed)
+    return Path(name).suffix
+
+
 def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUFFIXES) -> list[Path]:
     """Find the files that paths, folders and globs name, in a fixed order.
 
     Args:
+        paths: one or several; a single one may be a list with commas.
         key: the config key that holds the paths, for messages.
 
     Raises:
-        UserError: a path that matches nothing, no path, or a file with another suffix.
+        UserError: a path that matches nothing, no path, a file with another suffix, or several splits of a dataset.
     """
     found: list[Path] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        # A path that exists is taken as it is, though it may look like a glob: "run[1].jsonl".
-        matches = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+    for path in _separate(paths):
         files: dict[Path, None] = {}
-        for match in matches:
+        for match in fetched(path, key) if is_url(path) else _matches(path):
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
             raise UserError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); correct the "
-                "path; for the corpus of a quickstart run its script first, see the preset in configs/config"
+                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); "
+                f"{near_name(path)}correct the path; for the corpus of a quickstart run its script first, see the "
+                "preset in configs/config"
             )
         found += files
     if not found:
         raise UserError(f"{key} is empty; give files, folders or globs")
     for file in found:
-        if not file.name.endswith(suffixes):
+        if not file.name.lower().endswith(suffixes):
             raise UserError(f"{key}: {file} is none of {', '.join(suffixes)}; convert it, or name files without it")
         # Opening a named pipe would wait forever.
         if not file.is_file():
@@ -67,13 +78,43 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     return found
 
 
+def _separate(paths: str | list[str]) -> list[str]:
+    """Return the paths of a list, or of a text with commas, unless such a file exists."""
+    if not isinstance(paths, str):
+        return paths
+    if is_url(paths):
+        return [paths]
+    if "," not in paths or _matches(paths):
+        return [paths]
+    return [os.path.expanduser(path.strip()) for path in paths.split(",") if path.strip()]
+
+
+def _matches(path: str) -> list[str]:
+    # A path that exists is taken as it is, though it may look like a glob: "run[1].jsonl".
+    return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
+def near_name(path: str) -> str:
+    """Return "did you mean ...?; " with the most similar name in the folder of a path that does not exist."""
+    folder, name = os.path.split(path)
+    try:
+        names = os.listdir(folder or ".")
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
+    return f"did you mean {os.path.join(folder, near[0])!r}?; " if near else ""
+
+
 def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the path itself, or the files of these kinds in a folder."""
     if not path.is_dir():
         return [path]
+    if (path / "dataset_dict.json").is_file():
+        splits = sorted(str(state.parent) for state in path.glob("*/state.json"))
+        raise UserError(f"{path}: contains several splits; name one of them: {', '.join(splits)}")
     files = []
     for file in path.rglob("*"):
-        if file.name.endswith(suffixes) and not _NO_DATA.fullmatch(file.name):
+        if file.name.lower().endswith(suffixes) and not _NO_DATA.fullmatch(file.name):
             files.append(file)
     return sorted(files)
 
@@ -89,11 +130,16 @@ def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tupl
     Raises:
         UserError: a line above ``LONGEST_LINE``, or a compressed file that is cut off, damaged or a bomb.
     """
+    yield from split_lines(file, chunks(file, progress))
+
+
+def split_lines(file: Path, pieces: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Split the bytes of a file, in pieces of any length, into lines as ``numbered_lines`` does."""
     number = 1
     # A line may cross chunks. Its parts are joined once: adding bytes to bytes takes quadratic time.
     parts: list[bytes] = []
     size = 0
-    for chunk in chunks(file, progress):
+    for chunk in pieces:
         for position, part in enumerate(chunk.split(b"\n")):
             if position > 0:
                 # A line feed lies between two parts of a chunk, and so ends the line before this part.
@@ -114,10 +160,14 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
     """Read the bytes of a file, decompressed, in pieces of any length. Arguments and errors as ``numbered_lines``."""
     try:
         with open(file, "rb") as raw:
+            if raw.read(len(LFS_POINTER)) == LFS_POINTER:
+                # As a .txt it would be trained on.
+                raise UserError(f"{file}: this is {what_it_is(LFS_POINTER)}")
+            raw.seek(0)
             watched = _Watched(raw, progress)
-            if file.suffix == ".zst":
+            if file.suffix.lower() == ".zst":
                 yield from _zstd_chunks(watched, file)
-            elif file.suffix == ".gz":
+            elif file.suffix.lower() == ".gz":
                 with gzip.GzipFile(fileobj=watched) as stream:  # type: ignore[call-overload]
                     while chunk := stream.read(_CHUNK):
                         yield chunk

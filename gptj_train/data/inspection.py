@@ -21,7 +21,8 @@ _CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if
 def render_windows(split: Split, tokenizer: Tokenizer, *, count: int, seed: int) -> Iterator[str]:
     """Render ``count`` random windows of each component, in colours if stdout is a terminal.
 
-    ``[1]``, ``[2]``, ... begin documents, and ``{...}`` is not predicted.
+    ``[1]``, ``[2]``, ... begin documents, ``{...}`` is not predicted, and a special token that is a single id stands in
+    ``⟦...⟧``: text that only spells it does not.
     """
     colours = sys.stdout.isatty()
     for name, windows in split.windows.items():
@@ -48,12 +49,27 @@ def _render(window: Window, tokenizer: Tokenizer, colours: bool) -> str:
         if document_id != current:
             current = document_id
             rendered.append(f"\n[{document_id}] ")
-        text = tokenizer.decode_all(tokens[start:end].tolist()).translate(_CONTROL)
+        text = _spelt(tokens[start:end].tolist(), tokenizer).translate(_CONTROL)
         if targets[start]:
             rendered.append(_painted(text, _COLOURS[document_id % 2], colours))
         else:
             rendered.append(_painted("{" + text + "}", _DIM, colours))
     return "".join(rendered).lstrip("\n")
+
+
+def _spelt(ids: list[int], tokenizer: Tokenizer) -> str:
+    """Decode ids, with a mark around each special token."""
+    special = {number: token for token, number in tokenizer.special_tokens.items()}
+    parts = []
+    run: list[int] = []
+    for number in ids:
+        if number not in special:
+            run.append(number)
+            continue
+        # Decoded together: a character may span several ids.
+        parts += [tokenizer.decode_all(run), f"⟦{special[number]}⟧"]
+        run = []
+    return "".join([*parts, tokenizer.decode_all(run)])
 
 
 def _painted(text: str, paint: str, colours: bool) -> str:

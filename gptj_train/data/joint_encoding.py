@@ -20,10 +20,13 @@ class _Run:
     owners: list[int] = field(default_factory=list)  # the segment of each part
 
 
-def encode_joined(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[list[int]]:
+def encode_joined(
+    segments: Sequence[Segment], tokenizer: Tokenizer, *, special_tokens: bool = False
+) -> list[list[int]]:
     """Return the token ids of each segment; those of joined segments are the tokens of their joint text.
 
-    Special tokens in templates cut the text, as in every tokenizer; in data they are plain text. A token that lies
+    Special tokens in templates cut the text, as in every tokenizer; in data they are plain text
+    unless ``special_tokens`` is set. A token that lies
     in two segments belongs to the later one: the first token of an answer is to be learned with the space before it.
     """
     # What comes in which order: a run of text, or (segment, special id).
@@ -31,7 +34,7 @@ def encode_joined(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[lis
     for number, segment in enumerate(segments):
         if not segment.joined:
             sequence.append(_Run())
-        for text, special_id in _split(segment, tokenizer):
+        for text, special_id in _split(segment, tokenizer, special_tokens):
             if special_id is not None:
                 sequence += [(number, special_id), _Run()]
                 continue
@@ -52,9 +55,9 @@ def encode_joined(segments: Sequence[Segment], tokenizer: Tokenizer) -> list[lis
     return ids
 
 
-def _split(segment: Segment, tokenizer: Tokenizer) -> list[tuple[str, int | None]]:
+def _split(segment: Segment, tokenizer: Tokenizer, special_tokens: bool) -> list[tuple[str, int | None]]:
     """Return the texts and special ids of a segment, in order."""
-    if not segment.template or not tokenizer.special_tokens:
+    if not (segment.template or special_tokens) or not tokenizer.special_tokens:
         return [(segment.text, None)]
     # The longest first: one special token may begin another.
     names = sorted(tokenizer.special_tokens, key=len, reverse=True)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from gptj_train.data.labelled_files import LabelledFields, LabelledRecord, read_records
+from gptj_train.data import label_values
+from gptj_train.data.formats import say
+from gptj_train.data.labelled_files import LabelledFields, LabelledRecord, read_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
@@ -60,14 +61,19 @@ def prepare_labelled(
     """
     if len(data.label_fields) > 1 and problem_type == "single_label_classification":
         raise UserError("data.label_field: several fields are for multi_label_classification and regression")
-    train = list(read_records(data.train, "data.train", data))
-    validation = list(read_records(data.validation, "data.validation", data)) if data.validation else []
+    train = read_labelled(data.train, "data.train", data)
+    validation = read_labelled(data.validation, "data.validation", data) if data.validation else []
+    vectors = label_values.are_vectors(train, problem_type, len(labels) if labels else None, data)
     if problem_type == "regression":
-        names = _regression_names(train[0], labels, data)
+        names = label_values.regression_names(train[0], labels, data)
+    elif vectors and not labels:
+        names = [str(number) for number in range(len(train[0].label))]
     else:
-        names = _label_names(train, labels, problem_type, data)
-    targets = _targets(train, problem_type, names, data)
-    validation_targets = _targets(validation, problem_type, names, data) if validation else None
+        names = label_values.label_names(train, labels, problem_type, data)
+    if vectors:
+        say(f"data.train: {data.label_field!r} holds a flag of 0 or 1 for each of {len(names)} labels")
+    targets = _targets(train, problem_type, names, data, vectors=vectors)
+    validation_targets = _targets(validation, problem_type, names, data, vectors=vectors) if validation else None
     # Labels first: a wrong one should not show up only after all texts are tokenized.
     train_rows = LabelledRows(_token_ids(train, tokenizer, length), targets)
     if validation_targets is None:
@@ -89,124 +95,62 @@ def labelled_rows(
     Raises:
         UserError: as ``prepare_labelled``; also a label that is none of ``names``.
     """
-    records = list(read_records(paths, "data.validation", fields))
-    targets = _targets(records, problem_type, names, fields)
+    records = read_labelled(paths, "data.validation", fields)
+    vectors = label_values.are_vectors(records, problem_type, len(names), fields)
+    targets = _targets(records, problem_type, names, fields, vectors=vectors)
     return LabelledRows(_token_ids(records, tokenizer, length), targets)
-
-
-# --- names of labels ---
-
-
-def _regression_names(first: LabelledRecord, labels: Sequence[str] | None, fields: LabelledFields) -> list[str]:
-    width = len(_numbers(first))
-    if labels:
-        names = [str(name) for name in labels]
-    elif len(fields.label_fields) == width:
-        names = fields.label_fields
-    else:
-        # A single field with a list of numbers.
-        names = [f"{fields.label_fields[0]}_{number}" for number in range(width)]
-    if len(names) != width:
-        raise UserError(f"task.labels has {len(names)} names, but {first.where} has {width} numbers")
-    return names
-
-
-def _label_names(
-    records: list[LabelledRecord], labels: Sequence[str] | None, problem_type: str, fields: LabelledFields
-) -> list[str]:
-    if labels:
-        names = [str(name) for name in labels]
-    elif isinstance(fields.label_field, str):
-        names = _names_in(records, problem_type)
-    else:
-        names = fields.label_field
-    fewest = 1 if problem_type.startswith("multi") else 2
-    if len(set(names)) < max(len(names), fewest):
-        raise UserError(f"the labels are {names}; two or more different ones are needed: check data.label_field")
-    return names
-
-
-def _names_in(records: list[LabelledRecord], problem_type: str) -> list[str]:
-    """Return the labels that occur: numbers first, in numerical order, then names in alphabetical order."""
-    names = set()
-    for record in records:
-        names |= {str(label) for label in _listed_labels(record, problem_type)}
-    numbers = sorted((name for name in names if name.isdecimal()), key=lambda name: (int(name), name))
-    return numbers + sorted(name for name in names if not name.isdecimal())
 
 
 # --- labels as arrays ---
 
 
-def _targets(records: list[LabelledRecord], problem_type: str, names: list[str], fields: LabelledFields) -> np.ndarray:
-    """Return the labels as ``LabelledRows.labels``."""
+def _targets(
+    records: list[LabelledRecord], problem_type: str, names: list[str], fields: LabelledFields, *, vectors: bool
+) -> np.ndarray:
+    """Return the labels as ``LabelledRows.labels``.
+
+    Args:
+        vectors: the label is a list with a flag for each name.
+    """
     if problem_type == "regression":
         return _regression_targets(records, names)
+    if vectors:
+        return np.array([_vector(record, names) for record in records], dtype=np.float32)
     if not isinstance(fields.label_field, str):
-        return np.array([_flags(record) for record in records], dtype=np.float32)
+        return np.array([label_values.flags(record) for record in records], dtype=np.float32)
     ids = {name: label for label, name in enumerate(names)}
     if not any(name.isdecimal() for name in names):
         # Then a number cannot be a name, and is taken for an id.
         ids |= {str(label): label for label in range(len(names))}
     chosen = []
     for record in records:
-        labels = _listed_labels(record, problem_type)
-        chosen.append([_id_of(label, ids, names, record) for label in labels])
+        labels = label_values.listed_labels(record, problem_type)
+        chosen.append([label_values.id_of(label, ids, names, record) for label in labels])
     if problem_type == "single_label_classification":
         return np.array(chosen, dtype=np.int64)[:, 0]
     flags = np.zeros((len(records), len(names)), dtype=np.float32)
     for row, (record, label_ids) in enumerate(zip(records, chosen, strict=True)):
-        # As likely as a slip it is a row of 0 and 1 for each label, which would set two labels everywhere.
+        # As likely as a slip it is a flag for each of other labels than these, which would set two labels everywhere.
         if len(set(label_ids)) < len(label_ids):
             raise UserError(f"{record.where}: a label twice in {record.label}; list each label that applies once")
         flags[row, label_ids] = 1
     return flags
 
 
+def _vector(record: LabelledRecord, names: list[str]) -> list[float]:
+    if not isinstance(record.label, list) or len(record.label) != len(names):
+        raise UserError(f"{record.where}: a list of {len(names)} flags of 0 and 1 is wanted, got {record.label!r}")
+    return label_values.flags(record)
+
+
 def _regression_targets(records: list[LabelledRecord], names: list[str]) -> np.ndarray:
     rows = []
     for record in records:
-        numbers = _numbers(record)
+        numbers = label_values.numbers(record)
         if len(numbers) != len(names):
             raise UserError(f"{record.where}: {len(numbers)} numbers, but {len(names)} in the first row")
         rows.append(numbers)
     return np.array(rows, dtype=np.float32)
-
-
-def _listed_labels(record: LabelledRecord, problem_type: str) -> list[Any]:
-    """Return the labels of a record as a list, as they are in the file."""
-    several = problem_type == "multi_label_classification"
-    if isinstance(record.label, list) != several or isinstance(record.label, (float, dict)):
-        wanted = "a list of labels" if several else "a name or a number"
-        hint = "; in a csv give a column of 0 and 1 for each label, data.label_field=[a,b,c]" if several else ""
-        raise UserError(f"{record.where}: the label must be {wanted}, got {record.label!r}{hint}")
-    return record.label if several else [record.label]
-
-
-def _id_of(label: Any, ids: dict[str, int], names: list[str], record: LabelledRecord) -> int:
-    if str(label) not in ids:
-        known = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise UserError(f"{record.where}: label {label!r} is none of {known}; correct it or set task.labels")
-    return ids[str(label)]
-
-
-def _numbers(record: LabelledRecord) -> list[float]:
-    values = record.label if isinstance(record.label, list) else [record.label]
-    try:
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError):
-        numbers = []
-    if not numbers or not np.isfinite(numbers).all():
-        raise UserError(f"{record.where}: the label must be a number or numbers, got {record.label!r}")
-    return numbers
-
-
-def _flags(record: LabelledRecord) -> list[float]:
-    """Return 0 or 1 for each label field; JSON has numbers and booleans, csv has strings."""
-    flags = [str(value).lower() for value in record.label]
-    if not set(flags) <= {"0", "1", "true", "false"}:
-        raise UserError(f"{record.where}: the fields of several labels must hold 0 or 1, got {record.label}")
-    return [float(flag in ("1", "true")) for flag in flags]
 
 
 # --- texts ---

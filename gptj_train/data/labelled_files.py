@@ -1,22 +1,23 @@
-"""Labelled texts from jsonl, csv, parquet and saved ``datasets`` folders."""
+"""Labelled texts from files and saved ``datasets`` folders."""
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterator
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from datasets import ClassLabel, Dataset, IterableDataset, disable_progress_bars, load_dataset
-from datasets import Sequence as ListOf
-
+from gptj_train.data.bad_records import check_share
+from gptj_train.data.files import find_files
+from gptj_train.data.formats import say_unread
+from gptj_train.data.record_files import first_records, read_records
+from gptj_train.data.records import BadRecordError, checked_text, parse_line
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
-disable_progress_bars()
-
-_READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+_TEXT = (".jsonl", ".json", ".csv", ".tsv")
+SUFFIXES = (*(text + packed for text in _TEXT for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
 
 @schema
@@ -26,6 +27,8 @@ class LabelledFields:
     text_field: str
     second_text_field: str | None
     label_field: str | list[str]
+    bad_records: Literal["error", "skip"]
+    max_bad_share: float
 
     @property
     def text_fields(self) -> list[str]:
@@ -43,7 +46,7 @@ class LabelledRecord:
     """A row of a file.
 
     Attributes:
-        where: file and row, for messages.
+        where: file and line or row, for messages.
         texts: one text or two.
         label: as in the file; a list if ``label_field`` is one.
     """
@@ -53,112 +56,69 @@ class LabelledRecord:
     label: Any
 
 
-def read_records(paths: str | list[str], key: str, fields: LabelledFields) -> Iterator[LabelledRecord]:
+def read_labelled(paths: str | list[str], key: str, fields: LabelledFields) -> list[LabelledRecord]:
     """Read the rows of all files and saved datasets that a config key names, in a fixed order.
 
     Raises:
-        UserError: no file, a file that cannot be read, or a row without text or label, named.
+        UserError: no file, a file that cannot be read, a row without text or label, named, or too many of those.
     """
-    empty = True
-    for source in _find_sources(paths, key):
-        for number, row in enumerate(_rows(source, fields), start=1):
-            empty = False
-            yield _record(row, f"{source} row {number}", fields)
-    if empty:
+    files = find_files(paths, key, SUFFIXES)
+    columns = {*fields.text_fields, *fields.label_fields}
+    records: list[LabelledRecord] = []
+    skipped = Counter[str]()
+    for file in files:
+        for where, record in read_records(file, columns, lambda read: None):
+            try:
+                records.append(_record(record, where, fields))
+            except BadRecordError as error:
+                if fields.bad_records == "error":
+                    raise UserError(f"{where}: {error}") from None
+                skipped[error.reason] += 1
+    check_share(key, skipped, len(records), fields.max_bad_share)
+    if not records:
         raise UserError(f"{key}: no rows in {paths}; give files with at least one")
+    say_unread(_first_of(files), columns, key)
+    return records
 
 
-def _find_sources(paths: str | list[str], key: str) -> list[Path]:
-    """Find files, and the folders that ``Dataset.save_to_disk`` wrote."""
-    found: list[Path] = []
-    for path in [paths] if isinstance(paths, str) else paths:
-        sources: list[Path] = []
-        for match in sorted(glob.glob(path, recursive=True)):
-            sources += _sources_at(Path(match))
-        if not sources:
-            raise UserError(
-                f"{key}: no .jsonl, .csv or .parquet file and no saved dataset at {path!r} "
-                f"(working directory: {Path.cwd()}); correct the path"
-            )
-        found += sources
-    return found
+def _first_of(files: list[Path]) -> list[dict[str, Any]]:
+    for file in files:
+        records = first_records(file)
+        if records:
+            return records
+    return []
 
 
-def _sources_at(path: Path) -> list[Path]:
-    if (path / "dataset_dict.json").is_file():
-        splits = sorted(str(state.parent) for state in path.glob("*/state.json"))
-        raise UserError(f"{path}: contains several splits; name one of them: {', '.join(splits)}")
-    if (path / "state.json").is_file():
-        return [path]  # a saved dataset
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    return [file for file in files if file.suffix in _READERS]
+def _record(row: Any, where: str, fields: LabelledFields) -> LabelledRecord:
+    """Return the texts and the label of a row.
 
-
-def _rows(source: Path, fields: LabelledFields) -> Iterator[dict[str, Any]]:
-    """Read rows, with the names of class labels in place of their integers."""
-    if source.is_file() and source.stat().st_size == 0:
-        return  # the json reader fails on an empty file
-    try:
-        dataset = _open(source, fields)
-        class_labels = _class_labels(dataset, fields)
-        for row in dataset:
-            for field, names in class_labels.items():
-                row[field] = _label_names(names, row[field])
-            yield row
-    except Exception as error:  # each reader has its own exceptions
-        lines = str(error.__cause__ or error).splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise UserError(f"{source}: cannot be read ({reason}); correct the file") from None
-
-
-def _open(source: Path, fields: LabelledFields) -> Dataset | IterableDataset:
-    if source.is_dir():
-        return Dataset.load_from_disk(str(source))
-    options: dict[str, Any] = {}
-    if source.suffix == ".csv":
-        # Every value stays a string: pandas would read a text "12" as a number, and "None" or "NA" as missing.
-        options = {"converters": dict.fromkeys((*fields.text_fields, *fields.label_fields), str), "na_filter": False}
-    # Escaped, because the name of the file may look like a glob; streaming, because otherwise it would be copied into
-    # the cache of datasets first.
-    name = glob.escape(str(source))
-    return load_dataset(_READERS[source.suffix], data_files=name, split="train", streaming=True, **options)
-
-
-def _class_labels(dataset: Dataset | IterableDataset, fields: LabelledFields) -> dict[str, ClassLabel]:
-    """Return the label fields for which a saved dataset keeps names beside its integers."""
-    features = dataset.features or {}
-    class_labels = {}
-    for field in fields.label_fields:
-        feature = features.get(field)
-        if isinstance(feature, ListOf):
-            feature = feature.feature
-        if isinstance(feature, ClassLabel):
-            class_labels[field] = feature
-    return class_labels
-
-
-def _label_names(names: ClassLabel, label: Any) -> Any:
-    """Return the name, or list of names, of an integer label; None if there is no label, which is -1 in datasets."""
-    if isinstance(label, list):
-        return [_label_names(names, item) for item in label]
-    if label is None or not 0 <= label < names.num_classes:
-        return None
-    return names.int2str(label)
-
-
-def _record(row: dict[str, Any], where: str, fields: LabelledFields) -> LabelledRecord:
-    filled = ", ".join(name for name, value in row.items() if value not in (None, ""))
+    Raises:
+        BadRecordError: one of them is missing.
+    """
+    if isinstance(row, BadRecordError):
+        raise row
+    if isinstance(row, bytes):
+        row = parse_line(row)
+    if not isinstance(row, dict):
+        raise BadRecordError("not a record", "write a JSON object with a text and a label")
+    filled = ", ".join(name for name, value in row.items() if not _is_missing(value))
     texts = []
     for field in fields.text_fields:
         text = row.get(field)
-        if not isinstance(text, str) or not text:
-            raise UserError(
-                f"{where}: no text in {field!r}, the fields with a value are {filled}; set data.text_field or fix it"
-            )
-        texts.append(text)
+        # The second text of a pair may be empty, such as a title: what is missing is null or has no field.
+        may_be_empty = field != fields.text_field
+        if not isinstance(text, str) or not (text or may_be_empty):
+            key = "data.text_field" if field == fields.text_field else "data.second_text_field"
+            advice = f"the fields with a value are {filled}; set {key} or fix it"
+            raise BadRecordError(f"no text in {field!r}", advice)
+        texts.append(checked_text(text))
     labels = [row.get(field) for field in fields.label_fields]
-    if None in labels or "" in labels:
-        raise UserError(
-            f"{where}: no {fields.label_field!r}, the fields with a value are {filled}; set data.label_field or fix it"
-        )
+    if any(_is_missing(label) for label in labels):
+        advice = f"the fields with a value are {filled}; set data.label_field or fix it"
+        raise BadRecordError(f"no {fields.label_field!r}", advice)
     return LabelledRecord(where, texts, labels[0] if isinstance(fields.label_field, str) else labels)
+
+
+def _is_missing(value: Any) -> bool:
+    # pandas writes a missing number as NaN.
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

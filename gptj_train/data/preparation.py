@@ -28,6 +28,7 @@ _OPTIONS = (
     "response_field",
     "messages_field",
     "chat_template",
+    "special_tokens",
     "component_field",
 )
 """Keys of the config that determine what a file's store contains.

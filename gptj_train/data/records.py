@@ -11,6 +11,14 @@ from gptj_train.data.chat_template import ASSISTANT, DEFAULT, TemplateFailedErro
 from gptj_train.data.text_config import DataConfig
 
 _ROLE = re.compile(r"[\w -]+")
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
+_PLACE = re.compile(r"\{([^{}]+)\}")  # of a field in a prompt template
 
 
 class Segment(NamedTuple):
@@ -53,14 +61,14 @@ def document_of(record: Any, data: DataConfig, *, default_component: str) -> lis
         BadRecordError: the record cannot be used.
     """
     if isinstance(record, bytes):
-        record = _parse(record)
+        record = parse_line(record)
     if not isinstance(record, dict):
         raise BadRecordError("not a record", "write a JSON object with a text in it")
     component = _component_of(record, data.component_field) or default_component
     if data.kind == "chat":
         return _chat(record.get(data.messages_field), component, data)
     if data.kind == "completion":
-        prompt = _text_of(record, data.prompt_field, "data.prompt_field")
+        prompt = _prompt_of(record, data.prompt_field)
         response = _text_of(record, data.response_field, "data.response_field")
         return [Segment(prompt, component, target=False, last=False), Segment(response, component)]
     return [Segment(_text_of(record, data.text_field, "data.text_field"), component)]
@@ -81,7 +89,12 @@ def checked_text(text: str) -> str:
     return text
 
 
-def _parse(line: bytes) -> Any:
+def parse_line(line: bytes) -> Any:
+    """Parse a line of JSON.
+
+    Raises:
+        BadRecordError: no UTF-8, or no JSON.
+    """
     try:
         # A byte order mark stands at the start of a file, so in its first line.
         return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
@@ -112,10 +125,48 @@ def _text_of(record: dict[str, Any], field: str, key: str) -> str:
     return checked_text(text)
 
 
+# --- completion ---
+
+
+def prompt_fields(prompt_field: str | list[str]) -> list[str]:
+    """Return the fields that ``data.prompt_field`` reads: one, those of a list, or those of a template."""
+    if isinstance(prompt_field, list):
+        return prompt_field
+    return _PLACE.findall(prompt_field) or [prompt_field]
+
+
+def _prompt_of(record: dict[str, Any], prompt_field: str | list[str]) -> str:
+    """Return the prompt: a field; the fields of a list, a line each; or a template with its fields filled in.
+
+    Of several fields some may be empty or missing, as Alpaca's input is, but not all.
+    """
+    names = prompt_fields(prompt_field)
+    if isinstance(prompt_field, str) and names == [prompt_field]:
+        return _text_of(record, prompt_field, "data.prompt_field")
+    texts = {}
+    for name in names:
+        text = record.get(name)
+        if text is not None and not isinstance(text, str):
+            raise BadRecordError(f"no text in field {name!r}", "set data.prompt_field or correct the record")
+        texts[name] = checked_text(text or "")
+    if not any(texts.values()):
+        raise BadRecordError(f"no text in fields {', '.join(names)}", "set data.prompt_field or correct the record")
+    if isinstance(prompt_field, list):
+        # Each field ends its line: without a line feed the response would continue the last word of the prompt.
+        return "".join(f"{text}\n" for text in texts.values() if text)
+    # A shell passes \n on as two characters. Fields are filled in last: what they hold is no template.
+    template = prompt_field.replace("\\n", "\n").replace("\\t", "\t")
+    return _PLACE.sub(lambda place: texts[place[1]], template)
+
+
+# --- chat ---
+
+
 def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
     """Put each message between the two halves of the template.
 
-    Targets are the assistant's messages, each with the second half: the model has to learn where to stop.
+    Targets are the assistant's messages, each with the second half: the model has to learn where to stop. A message
+    with ``weight: 0`` or ``train: false`` is read and not predicted.
     """
     if not isinstance(messages, list) or not messages:
         raise BadRecordError("no messages", f"set data.messages_field (now {data.messages_field})")
@@ -126,13 +177,13 @@ def _chat(messages: Any, component: str, data: DataConfig) -> list[Segment]:
     segments = []
     for message in messages:
         fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role"), fields.get("content")
+        role, content = _role_and_content(fields)
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRecordError("a message without role and content", "give both, as strings")
         if not _ROLE.fullmatch(role):
             # A role becomes part of the template, where "<|endoftext|>" would be the special token.
             raise BadRecordError("a role that is no name", "write it in letters, digits, spaces, _ and -")
-        target = role == ASSISTANT
+        target = role == ASSISTANT and _is_trained_on(fields)
         first_half, second_half = before.replace("{role}", role), after.replace("{role}", role)
         segments += [
             Segment(first_half, component, target=False, template=True, last=False),
@@ -172,9 +223,11 @@ def _chat_by_jinja(messages: list[Any], component: str, template: str) -> list[S
         segments.append(Segment(added, component, target=target, template=True, last=False))
         text = longer
 
+    # Templates know OpenAI's names only.
+    messages = [_with_openai_names(message) for message in messages]
     try:
         for number, message in enumerate(messages):
-            target = isinstance(message, dict) and message.get("role") == ASSISTANT
+            target = isinstance(message, dict) and message.get("role") == ASSISTANT and _is_trained_on(message)
             if target:
                 # The opening of an answer belongs to the prompt, so it is not predicted.
                 append(render(template, messages[:number], add_generation_prompt=True), target=False)
@@ -193,3 +246,46 @@ def _joined(document: list[Segment]) -> list[Segment]:
     # A server tokenizes the whole rendered chat; tokens of training that end with each message would be others.
     first, *others = document
     return [first, *(segment._replace(joined=True) for segment in others)]
+
+
+def _with_openai_names(message: Any) -> Any:
+    if not isinstance(message, dict) or message.get("from") is None or message.get("role") is not None:
+        return message
+    role, content = _role_and_content(message)
+    return {**message, "role": role, "content": content}
+
+
+def _role_and_content(message: dict[str, Any]) -> tuple[Any, Any]:
+    """Return role and content in OpenAI's names; ShareGPT calls them from and value, and has other role names."""
+    if message.get("from") is not None and message.get("role") is None:
+        role = message["from"]
+        if isinstance(role, str):
+            role = _SHAREGPT_ROLES.get(role.lower(), role)
+        return role, message.get("value")
+    if message.get("tool_calls") or message.get("function_call"):
+        # Written as something else than text, so that the model would learn an answer without its call.
+        raise BadRecordError("a message with tool calls", "write the call as text in its content")
+    content = message.get("content")
+    if isinstance(content, list) and content and all(isinstance(part, dict) for part in content):
+        for part in content:
+            if (part.get("type") or "text") != "text" or not isinstance(part.get("text"), str):
+                raise BadRecordError("a message with parts that are no text", "leave out images and sound")
+        content = "".join(part["text"] for part in content)
+    return message.get("role"), content
+
+
+def _is_trained_on(message: dict[str, Any]) -> bool:
+    """Return what a message says about itself, as ``weight`` or ``train``.
+
+    Raises:
+        BadRecordError: a weight between 0 and 1, which the loss does not have.
+    """
+    for name in ("weight", "train"):
+        value = message.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise BadRecordError(f"a message whose {name} is neither 0 nor 1", "a message is learned from or not")
+        if not value:
+            return False
+    return True

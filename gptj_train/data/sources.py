@@ -8,15 +8,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, numbered_lines
-from gptj_train.data.records import BadRecordError, Segment, checked_text, document_of
-from gptj_train.data.tables import read_rows
+from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, kind_of
+from gptj_train.data.record_files import read_records
+from gptj_train.data.records import BadRecordError, Segment, checked_text, document_of, prompt_fields
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
 
-_TXT_SUFFIXES = (".txt", ".txt.zst", ".txt.gz")
 _PIECE = 2**20  # characters tokenized at once
 # White space after a letter or digit. Byte-level BPE splits a text into words before it merges, and every split in use
 # ends a word here. So the pieces of a text that is cut here have the same tokens as the whole.
@@ -28,7 +26,8 @@ def read_segments(
 ) -> Iterator[Segment]:
     """Read the documents of a file in order, segment by segment.
 
-    A .txt file is one document; .jsonl and .json hold a record a line, .parquet and .arrow a record a row.
+    A .txt file is one document; .jsonl and .json hold a record a line or an array of records, .parquet and .arrow a
+    record a row.
 
     Args:
         skipped: filled with reason -> number of records that ``data.bad_records=skip`` leaves out.
@@ -37,11 +36,11 @@ def read_segments(
     Raises:
         UserError: a bad record, named by file and line or row, or a file that cannot be read.
     """
-    if file.name.endswith(_TXT_SUFFIXES):
+    if kind_of(file) == ".txt":
         yield from _read_txt(file, data, progress)
         return
     default_component = _without_suffix(file)
-    for where, record in _records(file, data, progress):
+    for where, record in read_records(file, columns_of(data), progress):
         try:
             if isinstance(record, BadRecordError):
                 raise record
@@ -62,40 +61,28 @@ def _without_suffix(file: Path) -> str:
     # "a.jsonl.zst" ends with a suffix of two parts; "a.txt.jsonl" keeps its first.
     longest = ""
     for suffix in SUFFIXES:
-        if file.name.endswith(suffix) and len(suffix) > len(longest):
+        if file.name.lower().endswith(suffix) and len(suffix) > len(longest):
             longest = suffix
-    return file.name.removesuffix(longest) or file.name
+    return file.name[: len(file.name) - len(longest)] or file.name
 
 
-def _records(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[tuple[str, Any]]:
-    """Yield the place of each record for messages, and the record: a row, or a line as bytes."""
-    if file.suffix in (".parquet", ".arrow"):
-        rows = read_rows(file, _columns(data), progress)
-        for number, row in enumerate(rows, start=1):
-            yield f"{file} row {number}", row
-    else:
-        for number, line in numbered_lines(file, progress):
-            if line.strip():
-                yield f"{file}:{number}", line
-
-
-def _columns(data: DataConfig) -> set[str]:
-    """Return the columns of a table that are needed: others may be large, or impossible to convert."""
+def columns_of(data: DataConfig) -> set[str]:
+    """Return the fields of a record that are read."""
     component, _, _ = data.component_field.partition(".")
     if data.kind == "chat":
         return {component, data.messages_field}
     if data.kind == "completion":
-        return {component, data.prompt_field, data.response_field}
+        return {component, *prompt_fields(data.prompt_field), data.response_field}
     return {component, data.text_field}
 
 
 def _read_txt(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:
     """Read a file as one document. Its bad content is never skipped: nothing would be left."""
-    if data.kind != "text":
+    if data.has_examples:
         raise UserError(f"{file}: a .txt file cannot contain {data.kind} records; give .jsonl, or set data.kind=text")
     # A folder of books is a component; a component for each book would be too many.
     component = Path(os.path.abspath(file)).parent.name or file.name
-    decoder = codecs.getincrementaldecoder("utf-8")()  # a chunk may end within a character
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # a chunk may end within a character
     rest = ""
     read = 0
     empty = True

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from gptj_train.data.files import find_files
+from gptj_train.data.bad_records import check_share
+from gptj_train.data.files import chunks, find_files, kind_of
+from gptj_train.data.formats import say
+from gptj_train.data.json_arrays import begins_array
+from gptj_train.data.records import BadRecordError
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
 
-SUFFIXES = (".json", ".jsonl")
+SUFFIXES = tuple(text + packed for text in (".json", ".jsonl") for packed in ("", ".zst", ".gz"))
 
 
 @schema
@@ -21,6 +26,8 @@ class QADataConfig:
 
     train: str | list[str]
     validation: str | list[str] | None
+    bad_records: Literal["error", "skip"]
+    max_bad_share: float
 
 
 @dataclass(frozen=True)
@@ -47,132 +54,242 @@ def read_questions(data: QADataConfig) -> tuple[list[Question], list[Question]]:
     """
     train = find_files(data.train, "data.train", SUFFIXES)
     validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
-    return read_files(train), read_files(validation) if validation else []
+    policy, share = data.bad_records, data.max_bad_share
+    questions = read_files(train, "data.train", bad_records=policy, max_bad_share=share)
+    if not validation:
+        return questions, []
+    return questions, read_files(validation, "data.validation", bad_records=policy, max_bad_share=share)
 
 
-def read_files(files: list[Path]) -> list[Question]:
-    """Read the questions of SQuAD files: nested .json, flat .json, or .jsonl with a flat record a line.
+def read_files(files: list[Path], key: str, *, bad_records: str, max_bad_share: float) -> list[Question]:
+    """Read the questions of SQuAD files: nested or flat .json, a list of either, or a record a line.
+
+    Args:
+        key: the config key that holds the files, for messages.
 
     Raises:
-        UserError: a bad record, named by file and place, or no question at all.
+        UserError: a bad record, named by file and place, too many of them, or no question at all.
     """
     questions: dict[str, Question] = {}
+    skipped = Counter[str]()
+    numbered = 0
     for file in files:
         for record, where in _records(file):
-            question = _question(record, where)
+            try:
+                if isinstance(record, BadRecordError):
+                    raise record
+                question = _question(record)
+            except BadRecordError as error:
+                if bad_records == "error":
+                    raise UserError(f"{where}: {error}") from None
+                skipped[error.reason] += 1
+                continue
+            if not question.id:
+                question = replace(question, id=_free_id(questions))
+                numbered += 1
             if question.id in questions:
                 raise UserError(
                     f"{where}: duplicate id {question.id!r}; predictions are stored by id, so make it unique"
                 )
             questions[question.id] = question
+    check_share(key, skipped, len(questions), max_bad_share)
     if not questions:
         names = ", ".join(str(file) for file in files[:3])
         raise UserError(f"{names}: the data contain no question")
+    if numbered:
+        say(f"{key}: {numbered:,} questions have no id; their numbers are taken for it")
     return list(questions.values())
+
+
+def _free_id(taken: dict[str, Question]) -> str:
+    number = len(taken) + 1
+    while str(number) in taken:
+        number += 1
+    return str(number)
 
 
 # --- records of a file ---
 
 
 def _records(file: Path) -> Iterator[tuple[Any, str]]:
-    """Yield flat records, and the place of each for messages."""
+    """Yield flat records, or an error in place of one, and the place of each for messages."""
+    text = _read_text(file)
+    if kind_of(file) == ".jsonl" and not begins_array(text[:1000].encode(errors="replace")):
+        yield from _records_of_lines(file, text)
+        return
     try:
-        text = file.read_text(encoding="utf-8")
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if getattr(error, "msg", "") == "Extra data":
+            # Something follows the first value: a record a line, by the name of .json.
+            yield from _records_of_lines(file, text)
+            return
+        raise UserError(f"{file}: not JSON ({error}); correct the file") from None
+    if isinstance(whole, list):
+        entries, prefix = whole, f"{file}: "
+    elif isinstance(whole, dict) and "data" not in whole and ("paragraphs" in whole or "question" in whole):
+        entries, prefix = [whole], f"{file}: "
+    else:
+        try:
+            entries, prefix = _field(whole, "data", list), f"{file}: data"
+        except BadRecordError as error:
+            raise UserError(f"{file}: {error}") from None
+    for number, entry in enumerate(entries):
+        yield from _flat(entry, f"{prefix}[{number}]")
+
+
+def _read_text(file: Path) -> str:
+    data = b"".join(chunks(file, lambda read: None))
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from None
-    if file.suffix == ".jsonl":
-        # Not splitlines, which would also split at Unicode's other line separators.
-        for number, line in enumerate(text.split("\n"), start=1):
-            if line.strip():
-                where = f"{file}:{number}"
-                yield _parse(line, where), where
-        return
-    entries = _field(_parse(text, str(file)), "data", list, str(file))
-    for number, entry in enumerate(entries):
-        where = f"{file}: data[{number}]"
+
+
+def _records_of_lines(file: Path, text: str) -> Iterator[tuple[Any, str]]:
+    # Not splitlines, which would also split at Unicode's other line separators.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{file}:{number}"
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                yield BadRecordError("not JSON", f"each line must be one record ({error})"), where
+                continue
+            if isinstance(record, dict) and isinstance(record.get("data"), list):
+                for position, entry in enumerate(record["data"]):
+                    yield from _flat(entry, f"{where}: data[{position}]")
+            else:
+                yield from _flat(record, where)
+
+
+def _flat(entry: Any, where: str) -> Iterator[tuple[Any, str]]:
+    """Yield the questions of an article, or of a paragraph, or the entry itself, which is a flat record."""
+    try:
         if isinstance(entry, dict) and "paragraphs" in entry:
             yield from _records_of_article(entry, where)
         else:
             yield entry, where
+    except BadRecordError as error:
+        yield error, where
 
 
 def _records_of_article(article: dict[str, Any], where: str) -> Iterator[tuple[Any, str]]:
     """Flatten SQuAD's nested form: each question gets a copy of its paragraph's context."""
-    for i, paragraph in enumerate(_field(article, "paragraphs", list, where)):
+    for i, paragraph in enumerate(_field(article, "paragraphs", list)):
         inside = f"{where}.paragraphs[{i}]"
-        context = _field(paragraph, "context", str, inside)
-        for j, question in enumerate(_field(paragraph, "qas", list, inside)):
-            place = f"{inside}.qas[{j}]"
-            yield {**_checked(question, dict, place), "context": context}, place
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where}: not JSON ({error}); a file with one record a line must be named .jsonl") from None
+        try:
+            context = _field(paragraph, "context", str)
+            entries = _field(paragraph, "qas", list)
+        except BadRecordError as error:
+            yield error, inside
+            continue
+        for j, question in enumerate(entries):
+            record = {**question, "context": context} if isinstance(question, dict) else question
+            yield record, f"{inside}.qas[{j}]"
 
 
 # --- fields of a record ---
 
 
-def _question(record: Any, where: str) -> Question:
-    name = _field(record, "id", str, where)
-    question = _field(record, "question", str, where)
-    context = _field(record, "context", str, where)
-    answers = _answers(record, where)
+def _question(record: Any) -> Question:
+    """Return the question of a flat record; one without an id has an empty one.
+
+    Raises:
+        BadRecordError: it cannot be used.
+    """
+    question = _field(record, "question", str)
+    context = _field(record, "context", str)
+    name = record.get("id")
+    if name is not None and (not isinstance(name, (str, int)) or isinstance(name, bool)):
+        raise BadRecordError(
+            "an id that is no text or integer", f"correct it, or leave it out (it is {str(name)[:40]})"
+        )
+    answers = _answers(record, context)
     for text, start in answers:
         if not text.strip():
-            raise UserError(f"{where}: an answer is empty; for a question without an answer, leave the list empty")
+            raise BadRecordError("an answer is empty", "for a question without an answer, leave the list empty")
         # A negative start would count from the end.
         if start < 0 or context[start : start + len(text)] != text:
-            raise UserError(
-                f"{where}: the answer {text!r} is not at character {start} of its context; "
-                "answer_start counts Unicode characters from 0"
+            raise BadRecordError(
+                "an answer is not at its place",
+                f"the answer {text!r} is not at character {start} of its context; "
+                "answer_start counts Unicode characters from 0",
             )
     texts = tuple(text for text, _ in answers)
-    return Question(name, question, context, texts, answers[0][1] if answers else None)
+    return Question(
+        id="" if name is None else _valid(str(name), "id"),
+        question=question,
+        context=context,
+        answers=texts,
+        answer_start=answers[0][1] if answers else None,
+    )
 
 
-def _answers(record: Any, where: str) -> list[tuple[str, int]]:
+def _answers(record: dict[str, Any], context: str) -> list[tuple[str, int]]:
     """Return (text, start) of each answer.
 
-    SQuAD has a list of answers, each with both fields; flat files have one dictionary of two lists.
+    SQuAD has a list of answers, each with both fields; flat files have one dictionary of two lists, or of one text and
+    its start. An answer may also be just a text, if it occurs only once.
     """
-    answers = _field(record, "answers", (list, dict), where)
+    if "answers" not in record and record.get("is_impossible") is True:
+        return []
+    answers = _field(record, "answers", (list, dict, str))
     if isinstance(answers, dict):
-        texts = _field(answers, "text", list, where)
-        starts = _field(answers, "answer_start", list, where)
+        texts, starts = _listed(answers, "text"), _listed(answers, "answer_start")
         if len(texts) != len(starts):
-            raise UserError(f"{where}: {len(texts)} answer texts, but {len(starts)} starts; give one for each")
+            raise BadRecordError(
+                "not as many answer texts as starts", f"{len(texts)} answer texts, but {len(starts)} starts"
+            )
         answers = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
     pairs = []
-    for answer in answers:
-        text = _field(answer, "text", str, where)
-        start = _field(answer, "answer_start", int, where)
-        pairs.append((text, start))
+    for answer in [answers] if isinstance(answers, str) else answers:
+        if isinstance(answer, str):
+            pairs.append((_valid(answer, "answers"), _only_place(answer, context)))
+            continue
+        start = _field(answer, "answer_start", (int, float))
+        pairs.append((_field(answer, "text", str), int(start)))
     return pairs
 
 
-def _field(record: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """Return a field of a record, of one of these types."""
-    fields = _checked(record, dict, where)
-    if name not in fields:
-        raise UserError(f"{where}: the field {name!r} is missing")
-    return _checked(fields[name], kind, f"{where}: {name!r}")
+def _listed(answers: dict[str, Any], name: str) -> list[Any]:
+    value = _field(answers, name, (list, str, int, float))
+    return value if isinstance(value, list) else [value]
 
 
-def _checked(value: Any, kind: type | tuple[type, ...], where: str) -> Any:
-    """Return the value itself, if it has one of these types and, as a text, is valid Unicode."""
+def _only_place(answer: str, context: str) -> int:
+    """Return where an answer without a start begins."""
+    count = context.count(answer) if answer else 0
+    if count != 1:
+        raise BadRecordError(
+            "an answer without answer_start", f"the answer {answer!r} occurs {count} times in its context; say where"
+        )
+    return context.index(answer)
+
+
+def _field(record: Any, name: str, kind: type | tuple[type, ...]) -> Any:
+    """Return a field of a record, of one of these types and, as a text, valid Unicode.
+
+    Raises:
+        BadRecordError: otherwise.
+    """
+    if not isinstance(record, dict):
+        raise BadRecordError("not a record", f"a JSON object is wanted, not {str(record)[:40]!r}")
+    if name not in record:
+        raise BadRecordError(f"the field {name!r} is missing", "add it")
+    value = record[name]
     if not isinstance(value, kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         names = " or ".join(one.__name__ for one in kinds)
-        raise UserError(f"{where} is not a {names}, but {str(value)[:40]!r}")
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise UserError(f"{where}: the text contains a lone surrogate, which is not valid Unicode") from None
-    return value
+        raise BadRecordError(f"{name!r} is not a {names}", f"it is {str(value)[:40]!r}")
+    return _valid(value, name) if isinstance(value, str) else value
+
+
+def _valid(text: str, name: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise BadRecordError(
+            f"{name!r}: the text contains a lone surrogate", "this is not valid Unicode, correct it"
+        ) from None
+    return text

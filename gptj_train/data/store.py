@@ -5,8 +5,8 @@ A store is a folder of
 * ``tokens.bin``: the token ids of all documents, concatenated; uint16 where they fit, else uint32;
 * ``targets.bin``: a byte for each token, 1 if it is to be predicted; absent if all are;
 * ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
-* ``store.json``: dtype, component names, skipped records and file sizes. It is written last: a folder without it is
-  not a store.
+* ``store.json``: dtype, component names, skipped records, spelt special tokens and file sizes. It is written last: a
+  folder without it is not a store.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ class TokenStore:
         components: (D) uint16, index of each document's component in ``names``.
         names: of the components, in the order of their first documents.
         skipped: reason -> number of records left out.
+        special_tokens: special token -> how often the data spell it.
     """
 
     def __init__(self, folder: Path) -> None:
         metadata = json.loads((folder / "store.json").read_text())
         self.names: list[str] = metadata["components"]
         self.skipped: dict[str, int] = metadata["skipped"]
+        self.special_tokens: dict[str, int] = metadata["special_tokens"]
         self.tokens = _mapped(folder / "tokens.bin", np.dtype(metadata["dtype"]))
         targets = folder / "targets.bin"
         self.targets = _mapped(targets, np.dtype(np.bool_)) if targets.exists() else None
@@ -72,19 +74,27 @@ class TokenStore:
 
 
 def write_store(
-    folder: Path, segments: Iterable[Segment], tokenizer: Tokenizer, *, skipped: Counter[str], all_targets: bool
+    folder: Path,
+    segments: Iterable[Segment],
+    tokenizer: Tokenizer,
+    *,
+    skipped: Counter[str],
+    all_targets: bool,
+    special_tokens: str = "text",
 ) -> None:
     """Tokenize the documents of a file into an empty folder. Memory does not grow with the file.
 
     Args:
         skipped: reason -> records left out; it may be filled while the segments are read.
         all_targets: every token is to be predicted: no targets.bin is written.
+        special_tokens: what data that spells special tokens becomes, "text" or "tokens".
 
     Raises:
         UserError: too many components.
     """
     dtype = np.dtype(np.uint16 if tokenizer.largest_id < 2**16 else np.uint32)
     components: dict[str, int] = {}
+    spelt = Counter[str]()
     with (
         open(folder / "tokens.bin", "wb") as token_file,
         open(folder / "targets.bin", "wb") as target_file,
@@ -94,7 +104,10 @@ def write_store(
         size = 0  # bytes of the current document so far
         for batch in _batches(segments):
             documents = []
-            for segment, ids in zip(batch, _encode(batch, tokenizer), strict=True):
+            for segment in batch:
+                if not segment.template:
+                    spelt.update(tokenizer.spelt_special_tokens(segment.text))
+            for segment, ids in zip(batch, _encode(batch, tokenizer, special_tokens), strict=True):
                 if segment.last:
                     ids.append(tokenizer.eos_id)
                 np.array(ids, dtype=dtype).tofile(token_file)
@@ -116,6 +129,7 @@ def write_store(
         "components": list(components),
         # Only now, when all segments have been read, are the skipped records complete.
         "skipped": dict(skipped),
+        "special_tokens": dict(spelt),
         "bytes": {path.name: path.stat().st_size for path in folder.iterdir()},
     }
     (folder / "store.json").write_text(json.dumps(metadata) + "\n")
@@ -137,15 +151,17 @@ def _batches(segments: Iterable[Segment]) -> Iterator[list[Segment]]:
         yield batch
 
 
-def _encode(batch: list[Segment], tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Tokenize segments: special tokens count as such in a template, and are plain text in data.
+def _encode(batch: list[Segment], tokenizer: Tokenizer, special_tokens: str) -> Iterator[list[int]]:
+    """Tokenize segments: special tokens count as such in a template, and in data if that is asked for.
 
     The tokens of joined segments are those of their joint text. A token of two segments belongs to the later one.
     """
+    as_tokens = special_tokens == "tokens"
     if any(segment.joined for segment in batch):
-        yield from encode_joined(batch, tokenizer)
+        yield from encode_joined(batch, tokenizer, special_tokens=as_tokens)
         return
-    ids_of_data = iter(tokenizer.encode_texts([segment.text for segment in batch if not segment.template]))
+    data = [segment.text for segment in batch if not segment.template]
+    ids_of_data = iter(tokenizer.encode_texts(data, special_tokens=as_tokens))
     for segment in batch:
         yield tokenizer.encode(segment.text) if segment.template else next(ids_of_data)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gptj_train.data.records import BadRecordError
 from gptj_train.errors import UserError
+from gptj_train.failed_download import failed_download
 
 _ROWS = 1000  # read at once
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # end-of-stream marker of the Arrow IPC streaming format
@@ -32,16 +34,73 @@ def read_rows(
     reported = 0
     try:
         with pa.memory_map(str(file)) as source:
-            for share, batch in _batches(source, file.suffix):
+            for share, batch in _batches(source, file.suffix.lower()):
                 wanted = [name for name in batch.schema.names if name in columns]
-                yield from _dictionaries(batch.select(wanted) if wanted else batch)
+                labels = _class_labels(batch.schema)
+                for row in _dictionaries(batch.select(wanted) if wanted else batch):
+                    if isinstance(row, dict):
+                        for name in labels.keys() & row.keys():
+                            row[name] = _label_name(labels[name], row[name])
+                    yield row
                 progress(int(size * share) - reported)
                 reported = int(size * share)
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        instead = failed_download(file)
+        if instead is not None:
+            raise UserError(f"{file}: this is {instead}") from None
         lines = str(error).splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise UserError(f"{file}: cannot be read as {file.suffix[1:]} ({reason}); write it again") from None
     progress(size - reported)
+
+
+def first_rows(file: Path, count: int) -> list[dict[str, Any]]:
+    """Return the first rows of a table with all columns that Python can represent; none of a damaged file."""
+    import pyarrow as pa
+
+    rows: list[dict[str, Any]] = []
+    try:
+        with pa.memory_map(str(file)) as source:
+            for _, batch in _batches(source, file.suffix.lower()):
+                head = batch.slice(0, count)
+                rows = [{} for _ in range(head.num_rows)]
+                for name in head.schema.names:
+                    try:
+                        values = head.column(name).to_pylist()
+                    except (ValueError, OverflowError):
+                        continue
+                    for row, value in zip(rows, values, strict=True):
+                        row[name] = value
+                if rows:
+                    break
+    except (pa.ArrowException, OSError, ValueError):
+        return []
+    return rows
+
+
+def _class_labels(schema: Any) -> dict[str, list[str]]:
+    """Return the columns for which ``datasets`` keeps names beside integers: column -> its label names."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, ValueError, TypeError):
+        return {}
+    found = {}
+    for column, feature in features.items():
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        if isinstance(feature, dict):
+            # A list of class labels describes its elements under "feature".
+            inner = feature.get("feature", feature)
+            if isinstance(inner, dict) and inner.get("_type") == "ClassLabel" and inner.get("names"):
+                found[column] = inner["names"]
+    return found
+
+
+def _label_name(names: list[str], label: Any) -> Any:
+    """Return the name, or list of names, of an integer label; None if there is no label, which is -1 in datasets."""
+    if isinstance(label, list):
+        return [_label_name(names, item) for item in label]
+    return names[label] if isinstance(label, int) and 0 <= label < len(names) else None
 
 
 def _batches(source: Any, suffix: str) -> Iterator[tuple[float, Any]]:

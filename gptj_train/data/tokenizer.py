@@ -1,29 +1,25 @@
-"""The tokenizer, a byte-level BPE: loaded from a tokenizer.json or from GPT-2's two files, or trained."""
+"""The tokenizer, a byte-level BPE: loaded from a folder, or trained."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, trainers
 
 from gptj_train.data import unused_rows
 from gptj_train.data.chat_template import template_in
 from gptj_train.data.fast_bpe import FastBPE
 from gptj_train.data.tokenizer_files import write_tokenizer_files
+from gptj_train.data.tokenizer_folder import EOS_TOKEN, byte_level, load_backend
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
-
-EOS_TOKEN = "<|endoftext|>"
-"""The EOS token of GPT-2 and GPT-J, and of a tokenizer that names none."""
-
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
 
 class Tokenizer:
@@ -57,15 +53,7 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            for file in (path, *(path / name for name in _FILES)):
-                # Opening a named pipe would wait forever.
-                if file.exists() and not (file.is_file() or file.is_dir()):
-                    raise UserError(f"{file.name} is not a regular file")
-            if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
-                tokenizer = cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
-            else:
-                file = path / "tokenizer.json" if path.is_dir() else path
-                tokenizer = cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
+            tokenizer = cls(*load_backend(path))
             tokenizer.chat_template = template_in(path if path.is_dir() else path.parent)
             return tokenizer
         except (KeyboardInterrupt, SystemExit):
@@ -85,7 +73,8 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0."""
-        backend = _byte_level(models.BPE())
+        backend = byte_level(models.BPE())
+        backend.add_special_tokens([EOS_TOKEN])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[EOS_TOKEN],
@@ -156,8 +145,15 @@ class Tokenizer:
         self._backend.encode_special_tokens = False
         return self._backend.encode(text, add_special_tokens=False).ids
 
-    def encode_texts(self, texts: list[str]) -> list[list[int]]:
-        """Encode data on all cores; text that spells a special token is plain text."""
+    def encode_texts(self, texts: list[str], *, special_tokens: bool = False) -> list[list[int]]:
+        """Encode data on all cores.
+
+        Args:
+            special_tokens: text that spells a special token is that token; otherwise it is plain text.
+        """
+        if special_tokens:
+            self._backend.encode_special_tokens = False
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
         if self._fast_bpe is not None:
             # tiktoken fails on a few texts, such as a million spaces in a row.
             with contextlib.suppress(ValueError):
@@ -212,6 +208,25 @@ class Tokenizer:
         added = self._backend.get_added_tokens_decoder()
         return {token.content: number for number, token in added.items() if token.special}
 
+    def spelt_special_tokens(self, text: str) -> Counter[str]:
+        """Count the special tokens that a text spells."""
+        counts = Counter[str]()
+        for start, tokens in self._special_by_start.items():
+            # One search for all tokens with this start: most texts have none of the 144 of GPT-J's.
+            if start in text:
+                for token in tokens:
+                    if found := text.count(token):
+                        counts[token] = found
+        return counts
+
+    @cached_property
+    def _special_by_start(self) -> dict[str, list[str]]:
+        """Special tokens by their first two characters."""
+        by_start: dict[str, list[str]] = {}
+        for token in self.special_tokens:
+            by_start.setdefault(token[:2], []).append(token)
+        return by_start
+
     @cached_property
     def _fast_bpe(self) -> FastBPE | None:
         return FastBPE.of(self._backend)
@@ -257,23 +272,3 @@ class Tokenizer:
             padding_side=padding_side,
             chat_template=self.chat_template,
         )
-
-
-def _byte_level(model: models.BPE) -> Backend:
-    """Make the tokenizer of GPT-2 around a BPE model."""
-    backend = Backend(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([EOS_TOKEN])
-    return backend
-
-
-def _eos_token(folder: Path) -> str:
-    """Return the EOS token that tokenizer_config.json names, as a string or in a dictionary."""
-    try:
-        token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return EOS_TOKEN
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else EOS_TOKEN

@@ -73,20 +73,25 @@ def with_added_tokens(backend: Backend, names: list[str], rows: int) -> tuple[Ba
         )
     places = dict(zip(new, free, strict=False))
     # Not special: special tokens are plain text in data, and added tokens are meant to be used there.
-    return _with_names(backend, {row: name for name, row in places.items()}, special=False), places
+    return with_names(backend, {row: name for name, row in places.items()}, special=False), places
 
 
 def with_all_rows_named(backend: Backend, rows: int) -> Backend:
     """Give every unused row without an entry GPT-J's name for it; some runtimes require an entry for each row."""
-    unused = unused_rows(backend, rows)
-    nameless = [row for row in unused if backend.id_to_token(row) is None]
-    assert nameless == list(range(backend.get_vocab_size(), rows)) or not nameless, "the vocabulary has a hole"
-    first_number = len(unused) - len(nameless) + 1
-    names = {row: f"<|extratoken_{number}|>" for number, row in enumerate(nameless, start=first_number)}
-    return _with_names(backend, names, special=True)
+    taken = {token for token in backend.get_vocab() if _UNUSED.fullmatch(token)}
+    names: dict[int, str] = {}
+    for number, row in enumerate(unused_rows(backend, rows), start=1):
+        if backend.id_to_token(row) is not None:
+            continue
+        # The place among the unused rows is the number, unless a vocabulary with holes has given that name away.
+        while f"<|extratoken_{number}|>" in taken:
+            number += 1
+        names[row] = f"<|extratoken_{number}|>"
+        taken.add(names[row])
+    return with_names(backend, names, special=True)
 
 
-def _with_names(backend: Backend, names: dict[int, str], *, special: bool) -> Backend:
+def with_names(backend: Backend, names: dict[int, str], *, special: bool) -> Backend:
     """Return a copy of the tokenizer in which these rows are added tokens with these names."""
     # Through JSON: the library itself can neither rename a token nor choose an id.
     description = json.loads(backend.to_str())
@@ -94,4 +99,11 @@ def _with_names(backend: Backend, names: dict[int, str], *, special: bool) -> Ba
     for row, name in names.items():
         added[row] = {"id": row, "content": name, **_PLAIN, "special": special}
     description["added_tokens"] = [added[row] for row in sorted(added)]
+    extended = Backend.from_str(json.dumps(description))
+    if all(extended.token_to_id(name) == row for row, name in names.items()):
+        return extended
+    # The library numbers added tokens on from the size of the vocabulary, which is wrong where ids are left out. An
+    # entry of the vocabulary itself keeps its id; without a merge no text becomes it.
+    for row, name in names.items():
+        description["model"]["vocab"][name] = row
     return Backend.from_str(json.dumps(description))

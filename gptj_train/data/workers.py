@@ -62,7 +62,14 @@ def tokenize_file(
     """
     skipped: Counter[str] = Counter()
     segments = read_segments(file, data, skipped=skipped, progress=progress)
-    write_store(scratch, segments, tokenizer, skipped=skipped, all_targets=data.kind == "text")
+    write_store(
+        scratch,
+        segments,
+        tokenizer,
+        skipped=skipped,
+        all_targets=not data.has_examples,
+        special_tokens=data.special_tokens,
+    )
 
 
 def cannot_write(cache: Path, error: OSError) -> str:

@@ -84,7 +84,12 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
 
 
 def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
-    questions = read_files(find_files(cfg.data.validation, "data.validation", SUFFIXES))
+    questions = read_files(
+        find_files(cfg.data.validation, "data.validation", SUFFIXES),
+        "data.validation",
+        bad_records=cfg.data.bad_records,
+        max_bad_share=cfg.data.max_bad_share,
+    )
     features = build_features(questions, tokenizer, length, cfg.task)
     return QuestionAnswering(validation=features, config=cfg.task, batch_size=cfg.batch_size)
 

@@ -187,7 +187,8 @@ def read_prompts(file: str, batch_size: int) -> list[list[str]]:
     if batch_size < 1:
         raise UserError(f"batch_size must be at least 1, got {batch_size}")
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        # Bytes, and only \n ends a line: prompts may contain Unicode's other line separators.
+        lines = [line.removesuffix("\r") for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"prompts={file}: cannot be read as text ({error})") from None
     prompts = [line for line in lines if line.strip()]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from gptj_train.errors import UserError
 from gptj_train.launch.command_line import compose, run_hydra, split_config_dir
+from gptj_train.launch.hub import with_local_folders
 from gptj_train.launch.preemption import SIGNALS, Preempted
 from gptj_train.launch.ranks import rank, set_rank_variables
 
@@ -26,6 +27,7 @@ EXIT_MISTAKE = 2  # a UserError, printed as one line by rank 0
 EXIT_PREEMPTED = 85  # preempted, saved if there was time; rerun the same command to resume
 # Any other exception is a bug of ours: Python prints its traceback and exits with 1. So does the watchdog on a hang.
 
+_WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's config and tokenizer
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
 
 
@@ -68,7 +70,8 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         if any(override.startswith("-") for override in overrides):  # --help, --cfg, --multirun and the like
             run_hydra(script, primary, cls)
         else:
-            job(compose(primary, sys.argv[1:], cls))
+            config = compose(primary, sys.argv[1:], cls)
+            job(with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS))
     except Preempted as reason:
         if rank() == 0:
             print(f"stopped: {reason}", file=sys.stderr, flush=True)

@@ -80,16 +80,27 @@ def default_labels(count: int) -> dict[int, str]:
     return {label: f"LABEL_{label}" for label in range(count)}
 
 
-def numbered(id2label: Mapping[Any, str]) -> dict[int, str]:
-    """Return a label dictionary with integers as keys; those of JSON are strings.
+def numbered(id2label: Mapping[Any, Any]) -> dict[int, str]:
+    """Return a label dictionary with integers as keys and text as names.
+
+    The keys of JSON are strings. Configs from other tools hold integers, booleans or null as names.
 
     Raises:
         UserError: no dictionary, or a key that is no number.
     """
     try:
-        return {int(label): name for label, name in id2label.items()}
+        return {int(label): _label_name(label, name) for label, name in id2label.items()}
     except (AttributeError, TypeError, ValueError):
         raise UserError(f"id2label must name the labels by number, got {id2label!r}") from None
+
+
+def _label_name(label: Any, name: Any) -> str:
+    """Return a label's name as text; a label without one gets the name that Transformers gives it."""
+    if name is None:
+        return f"LABEL_{label}"
+    if isinstance(name, float) and name.is_integer():
+        return str(int(name))
+    return str(name)
 
 
 def field_values(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]:

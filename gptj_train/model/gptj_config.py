@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gptj_train.errors import UserError
+from gptj_train.failed_download import failed_download
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.config_names import ALIASES, ConfigNames, default_labels, field_values, numbered, takes_aliases
 
@@ -177,7 +178,10 @@ class GPTJConfig(ConfigNames):
             # Opening a named pipe would wait forever.
             if path.exists() and not path.is_file():
                 raise UserError("not a regular file")
-            values = json.loads(path.read_text())
+            instead = failed_download(path)
+            if instead is not None:
+                raise UserError(f"it is {instead}")
+            values = json.loads(path.read_bytes().decode("utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: no readable GPT-J config.json here ({error})") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":

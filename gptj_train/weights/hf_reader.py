@@ -8,13 +8,14 @@ import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptj_train.errors import UserError
+from gptj_train.failed_download import failed_download
 from gptj_train.weights.stored import StoredWeights
 
 _LAYOUTS = (
@@ -61,6 +62,9 @@ class HFWeights(StoredWeights):
         """Open a file, once: a safetensors handle, or the dictionary of a .bin file."""
         if file not in self._open:
             path = _checked_path(self.folder, file)
+            instead = failed_download(path)
+            if instead is not None:
+                raise UserError(f"{path}: cannot be read as weights (it is {instead})")
             self._open[file] = _open_safetensors(path) if file.endswith(".safetensors") else _open_bin(path)
         return self._open[file]
 
@@ -93,7 +97,8 @@ class HFWeights(StoredWeights):
         # many have been read, the file is closed and mapped anew by the next read.
         file = self._file_of[name]
         self._mapped[file] += into.numel() * flat.element_size()
-        if self._mapped[file] > _MOST_MAPPED:
+        # A file of the old torch format is not mapped: to open it again would be to read it in whole again.
+        if self._mapped[file] > _MOST_MAPPED and (file.endswith(".safetensors") or is_zipfile(self.folder / file)):
             self._release(file)
 
     def _release(self, file: str) -> None:
@@ -119,6 +124,9 @@ def _checked_path(folder: Path, file: str) -> Path:
 
 
 def _read_index(path: Path) -> dict[str, str]:
+    instead = failed_download(path)
+    if instead is not None:
+        raise UserError(f"{path}: not a readable weight index (it is {instead})")
     try:
         if path.stat().st_size > _LARGEST_INDEX:
             raise UserError("it is too large for one")
@@ -139,8 +147,10 @@ def _open_safetensors(path: Path) -> Any:
 
 
 def _open_bin(path: Path) -> dict[str, Tensor]:
+    # Before version 1.6 torch wrote no archive but a stream of records, which cannot be mapped: it is read in whole.
+    is_archive = is_zipfile(path)
     try:
-        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        state = torch.load(path, map_location="cpu", mmap=is_archive, weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         raise UserError(f"{path}: cannot be read as weights ({error})") from None
     except Exception as error:
@@ -148,7 +158,7 @@ def _open_bin(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path}: refused, it holds more than tensors ({type(error).__name__})") from None
     if not (isinstance(state, dict) and all(isinstance(value, Tensor) for value in state.values())):
         raise UserError(f"{path}: refused, it is not a plain dictionary of tensors")
-    if not _is_complete(path, state):
+    if is_archive and not _is_complete(path, state):
         raise UserError(f"{path}: cannot be read as weights (its records are not as long as its tensors)")
     return state
 

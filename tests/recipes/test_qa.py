@@ -88,7 +88,7 @@ def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     assert predictions.keys() == {str(number) for number in range(100, 107)}
 
     features = Features(
-        read_files([tmp_path / "validation.jsonl"]),
+        read_files([tmp_path / "validation.jsonl"], "data.validation", bad_records="error", max_bad_share=0),
         Tokenizer.load(run / "export"),
         length=48,
         doc_stride=16,

@@ -181,13 +181,6 @@ def test_empty_bin(folder: Path) -> None:
     assert "and 20 more; unexpected: none" in refusal(folder)
 
 
-def test_format_older_than_torch_1_6_is_named(folder: Path) -> None:
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(state, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
-    assert "pytorch_model.bin: cannot be read as weights (mmap can only be used" in refusal(folder)
-
-
 def test_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors, pytorch_model.bin or their index here" in refusal(folder)
@@ -390,3 +383,62 @@ def test_code_named_in_a_config_is_not_looked_at(folder: Path) -> None:
     GPTJForCausalLM.from_pretrained(folder)
     assert "evil" not in sys.modules
     assert not canary.exists()
+
+
+# --- what is there instead of a file ---
+
+INSTEAD = {
+    "Git LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12216065\n",
+        "it is a Git LFS pointer, not the file itself; run 'git lfs pull'",
+    ),
+    "HTML page": (b"\n<!DOCTYPE html><html></html>", "it is an HTML page, such as a login or error page"),
+    "empty file": (b"", "it is an empty file; download it again"),
+}
+
+
+@pytest.mark.parametrize(("content", "reason"), INSTEAD.values(), ids=INSTEAD)
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "model.safetensors.index.json", "pytorch_model.bin.index.json"]
+)
+def test_a_failed_download_is_called_what_it_is(folder: Path, name: str, content: bytes, reason: str) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(content)
+    what = "not a readable weight index" if "index" in name else "cannot be read as weights"
+    assert f"{name}: {what} ({reason}" in refusal(folder)
+
+
+@pytest.mark.parametrize(("content", "reason"), INSTEAD.values(), ids=INSTEAD)
+def test_a_config_that_is_a_failed_download(folder: Path, content: bytes, reason: str) -> None:
+    (folder / "config.json").write_bytes(content)
+    assert f"no readable GPT-J config.json here ({reason}" in refusal(folder)
+
+
+def test_weights_that_torch_wrote_before_archives_are_read(folder: Path) -> None:
+    expected = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(expected, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    found = GPTJForCausalLM.from_pretrained(folder).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    data = (folder / "pytorch_model.bin").read_bytes()
+    (folder / "pytorch_model.bin").write_bytes(data[:-100])
+    assert "cannot be read as weights" in refusal(folder)
+
+
+def test_old_weights_run_nothing(folder: Path, tmp_path: Path) -> None:
+    class Stranger:
+        def __reduce__(self) -> Any:
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Stranger()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert "refused, it holds more than tensors" in refusal(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_label_names_are_text(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["id2label"] = {"0": 5, "1": False, "2": None, "3": "x", "4": 1.0}
+    (folder / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")
+    assert GPTJConfig.from_pretrained(folder).id2label == {0: "5", 1: "False", 2: "LABEL_2", 3: "x", 4: "1"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+from typed_configs import config
 
 from gptj_train.config import ClmConfig, GenerateConfig
 from gptj_train.launch.command_line import compose
@@ -32,3 +35,22 @@ def test_lists_and_interpolations_of_other_keys_are_parsed() -> None:
     composed = compose("clm", overrides, ClmConfig)
     assert composed.init_from == "runs/a/export"
     assert composed.data.train == ["a.txt", "b.txt"]
+
+
+def test_a_tilde_is_the_home_folder_in_any_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell leaves it as it is in the middle of a word."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = config(
+        "clm",
+        ClmConfig,
+        "output_dir=~/run",
+        "data.train=['~/a.jsonl','b~/c']",
+        "data.validation=~/b.jsonl",
+        "data.cache_dir=~/cache",
+        "init_from=~/model",
+        "sample_prompt=~/x",
+    )
+    assert (cfg.output_dir, cfg.init_from) == (f"{tmp_path}/run", f"{tmp_path}/model")
+    assert cfg.data.train == [f"{tmp_path}/a.jsonl", "b~/c"]
+    assert (cfg.data.validation, cfg.data.cache_dir) == (f"{tmp_path}/b.jsonl", f"{tmp_path}/cache")
+    assert cfg.sample_prompt == "~/x"

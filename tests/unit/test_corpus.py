@@ -173,7 +173,10 @@ def test_windows_without_colours_where_stdout_is_no_terminal(prepared: Any, fold
     data = prepared(96, kind="completion", validation=None, forgetting=None)
     (text,) = render_windows(data.train, tokenizer, count=5, seed=0)
     used = sum(len(w.documents.lengths) and int(w.documents.lengths.sum()) for w in data.train.windows.values())
-    first, second = "[{}] {{what is it?}} it is a text<|endoftext|>", "[{}] {{\\x1b[31mred}}\\x07\nbell<|endoftext|>"
+    first, second = (
+        "[{}] {{what is it?}} it is a text⟦<|endoftext|>⟧",
+        "[{}] {{\\x1b[31mred}}\\x07\nbell⟦<|endoftext|>⟧",
+    )
     drawn = (
         "--- window 0 of 1 ---\n" + "\n".join(part.format(at) for at, part in enumerate(order, start=1))
         for order in ((first, second), (second, first))

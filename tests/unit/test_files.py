@@ -6,15 +6,18 @@ import gzip
 import os
 import struct
 import time
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import pytest
 import zstandard
 from text_data import jsonl
 
 from gptj_train.data import files
 from gptj_train.data.files import SUFFIXES, find_files, numbered_lines
+from gptj_train.data.tables import read_rows
 from gptj_train.errors import UserError
 
 LINES = [b"line %d of a text, " % number + b"word " * (number % 50) for number in range(2000)]
@@ -252,3 +255,60 @@ def test_a_line_that_does_not_end(tmp_path: Path, suffix: str, monkeypatch: pyte
 @pytest.mark.parametrize("name", ["gone.jsonl", "gone.jsonl.zst", "gone.txt.gz"])
 def test_a_file_that_went_away(tmp_path: Path, name: str) -> None:
     assert refusal(tmp_path / name) == ": cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.txt.gz", "a.parquet"])
+def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+    file = written(tmp_path / name, pointer)
+    read = partial(read_rows, columns={"text"}) if name == "a.parquet" else numbered_lines
+    with pytest.raises(UserError, match=r"this is a Git LFS pointer, not the file itself; run 'git lfs pull'"):
+        list(read(file, progress=lambda read: None))
+
+
+def test_a_near_name_is_offered(tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "train.jsonl", "x")
+    with pytest.raises(UserError, match=rf"did you mean '{file}'\?"):
+        find_files(str(tmp_path / "trian.jsonl"), "data.train")
+    with pytest.raises(UserError, match="correct the path") as caught:
+        find_files(str(tmp_path / "other"), "data.train")
+    assert "did you mean" not in str(caught.value)
+
+
+def test_paths_with_commas_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [jsonl(tmp_path / name, "x") for name in ("a.jsonl", "b.jsonl", "c,d.jsonl")]
+    assert find_files(f"{files[0]}, {files[1]}", "data.train") == files[:2]
+    assert find_files(str(files[2]), "data.train") == files[2:]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_files("~/a.jsonl,~/b.jsonl", "data.train") == files[:2]
+    assert find_files([str(files[2]), str(files[0])], "data.train") == [files[2], files[0]]
+
+
+def test_suffixes_in_capitals(tmp_path: Path) -> None:
+    names = ["a.JSONL", "b.Json.GZ", "c.TXT"]
+    files = [jsonl(tmp_path / name, "x") for name in names]
+    assert find_files(str(tmp_path), "data.train") == files
+    assert [find_files(str(file), "data.train") for file in files] == [[file] for file in files]
+    written(tmp_path / "b.Json.GZ", gzip.compress(CONTENT))
+    assert lines_of(tmp_path / "b.Json.GZ") == LINES
+
+
+def test_urls_are_copied_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    there = fsspec.filesystem("memory")
+    for folder in ("a", "b"):
+        there.pipe(f"/{folder}/part.jsonl", CONTENT)
+    found = find_files(["memory://a/*.jsonl", "memory://b/part.jsonl"], "data.train")
+    assert [file.name for file in found] == ["part.jsonl"] * 2
+    assert found[0] != found[1]
+    assert [lines_of(file) for file in found] == [LINES] * 2
+    assert capsys.readouterr().out.count("data.train: copying ") == 2
+    there.rm("/a/part.jsonl")
+    there.rm("/b/part.jsonl")
+    assert find_files("memory://b/part.jsonl", "data.train") == found[1:]
+    with pytest.raises(UserError, match=r"data\.train=memory://b/none\.jsonl: cannot be fetched \(.*; correct it"):
+        find_files("memory://b/none.jsonl", "data.train")
+    with pytest.raises(UserError, match=r"data\.train=none://x: cannot be fetched \(Protocol not known: none"):
+        find_files("none://x", "data.train")

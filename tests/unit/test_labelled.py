@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import datasets
 import numpy as np
 import pandas
 import pytest
+import zstandard
 
 from gptj_train.data.labelled import LabelledDataConfig, LabelledRows, join_pair, prepare_labelled
 from gptj_train.data.tokenizer import Tokenizer
@@ -49,7 +51,8 @@ def read(
     length: int = 64,
     **fields: Any,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
-    given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"} | fields
+    given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"}
+    given |= {"bad_records": "error", "max_bad_share": 0.01} | fields
     data = LabelledDataConfig(train=train, **given)
     return prepare_labelled(data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length)
 
@@ -131,34 +134,34 @@ def test_pairs_keep_a_separator_and_share_the_room(tmp_path: Path, tokenizer: To
 @pytest.mark.parametrize(
     ("rows", "given", "message"),
     [
-        ([{"text": "a", "label": "x"}, {"text": "", "label": "y"}], {}, r"rows.jsonl row 2: no text in 'text'"),
+        ([{"text": "a", "label": "x"}, {"text": "", "label": "y"}], {}, r"rows.jsonl:2: no text in 'text'"),
         (
             [{"body": "a", "label": "x"}],
             {},
-            r"row 1: no text in 'text', the fields with a value are body, label; set data.text_field",
+            r":1: no text in 'text'; the fields with a value are body, label; set data.text_field",
         ),
         (
             [{"text": "a", "label": None}],
             {},
-            r"row 1: no 'label', the fields with a value are text; set data.label_field",
+            r":1: no 'label'; the fields with a value are text; set data.label_field",
         ),
         ([{"text": "a", "label": "x"}] * 2, {}, r"the labels are \['x'\]; two or more"),
-        ([{"text": "a", "label": "z"}], {"labels": ["x", "y"]}, r"row 1: label 'z' is none of x, y; correct it"),
-        ([{"text": "a", "label": 2}], {"labels": ["x", "y"]}, r"row 1: label 2 is none of x, y"),
-        ([{"text": "a", "label": 0.5}], {}, r"row 1: the label must be a name or a number, got 0.5"),
-        ([{"text": "a", "label": ["x"]}], {}, r"row 1: the label must be a name or a number, got \['x'\]"),
+        ([{"text": "a", "label": "z"}], {"labels": ["x", "y"]}, r":1: label 'z' is none of x, y; correct it"),
+        ([{"text": "a", "label": 2}], {"labels": ["x", "y"]}, r":1: label 2 is none of x, y"),
+        ([{"text": "a", "label": 0.5}], {}, r":1: the label must be a name or a number, got 0.5"),
+        ([{"text": "a", "label": ["x"]}], {}, r":1: the label must be a name or a number, got \['x'\]"),
         (
             [{"text": "a", "label": "x"}],
             {"problem": MULTI},
-            r"row 1: the label must be a list of labels, got 'x'",
+            r":1: the label must be a list of labels, got 'x'",
         ),
-        ([{"text": "a", "label": [0, 1, 1]}], {"problem": MULTI}, r"row 1: a label twice in \[0, 1, 1\]"),
-        ([{"text": "a", "x": 2}], {"problem": MULTI, "label_field": ["x"]}, r"row 1: .* must hold 0 or 1, got \[2\]"),
-        ([{"text": "a", "label": "x"}], {"problem": "regression"}, r"row 1: the label must be a number or numbers"),
+        ([{"text": "a", "label": ["x", "x"]}], {"problem": MULTI}, r":1: a label twice in \['x', 'x'\]"),
+        ([{"text": "a", "x": 2}], {"problem": MULTI, "label_field": ["x"]}, r":1: .* must hold 0 or 1, got \[2\]"),
+        ([{"text": "a", "label": "x"}], {"problem": "regression"}, r":1: the label must be a number or numbers"),
         (
             [{"text": "a", "label": [1.0]}, {"text": "a", "label": [1.0, 2]}],
             {"problem": "regression"},
-            r"row 2: 2 numb",
+            r":2: 2 numb",
         ),
         ([{"text": "a", "x": 1}], {"label_field": ["x", "y"]}, "several fields are for multi_label"),
         ([], {}, r"data.train: no rows in"),
@@ -173,11 +176,12 @@ def test_a_mistake_is_named(
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"data.train: no .jsonl, .csv or .parquet file"):
+    with pytest.raises(UserError, match=r"data.train: no .jsonl, .*\.parquet, \.arrow file at"):
         read(tokenizer, str(tmp_path / "nowhere.csv"))
     for name in ("bad.jsonl", "bad.parquet"):
         (tmp_path / name).write_text('{"text": "a", "label": "x"}\n{"text": \n')
-        with pytest.raises(UserError, match=rf"{name}: cannot be read \(.+\)") as error:
+        message = rf"{name}:2: not a line of JSON" if name == "bad.jsonl" else rf"{name}: cannot be read as parquet"
+        with pytest.raises(UserError, match=message) as error:
             read(tokenizer, str(tmp_path / name))
         assert "\n" not in str(error.value)
     both = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in ("test", "train")})
@@ -191,3 +195,146 @@ def test_rows_are_truncated_to_the_length(tmp_path: Path, tokenizer: Tokenizer) 
     source = write(tmp_path / "long.jsonl", [{"text": "a cat " * 9, "label": label} for label in "xy"])
     whole, cut = (read(tokenizer, source, length=length)[0].token_ids[0] for length in (64, 5))
     assert np.array_equal(cut, whole[:5])
+
+
+# --- labels and files as people have them ---
+
+
+def lines(path: Path, *rows: Any) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_flags_for_each_label_are_not_ids(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    two = lines(tmp_path / "two.jsonl", {"text": "a", "label": [0, 1]}, {"text": "b", "label": [1, 0]})
+    rows, _, names = read(tokenizer, two, MULTI)
+    assert (names, rows.labels.tolist()) == (["0", "1"], [[0, 1], [1, 0]])
+    assert "'label' holds a flag of 0 or 1 for each of 2 labels" in capsys.readouterr().out
+    three = lines(tmp_path / "three.jsonl", {"text": "a", "label": [0, 1.0, 0]}, {"text": "b", "label": [True, 0, 0]})
+    held_out = lines(tmp_path / "held_out.jsonl", {"text": "a", "label": [1, 1, 1]})
+    rows, validation, names = read(tokenizer, three, MULTI, labels=["x", "y", "z"], validation=held_out)
+    assert (names, rows.labels.tolist()) == (["x", "y", "z"], [[0, 1, 0], [1, 0, 0]])
+    assert validation is not None
+    assert validation.labels.tolist() == [[1, 1, 1]]
+    with pytest.raises(UserError, match=r"held_out.jsonl:1: a list of 3 flags of 0 and 1 is wanted, got \[2\]"):
+        read(tokenizer, three, MULTI, validation=lines(Path(held_out), {"text": "a", "label": [2]}))
+
+
+def test_lists_of_ids_are_not_flags(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ids = lines(tmp_path / "a.jsonl", {"text": "a", "label": [0, 1]}, {"text": "b", "label": [1]})
+    assert read(tokenizer, ids, MULTI)[0].labels.tolist() == [[1, 1], [0, 1]]
+    single = lines(tmp_path / "b.jsonl", {"text": "a", "label": [0]}, {"text": "b", "label": [1]})
+    assert read(tokenizer, single, MULTI)[0].labels.tolist() == [[1, 0], [0, 1]]
+    of_three = lines(tmp_path / "c.jsonl", {"text": "a", "label": [0, 1]})
+    assert read(tokenizer, of_three, MULTI, labels=["x", "y", "z"])[0].labels.tolist() == [[1, 1, 0]]
+
+
+@pytest.mark.parametrize("label", ["2021-05-01", "12:30", "1.10", "001", "true", "NaN", "1e3"])
+def test_a_label_that_looks_like_something_else_stays_its_text(
+    tmp_path: Path, tokenizer: Tokenizer, label: str
+) -> None:
+    source = lines(tmp_path / "a.jsonl", {"text": label, "label": label}, {"text": "b", "label": "zz"})
+    rows, _, names = read(tokenizer, source)
+    assert sorted(names) == sorted([label, "zz"])
+    assert tokenizer.decode(rows.token_ids[0].tolist()) == label
+
+
+def test_whole_numbers_with_a_point_are_classes(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    source = lines(tmp_path / "a.jsonl", {"text": "a", "label": 1.0}, {"text": "b", "label": 0})
+    rows, _, names = read(tokenizer, source)
+    assert (names, rows.labels.tolist()) == (["0", "1"], [1, 0])
+    rows, _, names = read(tokenizer, source, labels=["bad", "good"])
+    assert (names, rows.labels.tolist()) == (["bad", "good"], [1, 0])
+    (tmp_path / "b.csv").write_text("text,label\na,10.0\nb,9.0\n")
+    assert read(tokenizer, str(tmp_path / "b.csv"))[2] == ["9", "10"]
+    (tmp_path / "b.csv").write_text("text,label\na,1.0\nb,1.5\n")  # versions, perhaps
+    assert read(tokenizer, str(tmp_path / "b.csv"))[2] == ["1.0", "1.5"]
+    (tmp_path / "b.csv").write_text("text,label\na,1.0\nb,0.0\n")
+    assert read(tokenizer, str(tmp_path / "b.csv"), labels=["x", "y"])[0].labels.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text,label\nfine, day,pos\nbad, day,neg\n", ":2: 3 fields, the header has 2; quote the text"),
+        ('text,label\n"two\nlines",x\nshort\n', ":4: 1 field, the header has 2; quote the text"),
+        ('text,label\n"no end,x\n', ":2: not a row of csv (unexpected end of data); correct its quotes"),
+        ("text,text\na,x\n", ":1: two columns have the same name; rename one of text, text"),
+    ],
+)
+def test_a_row_that_does_not_fit_its_header_is_named(
+    tmp_path: Path, tokenizer: Tokenizer, content: str, message: str
+) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    with pytest.raises(UserError, match=r"\S") as caught:
+        read(tokenizer, str(tmp_path / "a.csv"))
+    assert str(caught.value) == f"{tmp_path}/a.csv{message}"
+
+
+def test_a_column_that_is_not_read_decides_nothing(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Null for the first 12 MB, then text, then a list."""
+    row = {"text": "a cat", "label": "x", "note": None, "filler": "f" * 2000}
+    rows = [row] * 6000 + [row | {"note": "text", "label": "y"}, row | {"note": [1, {"a": 2}]}]
+    assert len(read(tokenizer, lines(tmp_path / "large.jsonl", *rows))[0]) == 6002
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", b'[{"text": "a cat", "label": "x"},\n {"text": "a dog", "label": "y"}]'),
+        ("a.JSONL", b'{"text": "a cat", "label": "x"}\r\n{"text": "a dog", "label": "y"}'),
+        ("a.csv", b"\xef\xbb\xbftext,label\r\na cat,x\r\na dog,y\r\n"),
+        ("a.CSV", b"label,text\nx,a cat\n\ny,a dog\n"),
+        ("train[1].csv", b'text,label\n"a cat",x\na dog,y\n'),
+        ("a.tsv", b"text\tlabel\na cat\tx\na dog\ty\n"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a cat", "label": "x"}\n{"text": "a dog", "label": "y"}\n')),
+        ("a.Csv.zst", zstandard.compress(b"text,label\na cat,x\na dog,y\n")),
+    ],
+)
+def test_files_as_people_have_them(tmp_path: Path, tokenizer: Tokenizer, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        rows, _, names = read(tokenizer, str(path))
+        assert (names, rows.labels.tolist()) == (["x", "y"], [0, 1])
+        assert [tokenizer.decode(ids.tolist()) for ids in rows.token_ids] == ["a cat", "a dog"]
+
+
+def test_texts_keep_every_line_separator(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = "a\u2028b\u0085c\x0cd\re"
+    (tmp_path / "a.csv").write_bytes(f'text,label\n"{text}",x\nb,y\n'.encode())
+    assert tokenizer.decode(read(tokenizer, str(tmp_path / "a.csv"))[0].token_ids[0].tolist()) == text
+
+
+def test_an_empty_second_text_is_an_empty_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    pairs = [{"text": "a cat", "other": "", "label": "x"}, {"text": "a", "other": "b", "label": "y"}]
+    rows, _, _ = read(tokenizer, lines(tmp_path / "a.jsonl", *pairs), second_text_field="other")
+    assert rows.token_ids[0].tolist() == [*tokenizer.encode("a cat"), tokenizer.eos_id]
+    missing = lines(tmp_path / "a.jsonl", pairs[0] | {"other": None})
+    with pytest.raises(UserError, match=r":1: no text in 'other'; .*; set data.second_text_field"):
+        read(tokenizer, missing, second_text_field="other")
+
+
+def test_bad_records_are_left_out_up_to_a_share(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [{"text": "a", "label": "x"}, {"text": "b", "label": "y"}]
+    source = lines(tmp_path / "a.jsonl", *good, {"text": "", "label": "x"}, {"text": "c", "label": float("nan")})
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write("broken\n")
+    assert len(read(tokenizer, source, bad_records="skip", max_bad_share=0.6)[0]) == 2
+    reasons = "1 x no text in 'text', 1 x no 'label', 1 x not a line of JSON"
+    assert f"data.train: 3 of 5 records left out ({reasons})" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"data.train: 60.00% of the records are bad \(1 x no text"):
+        read(tokenizer, source, bad_records="skip", max_bad_share=0.5)
+
+
+def test_fields_with_text_that_is_not_read_are_named(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"text": "a", "hypothesis": "b", "n": 1, "empty": "", "label": label} for label in "xy"]
+    read(tokenizer, lines(tmp_path / "a.jsonl", *rows))
+    assert capsys.readouterr().out == "data.train: text that is not read, in the fields hypothesis\n"
+    read(tokenizer, lines(tmp_path / "a.jsonl", *rows), second_text_field="hypothesis")
+    assert capsys.readouterr().out == ""

@@ -395,7 +395,8 @@ def test_the_metadata_of_a_store(file: Path, cache: Path, opened: Any) -> None:
     opened(file)
     metadata = json.loads((folders(cache)[0] / "store.json").read_text())
     sizes = {path.name: path.stat().st_size for path in folders(cache)[0].glob("*.bin")}
-    assert metadata == {"dtype": "uint16", "components": ["train"], "skipped": {}, "bytes": sizes}
+    counts = {"skipped": {}, "special_tokens": {}}
+    assert metadata == {"dtype": "uint16", "components": ["train"], **counts, "bytes": sizes}
 
 
 @pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "store.json"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -176,19 +177,27 @@ def test_all_forms_of_a_file_read_alike(tmp_path: Path) -> None:
     (tmp_path / "nested.json").write_text(json.dumps(NESTED))
     (tmp_path / "flat.json").write_text(json.dumps({"data": FLAT}, ensure_ascii=False), encoding="utf-8")
     (tmp_path / "flat.jsonl").write_text("\n".join(map(json.dumps, FLAT)) + "\n")
-    nested, flat, lines = (read_files([tmp_path / name]) for name in ("nested.json", "flat.json", "flat.jsonl"))
+    nested, flat, lines = (read(tmp_path / name) for name in ("nested.json", "flat.json", "flat.jsonl"))
     assert nested == flat == lines
     assert [question.answers for question in nested] == [("1999", "1999"), ()]
 
 
+def read(*files: Path, bad_records: str = "error", max_bad_share: float = 0.0) -> list[Question]:
+    return read_files(list(files), "data.train", bad_records=bad_records, max_bad_share=max_bad_share)
+
+
 BROKEN: list[tuple[dict[str, Any], str]] = [
-    ({"answers": {"text": ["1999"], "answer_start": [30]}}, r"x.jsonl:1: the answer '1999' is not at character 30"),
-    ({"answers": {"text": ["In"], "answer_start": [-36]}}, r"x.jsonl:1: the answer 'In' is not at character -36"),
+    (
+        {"answers": {"text": ["1999"], "answer_start": [30]}},
+        r"x.jsonl:1: an answer is not at its place; the answer '1999' is not at character 30",
+    ),
+    ({"answers": {"text": ["In"], "answer_start": [-36]}}, r"x.jsonl:1: .*; the answer 'In' is not at character -36"),
     ({"answers": {"text": [" "], "answer_start": [2]}}, r"x.jsonl:1: an answer is empty"),
-    ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: 1 answer texts, but 0 starts"),
+    ({"answers": {"text": ["1999"], "answer_start": []}}, r"x.jsonl:1: .*; 1 answer texts, but 0 starts"),
     ({"answers": {"text": ["1999"]}}, r"x.jsonl:1: the field 'answer_start' is missing"),
-    ({"answers": "1999"}, r"x.jsonl:1: 'answers' is not a list or dict, but '1999'"),
-    ({"id": 7}, r"x.jsonl:1: 'id' is not a str, but '7'"),
+    ({"answers": 1999}, r"x.jsonl:1: 'answers' is not a list or dict or str; it is '1999'"),
+    ({"answers": "e"}, r"x.jsonl:1: an answer without answer_start; the answer 'e' occurs 3 times in its context"),
+    ({"id": [7]}, r"x.jsonl:1: an id that is no text or integer"),
     ({"question": "\ud83d"}, r"x.jsonl:1: 'question': the text contains a lone surrogate"),
 ]
 
@@ -197,7 +206,7 @@ BROKEN: list[tuple[dict[str, Any], str]] = [
 def test_a_bad_record_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     (tmp_path / "x.jsonl").write_text(json.dumps(FLAT[0] | changes))
     with pytest.raises(UserError, match=message):
-        read_files([tmp_path / "x.jsonl"])
+        read(tmp_path / "x.jsonl")
 
 
 def test_a_bad_place_in_a_nested_file_is_named(tmp_path: Path) -> None:
@@ -205,13 +214,13 @@ def test_a_bad_place_in_a_nested_file_is_named(tmp_path: Path) -> None:
     del broken["data"][0]["paragraphs"][0]["qas"][1]["question"]
     (tmp_path / "x.json").write_text(json.dumps(broken))
     with pytest.raises(UserError, match=r"data\[0\].paragraphs\[0\].qas\[1\]: .*'question'"):
-        read_files([tmp_path / "x.json"])
+        read(tmp_path / "x.json")
 
 
 def test_a_duplicate_id_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join([json.dumps(FLAT[0])] * 2))
     with pytest.raises(UserError, match=r"x.jsonl:2: duplicate id 'a'"):
-        read_files([tmp_path / "x.jsonl"])
+        read(tmp_path / "x.jsonl")
 
 
 def test_offsets_are_arrays_of_characters() -> None:
@@ -219,3 +228,80 @@ def test_offsets_are_arrays_of_characters() -> None:
     assert len(ids) == 0
     assert offsets.shape == (0, 2)
     assert offsets.dtype == np.int64
+
+
+CONTEXT = "Ada wrote it in 1843."
+
+
+def nested(*questions: dict[str, Any]) -> dict[str, Any]:
+    return {"paragraphs": [{"context": CONTEXT, "qas": list(questions)}]}
+
+
+def flat_question(**changes: Any) -> dict[str, Any]:
+    return {
+        "question": "Who?",
+        "context": CONTEXT,
+        "answers": {"text": ["Ada"], "answer_start": [0]},
+    } | changes
+
+
+def test_ids_are_text_and_missing_ones_are_numbered(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    answer = {"answer_id": 1, "text": "Ada", "answer_start": 0, "answer_end": 3, "answer_category": None}
+    asked = [{"question": "Who?", "answers": [answer]} | given for given in ({"id": 11899}, {}, {"id": "4"}, {}, {})]
+    (tmp_path / "a.json").write_text(json.dumps({"data": [nested(*asked)]}))
+    assert [question.id for question in read(tmp_path / "a.json")] == ["11899", "2", "4", "5", "6"]
+    assert capsys.readouterr().out == "data.train: 3 questions have no id; their numbers are taken for it\n"
+
+
+ANSWERS = {
+    "two lists": {"text": ["Ada"], "answer_start": [0]},
+    "one text": {"text": "Ada", "answer_start": 0},
+    "a list of answers": [{"text": "Ada", "answer_start": 0}],
+    "just a text": "Ada",
+    "a list of texts": ["Ada"],
+    "a whole number with a point": {"text": ["Ada"], "answer_start": [0.0]},
+}
+
+
+@pytest.mark.parametrize("answers", ANSWERS.values(), ids=ANSWERS)
+def test_answers_as_people_write_them(tmp_path: Path, answers: Any) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps(flat_question(answers=answers)))
+    (found,) = read(tmp_path / "a.jsonl")
+    assert (found.answers, found.answer_start) == (("Ada",), 0)
+
+
+FILES = {
+    "a list of records": ("a.json", [flat_question()], "indent"),
+    "a list of articles": ("a.json", [nested(flat_question())], "indent"),
+    "one article": ("a.json", nested(flat_question()), "indent"),
+    "articles, a line each": ("a.jsonl", nested(flat_question()), ""),
+    "a file of SQuAD named jsonl": ("a.jsonl", {"data": [nested(flat_question())]}, ""),
+    "a list in a .jsonl": ("a.jsonl", [flat_question()], "indent"),
+    "another suffix": ("a.JSON.gz", {"data": [flat_question()]}, "gz"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "form"), FILES.values(), ids=FILES)
+def test_files_as_people_have_them(tmp_path: Path, name: str, content: Any, form: str) -> None:
+    text = json.dumps(content, indent=1 if form == "indent" else None).encode()
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text if form != "gz" else gzip.compress(text))
+    (found,) = read(tmp_path / name)
+    assert (found.id, found.question, found.context, found.answers) == ("1", "Who?", CONTEXT, ("Ada",))
+
+
+def test_a_json_with_a_record_a_line(tmp_path: Path) -> None:
+    records = [flat_question(id="a"), flat_question(id="b", question="Who\u2028?")]
+    text = "\r\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+    (tmp_path / "a.json").write_text(text, encoding="utf-8", newline="")
+    assert [question.id for question in read(tmp_path / "a.json")] == ["a", "b"]
+
+
+def test_bad_questions_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = [json.dumps(flat_question(id=str(number))) for number in range(3)]
+    wrong_place = flat_question(answers={"text": ["Ada"], "answer_start": [1]})
+    (tmp_path / "a.jsonl").write_text("\n".join([*good, json.dumps(wrong_place), "broken"]))
+    assert len(read(tmp_path / "a.jsonl", bad_records="skip", max_bad_share=0.5)) == 3
+    reasons = "1 x an answer is not at its place, 1 x not JSON"
+    assert capsys.readouterr().out == f"data.train: 2 of 5 records left out ({reasons})\n"
+    with pytest.raises(UserError, match=r"data.train: 40.00% of the records are bad"):
+        read(tmp_path / "a.jsonl", bad_records="skip", max_bad_share=0.3)

@@ -11,6 +11,7 @@ import yaml
 from gptj_train.data.text_config import DataConfig
 
 VALUES = yaml.safe_load((Path(__file__).parents[2] / "configs" / "data" / "files.yaml").read_text())
+VALUES["kind"] = "text"  # what "auto" becomes before a file is read in full
 
 
 def text_data(**changes: Any) -> DataConfig:
