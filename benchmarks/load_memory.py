@@ -64,8 +64,7 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.training.engine import deepspeed, join_process_group
-    from gptj_train.training.initial_weights import fill_frozen
-    from gptj_train.weights.checkpoint_weights import open_weights
+    from gptj_train.training.initial_weights import open_initial_weights
 
     torch.set_num_threads(threads)
     rank, _ = join_process_group()
@@ -77,8 +76,12 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
     if side == "gptj_train":
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = GPTJForCausalLM(GPTJConfig(**shape(layers, width))).requires_grad_(False)
-        with open_weights(folder) as weights:
-            fill_frozen(model, weights, {name: name for name, _ in model.named_parameters()}, rank)
+        shapes = {name: torch.Size(parameter.ds_shape) for name, parameter in model.named_parameters()}
+        initial_weights = open_initial_weights(
+            str(folder), shapes=shapes, trained={}, mean_rows={}, new_head_allowed=False
+        )
+        with initial_weights as initial:
+            initial.fill_frozen(model, rank)
     else:
         # from_pretrained partitions the weights while this object is alive.
         held = HfDeepSpeedConfig(config)

@@ -1,13 +1,12 @@
-"""Our preparation beside the one of Transformers' run_clm.py: MB of text a second, of the same files.
+"""Compare our data preparation with that of Transformers' run_clm.py: MB of text a second, on the same files.
 
     python benchmarks/prepare_vs_run_clm.py TOKENIZER_FOLDER FILES...
 
-The peer is what that example does, written with ``datasets``: load_dataset("json"), map(tokenize, batched) with the
-fast tokenizer, map(group_texts, batched), both over as many processes as there are cores. Equal are files, tokenizer,
-cores and window length; each run has a fresh process and an empty cache. The clock starts when the tokenizer is loaded
-and stops when the windows can be read; CPU seconds, of all processes of a side, are the fairer measure on a machine
-with other work. The sides take turns. Nothing is published unless both count the same tokens, but for the one that
-ends each of our documents.
+The peer does what that example does with ``datasets``: load_dataset("json"), map(tokenize, batched) with the fast
+tokenizer, map(group_texts, batched), both with a process per core. Both sides have the same files, tokenizer, cores and
+window length, a fresh process and an empty cache. The clock starts when the tokenizer is loaded and stops when the
+windows can be read. CPU seconds of all processes are the fairer measure on a busy machine. The sides take turns.
+No results are written unless both count the same tokens, apart from our EOS token after each document.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,16 +29,13 @@ SIDES = ("gptj_train", "run_clm")
 
 
 def ours(tokenizer_folder: str, files: list[str], length: int, cache: str) -> dict[str, float]:
+    from gptj_train.config import ClmConfig
     from gptj_train.data.corpus import prepare
-    from gptj_train.data.text_config import DataConfig
     from gptj_train.data.tokenizer import Tokenizer
+    from gptj_train.launch.command_line import compose
 
-    data = DataConfig(
-        **{"train": files, "validation": None, "forgetting": None, "cache_dir": cache, "weights": None},
-        **{"kind": "text", "text_field": "text", "prompt_field": "prompt", "response_field": "response"},
-        **{"messages_field": "messages", "chat_template": "{content}", "component_field": "meta.pile_set_name"},
-        **{"packing": "contiguous", "isolate": True, "bad_records": "error", "max_bad_share": 0.01},
-    )
+    defaults = compose("clm", ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"], ClmConfig)
+    data = replace(defaults.data, train=files, cache_dir=cache)
     tokenizer = Tokenizer.load(tokenizer_folder)
     began = spent()
     (windows,) = prepare(data, tokenizer, length).train.windows.values()
@@ -54,8 +51,8 @@ def theirs(tokenizer_folder: str, files: list[str], length: int, cache: str) -> 
     from transformers.utils import logging
 
     datasets.disable_progress_bars()
-    logging.set_verbosity_error()  # texts beyond the model's length are meant
-    # As with us, text that spells a special token stays text.
+    logging.set_verbosity_error()  # it warns of texts longer than the model's context, which are cut later
+    # As in our stores, text that spells a special token is plain text.
     tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder, split_special_tokens=True)
     began = spent()
     records = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache)
@@ -75,13 +72,13 @@ def theirs(tokenizer_folder: str, files: list[str], length: int, cache: str) -> 
 
 
 def spent() -> dict[str, float]:
-    """Seconds on the clock, and on the CPU of this process and of those it waited for."""
+    """Return wall-clock seconds, and CPU seconds of this process and the children it waited for."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {"seconds": time.perf_counter(), "cpu_seconds": sum(each.ru_utime + each.ru_stime for each in used)}
 
 
 def run(side: str, args: argparse.Namespace) -> dict[str, float]:
-    """One side in a process and a cache of its own."""
+    """Run one side in a fresh process with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
         job = json.dumps([side, args.tokenizer, args.files, args.length, cache])
         command = [sys.executable, __file__, "--work", job]
@@ -111,7 +108,7 @@ def main() -> None:
             runs[side].append(run(side, args))
             print(side, runs[side][-1], f"load {loads[-1]:.1f}", file=sys.stderr, flush=True)
     if len({found["tokens"] for of_side in runs.values() for found in of_side}) > 1:
-        sys.exit("the sides count different tokens; nothing is published")
+        sys.exit("the sides count different tokens; no results are written")
     size = runs["gptj_train"][0]["bytes"] / 1e6
     turns = list(zip(*runs.values(), strict=True))
     of_turn = {name: [their[name] / our[name] for our, their in turns] for name in ("seconds", "cpu_seconds")}

@@ -1,10 +1,10 @@
-"""Does it help to read the context twice? Exact match with and without, where the cue comes before and after.
+"""Measure whether writing the context twice helps, with the cue before the answer and after it.
 
 python benchmarks/qa_repetition.py [STEPS]
 
-Contexts are lists of three names, each with a colour; the question asks for the name of a colour, or for a colour that
-is not there. With "- red: name" the start of the answer has seen its cue; with "- name (red)" it has not. One small
-GPT-J from random weights for each of the four cases, plain AdamW on one CPU thread.
+A context lists three names, each with a colour. The question asks for the name of a colour, or for a colour that the
+context lacks. In "- red: name" the answer's tokens attend to their cue; in "- name (red)" they cannot. Each of the four
+cases trains a small GPT-J from random weights, with plain AdamW on one CPU thread.
 """
 
 import random
@@ -14,7 +14,9 @@ import time
 import torch
 
 from gptj_train import GPTJConfig, GPTJForQuestionAnswering
-from gptj_train.data.squad import Features, Question
+from gptj_train.data.sampler import Sampler
+from gptj_train.data.squad import Question
+from gptj_train.data.squad_features import Features
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.tasks.question_answering import QATaskConfig, QuestionAnswering
 
@@ -35,7 +37,7 @@ def question(number: int, form: str, draw: random.Random) -> Question:
 
 
 def exact_match(form: str, repeat: bool, steps: int) -> tuple[float, float]:
-    """Held-out exact match after training, and the seconds it took."""
+    """Return the held-out exact match after training, and the seconds that training took."""
     torch.manual_seed(0)
     draw = random.Random(0)
     train, held_out = ([question(number, form, draw) for number in range(count)] for count in (20_000, 300))
@@ -43,7 +45,13 @@ def exact_match(form: str, repeat: bool, steps: int) -> tuple[float, float]:
     sizes = {"doc_stride": 32, "max_question_tokens": 16, "repeat_context": repeat}
     features = [Features(questions, tokenizer, length=256, **sizes) for questions in (train, held_out)]
     config = QATaskConfig(**sizes, max_answer_tokens=16, n_best=5, null_threshold=0.0)
-    task = QuestionAnswering(*features, config, seed=0, global_batch_size=BATCH, micro_batch_size=BATCH)
+    task = QuestionAnswering(
+        train=features[0],
+        sampler=Sampler([len(features[0])], seed=0, global_batch_size=BATCH, micro_batch_size=BATCH),
+        validation=features[1],
+        config=config,
+        batch_size=BATCH,
+    )
     model = GPTJForQuestionAnswering(
         GPTJConfig(vocab_size=len(tokenizer), n_positions=256, n_embd=128, n_layer=3, n_head=4, rotary_dim=16)
     )
@@ -58,8 +66,9 @@ def exact_match(form: str, repeat: bool, steps: int) -> tuple[float, float]:
         optimizer.zero_grad()
     seconds = time.perf_counter() - began
     with torch.no_grad():
-        batches = task.evaluation_batches(0, 1)
-        records = [row for batch in batches for row in task.records(model(**batch, num_items_in_batch=1.0), batch)]
+        records = []
+        for batch in task.evaluation_batches(0, 1):
+            records += task.records(model(**batch.inputs, num_items_in_batch=1.0), batch)
     return task.metrics(records)["exact_match"], seconds
 
 

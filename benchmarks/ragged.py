@@ -1,14 +1,14 @@
-"""Real tokens learnt from a second, on text of uneven length: our packed windows beside Transformers' two ways.
+"""Compare useful tokens a second on text of uneven length: our packed windows, and two ways with Transformers.
 
     python benchmarks/ragged.py TOKENIZER_FOLDER FILES...
 
 * ``gptj_train``: packed windows; documents in a window are isolated.
-* ``transformers_padded``: a document a row (one beyond the window in several rows), rows padded to the batch's longest.
-* ``transformers_packed``: our windows as run_clm.py would train on them: documents see each other.
+* ``transformers_padded``: a document a row (a long one in several rows), padded to the longest row of the batch.
+* ``transformers_packed``: the same windows as run_clm.py would train on them: documents attend to each other.
 
-Model, DeepSpeed config, initial weights, rows a batch, ranks and threads as in step_vs_transformers.py. Useful tokens
-are the targets that are text: no padding; ours leaves out the first token of each document, which nothing predicts.
-The sides take turns, each run in fresh processes. It runs on the CPU.
+Model, DeepSpeed config, initial weights, rows per batch, ranks and threads are those of step_vs_transformers.py. Useful
+tokens are targets that are text, not padding; ours exclude the first token of each document, which nothing predicts.
+The sides take turns, each run in fresh processes, on the CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,58 +35,63 @@ IGNORE = -100
 
 
 def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, steps: int, rank: int, ranks: int) -> list:
-    """A rank's micro-batches, as arguments of the model's forward."""
+    """Return a rank's micro-batches, as arguments of the model's forward."""
     import torch
 
+    from gptj_train.config import ClmConfig
     from gptj_train.data.packing import ContiguousWindows, Documents
     from gptj_train.data.preparation import open_stores
     from gptj_train.data.sampler import sample_at
-    from gptj_train.data.text_config import DataConfig
     from gptj_train.data.tokenizer import Tokenizer
+    from gptj_train.launch.command_line import compose
 
-    data = DataConfig(
-        **{"train": files, "validation": None, "forgetting": None, "cache_dir": cache, "weights": None},
-        **{"kind": "text", "text_field": "text", "prompt_field": "prompt", "response_field": "response"},
-        **{"messages_field": "messages", "chat_template": "{content}", "component_field": "meta.pile_set_name"},
-        **{"packing": "contiguous", "isolate": True, "bad_records": "error", "max_bad_share": 0.01},
-    )
+    defaults = compose("clm", ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"], ClmConfig)
+    data = replace(defaults.data, train=files, cache_dir=cache)
     tokenizer = Tokenizer.load(tokenizer_folder)
     documents = Documents(open_stores([Path(file) for file in files], data, tokenizer))
     length, rows = CELL.sequence_length, CELL.micro_batch_size
-    windows = ContiguousWindows(documents, length, tokenizer.end_id)
-    pieces = [(i, at) for i, size in enumerate(documents.lengths.tolist()) for at in range(0, size - 1, length)]
-    count = len(pieces) if side == "transformers_padded" else len(windows) - 1  # the last one is not full
+    windows = ContiguousWindows(documents, length, tokenizer.eos_id)
+    # Padded rows: a document each, or, where it is longer than a window, one of its pieces.
+    pieces = []
+    for document, size in enumerate(documents.lengths.tolist()):
+        pieces += [(document, start) for start in range(0, size - 1, length)]
+    # The last window is left out: it is not full.
+    count = len(pieces) if side == "transformers_padded" else len(windows) - 1
     found = []
     for step in range(steps):
         first = (step * ranks + rank) * rows
-        order = [sample_at(place, count, 0) for place in range(first, first + rows)]
+        order = [sample_at(position, count, 0) for position in range(first, first + rows)]
         if side == "transformers_padded":
-            chosen = [pieces[index] for index in order]
-            texts = [documents.part(i, at, min(length, int(documents.lengths[i]) - at))[0] for i, at in chosen]
-            ids = torch.full((rows, max(map(len, texts))), tokenizer.end_id)
+            texts = []
+            for document, start in (pieces[index] for index in order):
+                size = min(length, int(documents.lengths[document]) - start)
+                texts.append(documents.part(document, start, size)[0])
+            ids = torch.full((rows, max(map(len, texts))), tokenizer.eos_id)
             mask = torch.zeros_like(ids)
             for row, text in enumerate(texts):
                 ids[row, : len(text)] = torch.from_numpy(text.astype("int64"))
                 mask[row, : len(text)] = 1
             labels = ids.masked_fill(mask == 0, IGNORE)
             found.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
-        else:
-            chosen = [windows[index] for index in order]
-            ids, owners = (torch.stack([torch.from_numpy(window[part]) for window in chosen]) for part in (0, 1))
-            own = {"document_ids": owners} if side == "gptj_train" else {}
-            found.append({"input_ids": ids, "labels": ids} | own)
+            continue
+        chosen = [windows[index] for index in order]
+        ids = torch.stack([torch.from_numpy(window.tokens) for window in chosen])
+        batch = {"input_ids": ids, "labels": ids}
+        if side == "gptj_train":
+            batch["document_ids"] = torch.stack([torch.from_numpy(window.document_ids) for window in chosen])
+        found.append(batch)
     return found
 
 
 def useful(batch: dict[str, Any]) -> int:
-    """Targets of a batch."""
+    """Count the targets of a batch."""
     from gptj_train.model.loss import next_token_targets
 
     return int((next_token_targets(batch["labels"], batch.get("document_ids")) != IGNORE).sum())
 
 
 def work(side: str, tokenizer: str, files: list[str], folder: str, cache: str, steps: int, threads: int) -> None:
-    """One rank of one run."""
+    """Train as one rank of one run."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
@@ -116,7 +121,7 @@ def work(side: str, tokenizer: str, files: list[str], folder: str, cache: str, s
 
 
 def run(side: str, args: argparse.Namespace, folder: str, cache: str) -> dict[str, float]:
-    """Launch a side; the rates of all ranks together."""
+    """Launch one side, and return the rates of all ranks together."""
     job = json.dumps([side, args.tokenizer, args.files, folder, cache, args.steps, args.threads])
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--num_gpus", str(args.ranks)]
     command = [*launcher, "--master_port", free_port(), __file__, "--work", job]
@@ -175,7 +180,7 @@ def main() -> None:
 
 
 def ratios(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> dict[str, Any]:
-    """Of each turn, and their median, of the rate with the update and without it."""
+    """Return the ratio of each turn and the median, with and without the optimizer update."""
     names = "useful_tokens_per_second", "useful_without_update"
     turns = {name: [our[name] / their[name] for our, their in zip(ours, theirs, strict=True)] for name in names}
     return {name: {"median": statistics.median(of_turn), "turns": of_turn} for name, of_turn in turns.items()}

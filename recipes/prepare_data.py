@@ -7,7 +7,7 @@ from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.recipe import recipe
 
 
-@recipe(PrepareDataConfig, one_process=True)
+@recipe(PrepareDataConfig, primary="prepare_data", one_process=True)
 def main(cfg: PrepareDataConfig) -> None:
     tokenizer, _, _ = build_vocabulary(cfg)
     data = prepare(cfg.data, tokenizer, cfg.sequence_length)

@@ -14,12 +14,12 @@ from gptj_train.data.tokenizer import Tokenizer
 
 PACKAGES = ("asyncio", "email", "http", "importlib", "logging", "multiprocessing", "unittest", "xml")
 VOCAB_SIZE = 2048
-LINES = 12  # of a snippet
-HELD_OUT = 10  # one snippet in so many
+LINES = 12  # per snippet
+HELD_OUT = 10  # one snippet in ten
 
 
 def snippets(package: Path) -> Iterator[str]:
-    """Every LINES lines of the package's modules; no snippet shares a line with another."""
+    """Cut the package's modules into snippets of LINES lines that do not overlap."""
     for path in sorted(package.rglob("*.py")):
         if "test" in path.parts:
             continue
@@ -35,6 +35,7 @@ def main() -> None:
     splits: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
     for package in PACKAGES:
         for text in sorted(set(snippets(library / package))):
+            # By hash: a snippet stays in its split when others come or go with another version of Python.
             held_out = int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT == 0
             splits["validation" if held_out else "train"].append({"text": text, "label": package})
     (folder / "tokenizer").mkdir(parents=True, exist_ok=True)

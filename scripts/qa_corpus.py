@@ -1,10 +1,10 @@
-"""Write a small question-answering set in SQuAD's flat form, and a tokenizer, from the standard library's own text.
+"""Write a small question-answering set in flat SQuAD form, and a tokenizer, from docstrings of the standard library.
 
 python scripts/qa_corpus.py [FOLDER]
 
-A context says of a function what it does, what it takes and where it is, in any order; about a third of these facts
-are left out. A question asks for one of them, so that about a third has no answer. No function of the held-out
-questions occurs in training.
+A context lists a function's purpose, arguments and module in random order; a third of these facts are left out. A
+question asks for one of the three, so about a third of the questions have no answer. The held-out questions are about
+functions that do not occur in training.
 """
 
 import ast
@@ -31,7 +31,7 @@ QUESTIONS = {
 
 
 def functions(library: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Public functions of the standard library, with their facts."""
+    """Find public functions of the standard library, each with its facts."""
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
         if {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.parts):
             continue
@@ -41,28 +41,30 @@ def functions(library: Path) -> Iterator[tuple[str, dict[str, str]]]:
             continue
         module = ".".join(path.relative_to(library).with_suffix("").parts).removesuffix(".__init__")
         for node in nodes:
-            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
-                sentence = re.match(r".*?\.(?= |$)", " ".join((ast.get_docstring(node) or "").split()))
-                arguments = [argument.arg for argument in node.args.args if argument.arg != "self"]
-                if arguments and sentence and 15 < len(sentence[0]) < 80:
-                    facts = {"Purpose": sentence[0], "Arguments": ", ".join(arguments), "Module": module}
-                    yield node.name, facts
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith("_"):
+                continue
+            docstring = " ".join((ast.get_docstring(node) or "").split())
+            sentence = re.match(r".*?\.(?= |$)", docstring)
+            arguments = [argument.arg for argument in node.args.args if argument.arg != "self"]
+            if arguments and sentence and 15 < len(sentence[0]) < 80:
+                yield node.name, {"Purpose": sentence[0], "Arguments": ", ".join(arguments), "Module": module}
 
 
 def question(number: str, name: str, facts: dict[str, str], draw: random.Random) -> dict[str, object]:
-    """A record of one question about a function."""
+    """Make a record: a context about a function, and a question."""
     shown = [fact for fact in draw.sample(sorted(facts), len(facts)) if draw.random() > LEFT_OUT]
     context = "\n".join([name, *(f"{fact}: {facts[fact]}" for fact in shown)])
     asked = draw.choice(sorted(facts))
     answers: dict[str, list[object]] = {"text": [], "answer_start": []}
     if asked in shown:
-        answers = {"text": [facts[asked]], "answer_start": [context.index(f"\n{asked}: ") + len(f"\n{asked}: ")]}
+        cue = f"\n{asked}: "
+        answers = {"text": [facts[asked]], "answer_start": [context.index(cue) + len(cue)]}
     return {"id": number, "question": QUESTIONS[asked].format(name), "context": context, "answers": answers}
 
 
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "data/qa")
-    warnings.simplefilter("ignore")  # of the library's own escape sequences
+    warnings.simplefilter("ignore")  # about escape sequences in the library
     draw = random.Random(0)
     known = dict(functions(Path(sysconfig.get_path("stdlib"))))
     names = draw.sample(sorted(known), len(known))

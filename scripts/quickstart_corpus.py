@@ -1,8 +1,9 @@
-"""Write the quickstart's Pile-style corpus and tokenizer, from text that every Python installation has.
+"""Write the quickstart's Pile-style corpus and tokenizer, from text in every Python installation.
 
 python scripts/quickstart_corpus.py [FOLDER]
 """
 
+import ast
 import hashlib
 import json
 import pydoc_data.topics
@@ -16,21 +17,19 @@ from gptj_train.data.tokenizer import Tokenizer
 
 VOCAB_SIZE = 2048
 BYTES_PER_COMPONENT = 3_000_000
-LONGEST_DOCUMENT = 20_000
-HELD_OUT = 50  # one document in so many
+LONGEST_DOCUMENT = 20_000  # characters; longer ones are truncated
+HELD_OUT = 50  # one document in fifty
 
 
 def source_code(library: Path) -> Iterator[str]:
-    """Modules of the standard library."""
+    """Read the modules of the standard library."""
     for path in sorted(library.glob("*.py")) + sorted(library.glob("[a-z]*/*.py")):
         if not {"test", "tests", "site-packages", "idlelib", "lib2to3"} & set(path.parts):
             yield path.read_text(encoding="utf-8", errors="ignore")
 
 
 def docstrings(library: Path) -> Iterator[str]:
-    """Module docstrings, dedented, without running any code."""
-    import ast
-
+    """Join the docstrings of each module, dedented. No code runs."""
     for text in source_code(library):
         try:
             nodes = list(ast.walk(ast.parse(text)))
@@ -38,17 +37,19 @@ def docstrings(library: Path) -> Iterator[str]:
             continue
         kinds = ast.Module, ast.ClassDef, ast.FunctionDef
         parts = [ast.get_docstring(node) for node in nodes if isinstance(node, kinds)]
-        if joined := "\n\n".join(part for part in parts if part and len(part) > 80):
-            yield joined
+        text = "\n\n".join(part for part in parts if part and len(part) > 80)
+        if text:
+            yield text
 
 
 def language_reference() -> Iterator[str]:
-    """The topics of help()."""
+    """Read the topics of help()."""
     for _, text in sorted(pydoc_data.topics.topics.items()):
         yield textwrap.dedent(text).strip() + "\n"
 
 
 def limited(texts: Iterator[str]) -> Iterator[str]:
+    """Truncate long documents, and stop when the component has its bytes."""
     used = 0
     for text in texts:
         text = text.replace("\0", "")[:LONGEST_DOCUMENT]
@@ -71,6 +72,7 @@ def main() -> None:
     texts = []
     for name, component in components.items():
         for text in limited(component):
+            # By hash: a document stays in its split when others come or go with another version of Python.
             held_out = int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT == 0
             record = json.dumps({"text": text, "meta": {"pile_set_name": name}})
             splits["validation" if held_out else "train"].append(record)

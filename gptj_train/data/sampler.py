@@ -9,7 +9,7 @@ from itertools import accumulate, pairwise
 
 from torch import Tensor
 
-_CYCLE = 10_000  # positions over which a mixture keeps its weights exactly
+_CYCLE = 10_000  # positions in which a mixture has exactly its shares
 _MASK = (1 << 64) - 1
 _ROUNDS = 4  # of the Feistel network; four make a pseudorandom permutation (Luby and Rackoff, 1988)
 
@@ -19,7 +19,7 @@ class Sampler:
 
     Without ``weights`` the windows of all components form one data set: each epoch visits every window once, in a
     new random order. With ``weights`` each component gets its share of the positions and counts its own epochs.
-    Every method takes constant time and memory, whatever the position.
+    Positions take constant time and memory: nothing is shuffled or stored.
 
     Args:
         sizes: windows of each component; a single data set is one component.
@@ -61,7 +61,7 @@ class Sampler:
         slot = permuted(offset, _CYCLE, self._seed, cycle)
         component = bisect_right(self._first_slot, slot) - 1
         first, end = self._first_slot[component], self._first_slot[component + 1]
-        # How many windows of this component come before, in the component's own endless order.
+        # Position in the component's own endless order: how many of its windows come before.
         ordinal = cycle * (end - first) + slot - first
         return component, sample_at(ordinal, self._sizes[component], self._seed + component)
 
@@ -143,7 +143,7 @@ def _rounded(shares: Sequence[float]) -> list[int]:
 
 
 def evaluation_batches(windows: int, batch_size: int, rank: int, world_size: int) -> list[list[int | None]]:
-    """Split held-out windows over the ranks: every window once, as many batches on each rank, filled up with None."""
+    """Split held-out windows over the ranks: each once, and as many batches on each rank; None fills the last."""
     stride = batch_size * world_size
     padded = -(-windows // stride) * stride
     batches = []

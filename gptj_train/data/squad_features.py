@@ -62,7 +62,7 @@ class Features(Sequence[Feature]):
             UserError: sizes that would leave context tokens out of all windows.
         """
         self.questions = questions
-        self._end_id = tokenizer.end_id
+        self._eos_id = tokenizer.eos_id
         self._separator, _ = tokenizer.encode_with_offsets(SEPARATOR)
         self._copies = 2 if repeat_context else 1
         room = self._room(length, max_question_tokens)
@@ -99,7 +99,7 @@ class Features(Sequence[Feature]):
         number, first, end = self._windows[index]
         ids, offsets = self._contexts[number]
         copies = [self._separator, ids[first:end]] * self._copies
-        input_ids = np.concatenate((self._questions[number], *copies, [self._end_id]))
+        input_ids = np.concatenate((self._questions[number], *copies, [self._eos_id]))
         no_answer = len(input_ids) - 1
         # The window that answers is the last one, right before EOS.
         context_start = no_answer - (end - first)

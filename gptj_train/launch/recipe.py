@@ -26,17 +26,17 @@ EXIT_MISTAKE = 2  # a UserError, printed as one line by rank 0
 EXIT_PREEMPTED = 85  # preempted, saved if there was time; rerun the same command to resume
 # Any other exception is a bug of ours: Python prints its traceback and exits with 1. So does the watchdog on a hang.
 
-_LAUNCHER_KILLS_WITHIN = 5  # seconds after rank 0 has failed
+_LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
 
 
 def recipe(
-    cls: type[T], *, primary: str | None = None, one_process: bool = False
+    cls: type[T], *, primary: str, one_process: bool = False
 ) -> Callable[[Callable[[T], None]], Callable[[], None]]:
     """Make ``job(config)`` a command that runs under deepspeed, torchrun, srun or plain python.
 
     Args:
         cls: the schema of the config.
-        primary: name of the primary config; None takes the name of the recipe's file.
+        primary: name of the primary config, explicit so that a renamed copy of a recipe finds it.
         one_process: only rank 0 runs the job; other ranks of a launcher exit at once.
     """
 
@@ -49,7 +49,7 @@ def recipe(
                 signal.signal(number, lambda *_: sys.exit(_preempted()))
             # The deepspeed launcher passes --local_rank=N, which Hydra would reject.
             sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-            code = _run(job, cls, script, primary or script.stem, one_process)
+            code = _run(job, cls, script, primary, one_process)
             if dist.is_initialized() and code in (EXIT_DONE, EXIT_PREEMPTED):
                 _leave(code)
             sys.exit(code)

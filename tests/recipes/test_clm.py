@@ -160,7 +160,7 @@ def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(message) == 1
-    assert "step 18 would see other data than the checkpoint says; restore data (files" in message[0]
+    assert "step 18 would see other data than the checkpoint expects; restore data (files" in message[0]
     assert "Traceback" not in done.stderr
 
 
@@ -207,7 +207,7 @@ def test_adapters_and_a_new_word(corpus: Path, source: Path) -> None:
     assert len(changed) > 6
     assert json.loads((run / "adapter" / "adapter_config.json").read_text())["r"] == 2
     (checkpoint,) = (run / "checkpoints").iterdir()
-    with pytest.raises(UserError, match=rf"adapters alone; .* recipes/export\.py run={checkpoint} "):
+    with pytest.raises(UserError, match=rf"adapters only; .* recipes/export\.py run={checkpoint} "):
         GPTJForCausalLM.from_pretrained(checkpoint)
 
 

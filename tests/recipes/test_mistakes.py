@@ -125,7 +125,10 @@ MISTAKES = {
         "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
         "the nearest that does is global_batch_size=32",
     ),
-    "missing data": (["data.train={}/nowhere/*.jsonl"], ".parquet, .arrow file at '{}/nowhere/*.jsonl' (looked from"),
+    "missing data": (
+        ["data.train={}/nowhere/*.jsonl"],
+        ".parquet, .arrow file at '{}/nowhere/*.jsonl' (working directory: ",
+    ),
     "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
     "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
     "data of another kind": (
@@ -134,8 +137,8 @@ MISTAKES = {
     ),
     "no training data": (["data.train=null"], "data.train is null; give files to train on"),
     "no data": (["data.train=[]"], "data.train is empty; give files, folders or globs"),
-    "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: no text in the data, it is empty"),
-    "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: no text in the data, it is empty"),
+    "empty data": (["data.train={}/empty.jsonl"], "{}/empty.jsonl: the data contain no text"),
+    "blank data": (["data.train={}/blank.jsonl"], "{}/blank.jsonl: the data contain no text"),
     "broken record": (
         ["data.train={}/broken.jsonl"],
         "{}/broken.jsonl:21: not a line of JSON; each line must be one record (Expecting ',' delimiter",
@@ -148,11 +151,11 @@ MISTAKES = {
     "not UTF-8": (["data.train={}/latin.jsonl"], "{}/latin.jsonl:1: not UTF-8 text; convert it ("),
     "too many bad records": (
         ["data.train={}/broken.jsonl", "data.bad_records=skip"],
-        "{}/broken.jsonl: 4.76% of the records are bad (1 of not a line of JSON), more than data.max_bad_share (1.00%)",
+        "{}/broken.jsonl: 4.76% of the records are bad (1 x not a line of JSON), more than data.max_bad_share (1.00%)",
     ),
     "cut off": (["data.train={}/cut_off.jsonl.zst"], "{}/cut_off.jsonl.zst: cut off in the middle of a zstd frame"),
-    "template without a place": (["data.chat_template=x"], "data.chat_template must hold {content} once"),
-    "weight of nothing": (["data.weights={a: 1}"], "data.train: nothing to pack of a; there are train"),
+    "template without a place": (["data.chat_template=x"], "data.chat_template must contain {content} exactly once"),
+    "weight of nothing": (["data.weights={a: 1}"], "data.train: nothing to pack of a; the components are train"),
     "no share": (["data.weights={train: 0}"], "data.weights must be above 0"),
     "kind without its fields": (["data.kind=chat"], "{}/train.jsonl:1: no messages; set data.messages_field"),
     "bad held-out record": (["data.validation={}/textless.jsonl"], "{}/textless.jsonl:21: no text in field 'text'"),
@@ -190,8 +193,8 @@ MISTAKES = {
     ),
     "sequence without a next token": (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
     "stop file": (["output_dir={}/told_to_stop"], "{}/told_to_stop/STOP stops this run; remove it"),
-    "a file as output_dir": (["output_dir={}/train.jsonl"], "output_dir={}/train.jsonl: not a folder that can be"),
-    "output_dir in a file": (["output_dir={}/train.jsonl/x/y"], "output_dir={}/train.jsonl/x/y: not a folder that"),
+    "a file as output_dir": (["output_dir={}/train.jsonl"], "output_dir={}/train.jsonl: not a writable folder; give another one"),
+    "output_dir in a file": (["output_dir={}/train.jsonl/x/y"], "output_dir={}/train.jsonl/x/y: not a writable folder; give another one"),
     "output_dir in a pseudo file system": (["output_dir=/proc/self/mem/x"], "output_dir=/proc/self/mem/x: not a"),
     "no output_dir": (["output_dir=''"], "output_dir=: not a writable folder; give another one"),
     "overlong output_dir": (["output_dir=" + 5000 * "x"], "x: File name too long"),

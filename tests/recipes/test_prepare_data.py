@@ -1,4 +1,4 @@
-"""recipes/prepare_data.py: tokens ahead of time, what becomes of them, and a look at the windows."""
+"""recipes/prepare_data.py prepares token stores, reports what they contain, and prints windows."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def prepare_data(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments])
         with pytest.raises(SystemExit) as caught:
             runpy.run_path(str(RECIPE), run_name="__main__")
-        said, complained = capsys.readouterr()
-        assert (caught.value.code, complained) == (0, "")
-        return said
+        out, err = capsys.readouterr()
+        assert (caught.value.code, err) == (0, "")
+        return out
 
     return run
 
 
-def test_it_says_what_became_of_the_data(prepare_data: Command, place: Path) -> None:
-    said = prepare_data()
-    lines = said.splitlines()
+def test_it_reports_what_became_of_the_data(prepare_data: Command, place: Path) -> None:
+    out = prepare_data()
+    lines = out.splitlines()
     assert lines[0] == "train"
     assert lines[1].startswith("  data              40 documents, 0.0 MB, ")
     assert lines[4] == "validation"
@@ -53,12 +53,12 @@ def test_it_says_what_became_of_the_data(prepare_data: Command, place: Path) -> 
     stores = sorted((place / "cache").glob("*/store.json"))
     assert len(stores) == 2
     times = [store.stat().st_mtime_ns for store in stores]
-    # Neither other windows nor a look at them makes anything again.
-    assert prepare_data("sequence_length=128", "data.packing=best_fit", "data.weights={B: 1}", "inspect=1") != said
+    # Neither another window length nor printing windows tokenizes again.
+    assert prepare_data("sequence_length=128", "data.packing=best_fit", "data.weights={B: 1}", "inspect=1") != out
     assert [store.stat().st_mtime_ns for store in sorted((place / "cache").glob("*/store.json"))] == times
 
 
-def test_windows_are_shown(prepare_data: Command) -> None:
+def test_windows_are_printed(prepare_data: Command) -> None:
     facts, first, second = prepare_data("inspect=2").split("--- window ")
     assert "[1]" not in facts
     for window in (first, second):

@@ -1,4 +1,4 @@
-"""A small tokenizer for the tests of the data rooms; hypothesis without a clock or chance."""
+"""A small tokenizer for the tests of data; hypothesis without deadlines and with fixed examples."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ TEXTS = [
 
 @pytest.fixture(scope="session")
 def tokenizer() -> Tokenizer:
-    """Byte-level BPE of 340 entries; id 0 ends documents."""
+    """Byte-level BPE of 340 entries; id 0 is the EOS token."""
     return Tokenizer.train(TEXTS * 5, 340)

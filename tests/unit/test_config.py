@@ -302,10 +302,7 @@ def test_no_such_config_dir(command: Command) -> None:
     assert err == "error: --config-dir nowhere: no such folder; give the folder that holds config/NAME.yaml\n"
 
 
-COPIED = [path for path in sorted((ROOT / "recipes").glob("*.py")) if path.stem != "prepare_data"]
-
-
-@pytest.mark.parametrize("recipe", COPIED, ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
 def test_a_copy_under_another_name_keeps_its_config(
     recipe: Path, command: Command, job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Text for the tests of the data rooms: its config with the values of configs/data/files.yaml, and files."""
+"""Configs with the values of configs/data/files.yaml, and files of records, for the tests of text data."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ VALUES = yaml.safe_load((Path(__file__).parents[2] / "configs" / "data" / "files
 
 
 def text_data(**changes: Any) -> DataConfig:
-    """``train`` stays null unless it is given."""
+    """The config of text; ``train`` is null unless it is given."""
     return DataConfig(**VALUES | {"train": None} | changes)
 
 
 def jsonl(path: Path, *records: Any) -> Path:
-    """A file of records; a text becomes ``{"text": ...}``."""
+    """Write a file of records; a string becomes ``{"text": ...}``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = [{"text": record} if isinstance(record, str) else record for record in records]
     path.write_text("".join(json.dumps(record) + "\n" for record in whole))
