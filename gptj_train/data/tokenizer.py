@@ -17,11 +17,14 @@ from gptj_train.data import unused_rows
 from gptj_train.data.fast_bpe import FastBPE
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
+from gptj_train.untrusted_files import check_stays, read_json
 
 EOS_TOKEN = "<|endoftext|>"
 """The EOS token of GPT-2 and GPT-J, and of a tokenizer that names none."""
 
-_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
+_PROBE = "An old caf\u00e9,\n\u4e16\u754c \U0001f600\x00"
+_LARGEST_CONFIG = 50_000_000  # bytes of a tokenizer_config.json; it may list every token
 
 
 class Tokenizer:
@@ -52,14 +55,19 @@ class Tokenizer:
         """
         path = Path(path)
         try:
-            for file in (path, *(path / name for name in _FILES)):
-                # Opening a named pipe would wait forever.
-                if file.exists() and not (file.is_file() or file.is_dir()):
-                    raise UserError(f"{file.name} is not a regular file")
+            if path.is_dir():
+                for name in _FILES:
+                    check_stays(path, name)
+            elif path.exists() and not path.is_file():
+                # The path itself is the user's own and may be a link, but opening a named pipe would wait forever.
+                raise UserError(f"{path.name} is not a regular file")
             if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
                 return cls(_byte_level(models.BPE.from_file(str(path / "vocab.json"), str(path / "merges.txt"))))
             file = path / "tokenizer.json" if path.is_dir() else path
-            return cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
+            tokenizer = cls(Backend.from_str(file.read_text(encoding="utf-8")), _eos_token(file.parent))
+            # Some have no id for what they do not know, and would fail in the middle of the data.
+            tokenizer.encode(_PROBE)
+            return tokenizer
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the backend raises plain Exceptions, and its panics are BaseExceptions
@@ -260,10 +268,16 @@ def _byte_level(model: models.BPE) -> Backend:
 
 def _eos_token(folder: Path) -> str:
     """Return the EOS token that tokenizer_config.json names, as a string or in a dictionary."""
-    try:
-        token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
-    except (OSError, ValueError, AttributeError):
+    path = folder / "tokenizer_config.json"
+    if not path.exists():
         return EOS_TOKEN
+    try:
+        token = read_json(path, _LARGEST_CONFIG).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        # Documents that end with another token than the model's own would be learnt without a word.
+        raise UserError(f"{path.name} cannot be read ({error})") from None
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else EOS_TOKEN
+    if not isinstance(token, str | None):
+        raise UserError(f"{path.name}: eos_token must be text, got {token!r}")
+    return EOS_TOKEN if token is None else token

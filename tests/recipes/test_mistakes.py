@@ -193,8 +193,14 @@ MISTAKES = {
     ),
     "sequence without a next token": (["sequence_length=1"], "sequence_length must be at least 2, got 1"),
     "stop file": (["output_dir={}/told_to_stop"], "{}/told_to_stop/STOP stops this run; remove it"),
-    "a file as output_dir": (["output_dir={}/train.jsonl"], "output_dir={}/train.jsonl: not a writable folder; give another one"),
-    "output_dir in a file": (["output_dir={}/train.jsonl/x/y"], "output_dir={}/train.jsonl/x/y: not a writable folder; give another one"),
+    "a file as output_dir": (
+        ["output_dir={}/train.jsonl"],
+        "output_dir={}/train.jsonl: not a writable folder; give another one",
+    ),
+    "output_dir in a file": (
+        ["output_dir={}/train.jsonl/x/y"],
+        "output_dir={}/train.jsonl/x/y: not a writable folder; give another one",
+    ),
     "output_dir in a pseudo file system": (["output_dir=/proc/self/mem/x"], "output_dir=/proc/self/mem/x: not a"),
     "no output_dir": (["output_dir=''"], "output_dir=: not a writable folder; give another one"),
     "overlong output_dir": (["output_dir=" + 5000 * "x"], "x: File name too long"),
