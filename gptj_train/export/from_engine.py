@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptj_train.atomic_write import new_folder, write_text
+from gptj_train.errors import UserError
 from gptj_train.export.adapters import save_adapter
 from gptj_train.export.model_card import model_card
 from gptj_train.export.verify import ExportError, check_logits, verify_folder
@@ -74,7 +75,7 @@ def export(
                 adapter = target.with_name("adapter")
                 _write_adapter_folder(adapter, trained, lora, architecture=model_files.architecture, base=base)
             write_export_report(target, report | {"architecture": model_files.architecture, "run": facts})
-        except (ExportError, OSError) as error:
+        except (UserError, OSError) as error:
             failure = f"the export failed, {target} is not written: {error}"
     # Other ranks only take part in the gathering. Rank 0 finishes it too if it failed: else they would wait for it.
     deque(weights, maxlen=0)
@@ -105,14 +106,17 @@ def write_verified(
         The results of the checks.
 
     Raises:
-        ExportError: a check failed.
+        ExportError: a check failed, or the disk is full or broken.
     """
-    with new_folder(target) as scratch:
-        hashes = write_weights(scratch, weights, shapes, dtype=dtype)
-        model_files.save(scratch, dtype)
-        (scratch / "README.md").write_text(model_card(model_files.architecture, facts))
-        report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
-        report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
+    try:
+        with new_folder(target) as scratch:
+            hashes = write_weights(scratch, weights, shapes, dtype=dtype)
+            model_files.save(scratch, dtype)
+            (scratch / "README.md").write_text(model_card(model_files.architecture, facts))
+            report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
+            report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}; free or change the disk") from None
     return report
 
 

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from gptj_train.atomic_write import scratch_folder
+from gptj_train.errors import UserError
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.outputs import ModelOutput
 from gptj_train.weights.checkpoint_weights import open_weights
 from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
+from gptj_train.weights.stored import is_finite
 
 OutputT = TypeVar("OutputT", bound=ModelOutput)
 
@@ -59,7 +61,11 @@ class PreTrained(nn.Module):
         with open_weights(folder) as weights:
             stored_names = weights.match(shapes, tied, model.new_head_allowed)
             for name, stored_name in stored_names.items():
-                tensors[name] = weights.tensor(stored_name).to(dtype)
+                stored = weights.tensor(stored_name)
+                weights.check_finite(stored_name, stored)
+                tensors[name] = stored.to(dtype)
+                if dtype == torch.float16 and not is_finite(tensors[name]):
+                    raise UserError(f"{folder}: {stored_name} has values beyond fp16's range; take bf16 or fp32")
         # assign: the parameters become these tensors, memory-mapped files included, instead of copies of them.
         model.load_state_dict(tensors, strict=False, assign=True)
         missing = shapes.keys() - stored_names.keys()

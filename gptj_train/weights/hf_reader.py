@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gptj_train.errors import UserError
 from gptj_train.untrusted_files import check_stays, read_json
-from gptj_train.weights.stored import StoredWeights
+from gptj_train.weights.stored import StoredWeights, is_finite
 
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -87,9 +87,17 @@ class HFWeights(StoredWeights):
         tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            path = self.folder / self._file_of[name]
+            raise UserError(f"{path}: {name} contains NaN or infinity; the model is damaged, download it again")
+
     def read(self, name: str, start: int, into: Tensor) -> None:
         flat = self.tensor(name).reshape(-1)
-        into.copy_(flat.narrow(0, start, into.numel()))
+        stored = flat.narrow(0, start, into.numel())
+        # While it is read: later, the loss would be NaN and the learning rate be blamed.
+        self.check_finite(name, stored)
+        into.copy_(stored)
         # Only these elements came from the disk, but they stay mapped and count as memory of this process. Once
         # many have been read, the file is closed and mapped anew by the next read.
         file = self._file_of[name]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJModel
 from gptj_train.errors import UserError
+from gptj_train.weights.hf_reader import HFWeights
 
 CONFIG = GPTJConfig(vocab_size=31, n_positions=16, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
 FORMS = pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
@@ -406,3 +407,27 @@ def test_code_named_in_a_config_is_not_looked_at(folder: Path) -> None:
     GPTJForCausalLM.from_pretrained(folder)
     assert "evil" not in sys.modules
     assert not canary.exists()
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@FORMS
+def test_weights_with_nan_or_infinity_are_named(folder: Path, form: str, dtype: torch.dtype, number: float) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    state["transformer.h.1.mlp.fc_in.weight"][3, 2] = number
+    write(folder, form, state)
+    line = f"{form}: transformer.h.1.mlp.fc_in.weight contains NaN or infinity"
+    assert line in refusal(folder)
+    with HFWeights(folder) as weights:
+        # A training rank reads its own part only: the first rows are good.
+        weights.read("transformer.h.1.mlp.fc_in.weight", 0, torch.empty(48))
+        with pytest.raises(UserError, match=line):
+            weights.read("transformer.h.1.mlp.fc_in.weight", 32, torch.empty(32))
+
+
+def test_values_that_only_look_infinite_in_their_sum(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, "model.safetensors", state | {"lm_head.bias": torch.full((31,), 3e38)})
+    assert GPTJForCausalLM.from_pretrained(folder).lm_head.bias[0] == torch.tensor(3e38)
+    with pytest.raises(UserError, match=r"lm_head\.bias has values beyond fp16's range; take bf16 or fp32"):
+        GPTJForCausalLM.from_pretrained(folder, torch.float16)
