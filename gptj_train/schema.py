@@ -20,8 +20,11 @@ T = TypeVar("T")
 PlainText = Annotated[str, "plain text"]
 """Type of a key whose value on the command line is literal text: ``${...}`` is not interpolated."""
 
-_LARGEST_WHOLE_NUMBER = 2**53
-"""Beyond it JSON readers and floats lose digits; far below, loops over a count of steps would never end."""
+_LARGEST_COUNT = 2**31 - 1
+"""Far more than there is of anything that a key counts; beyond it, loops would not end and arrays not fit."""
+
+_LARGEST_SEED = 2**53
+"""A seed counts nothing; beyond this number JSON readers lose digits."""
 
 _LARGEST_NUMBER = 3.4e38
 """The largest of fp32, in which optimizer and model compute."""
@@ -82,12 +85,13 @@ def _wrong_numbers(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterat
         types = _types_within(hint)
         if not {int, float} & types:
             continue
+        largest = _LARGEST_SEED if name == "seed" else _LARGEST_COUNT
         for number in _leaves(value):
             # To pydantic, as to Python, true is 1.
             if isinstance(number, bool) and bool not in types:
                 yield f"{prefix}{name} must be a number, got {str(number).lower()}"
-            elif float not in types and _is_above(number, _LARGEST_WHOLE_NUMBER):
-                yield f"{prefix}{name} must be at most 2^53, got {number}"
+            elif float not in types and _is_above(number, largest):
+                yield f"{prefix}{name} must be at most {largest}, got {number}"
             elif _is_above(number, _LARGEST_NUMBER):
                 yield f"{prefix}{name} must be at most {_LARGEST_NUMBER}, got {number}"
 
