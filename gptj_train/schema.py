@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
-from typing import Annotated, Any, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,14 +15,21 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gptj_train.errors import UserError
+from gptj_train.secrecy import refuse_secrets
 
 T = TypeVar("T")
 
 PlainText = Annotated[str, "plain text"]
 """Type of a key whose value on the command line is literal text: ``${...}`` is not interpolated."""
 
-_SECRET = re.compile(r"(api|access|auth|private|secret)_?key|token$|secret|passw(or)?d|credential", re.IGNORECASE)
-_ENVIRONMENT_VARIABLE = re.compile(r"\$\{\s*oc\.env\s*:\s*(\w+)")
+_LARGEST_COUNT = 2**31 - 1
+"""Far more than there is of anything that a key counts; beyond it, loops would not end and arrays not fit."""
+
+_LARGEST_SEED = 2**53
+"""A seed counts nothing; beyond this number JSON readers lose digits."""
+
+_LARGEST_NUMBER = 3.4e38
+"""The largest of fp32, in which optimizer and model compute."""
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -38,13 +45,12 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
         UserError: one line with all unknown keys, or all missing values, or all invalid values; an interpolation
             that fails; or a secret, which config.yaml and W&B would publish.
     """
-    # Before interpolation, which would replace ${oc.env:NAME} by the secret itself.
-    _refuse_secrets(OmegaConf.to_container(composed, resolve=False))
     try:
         values = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
-        raise UserError(f"config: {str(error).splitlines()[0]}") from None
+        raise UserError(_interpolation_message(error)) from None
     assert isinstance(values, dict)
+    refuse_secrets(values, plain_text_keys(cls))
     for key in text_keys(cls) - plain_text_keys(cls):
         _expand_home(values, key)
     known = set(keys_of(cls))
@@ -56,6 +62,9 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
     if missing:
         settings = " ".join(f"{key}=..." for key in missing)
         raise UserError(f"missing: {', '.join(missing)}; give {settings}")
+    wrong = list(_wrong_numbers(values, cls))
+    if wrong:
+        raise UserError("; ".join(wrong))
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
@@ -82,28 +91,57 @@ def _with_home(value: Any) -> Any:
     return os.path.expanduser(value) if is_path else value
 
 
-def _refuse_secrets(value: Any, key: str = "") -> None:
-    """Search a config for secrets, by the names of its keys and of the environment variables that it reads.
+def _interpolation_message(error: OmegaConfBaseException) -> str:
+    """Return OmegaConf's first line, or that of a resolver of ours, which it only wraps."""
+    line = str(error).splitlines()[0]
+    ours = line.partition("UserError raised while resolving interpolation: ")[2]
+    return f"{error.full_key}: {ours}" if ours else f"config: {line}"
 
-    Raises:
-        UserError: such a name.
-    """
+
+def _wrong_numbers(values: dict[Any, Any], cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a message for each number that pydantic would accept and nothing could compute with."""
+    for name, hint in get_type_hints(cls).items():
+        value = values.get(name)
+        if is_dataclass(hint):
+            if isinstance(value, dict):
+                yield from _wrong_numbers(value, hint, f"{prefix}{name}.")
+            continue
+        types = _types_within(hint)
+        if not {int, float} & types:
+            continue
+        largest = _LARGEST_SEED if name == "seed" else _LARGEST_COUNT
+        for number in _leaves(value):
+            # To pydantic, as to Python, true is 1.
+            if isinstance(number, bool) and bool not in types:
+                yield f"{prefix}{name} must be a number, got {str(number).lower()}"
+            elif float not in types and _is_above(number, largest):
+                yield f"{prefix}{name} must be at most {largest}, got {number}"
+            elif _is_above(number, _LARGEST_NUMBER):
+                yield f"{prefix}{name} must be at most {_LARGEST_NUMBER}, got {number}"
+
+
+def _types_within(hint: Any) -> set[Any]:
+    """Return the types that a hint is made of, those of its arguments included."""
+    if get_origin(hint) is Literal:
+        return {type(choice) for choice in get_args(hint)}
+    types = {hint}
+    for argument in get_args(hint):
+        types |= _types_within(argument)
+    return types
+
+
+def _leaves(value: Any) -> Iterator[Any]:
     if isinstance(value, dict):
-        for name, inner in value.items():
-            _refuse_secrets(inner, f"{key}.{name}".lstrip("."))
-        return
+        value = list(value.values())
     if isinstance(value, list):
         for inner in value:
-            _refuse_secrets(inner, key)
-        return
-    names = [key.rpartition(".")[2]]
-    if isinstance(value, str):
-        names += _ENVIRONMENT_VARIABLE.findall(value)
-    if any(_SECRET.search(name) for name in names):
-        raise UserError(
-            f"{key} looks like a secret, and the config is written to config.yaml and Weights & Biases; leave it in "
-            "the environment, where the libraries that need it look for it"
-        )
+            yield from _leaves(inner)
+    else:
+        yield value
+
+
+def _is_above(value: Any, limit: float) -> bool:
+    return isinstance(value, int | float) and abs(value) > limit
 
 
 def unknown_key_message(key: str, cls: type) -> str:

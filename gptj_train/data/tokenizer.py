@@ -21,6 +21,8 @@ from gptj_train.data.tokenizer_folder import EOS_TOKEN, byte_level, load_backend
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
 
+_PROBE = "An old caf\u00e9,\n\u4e16\u754c \U0001f600\x00"
+
 
 class Tokenizer:
     """A ``tokenizers`` tokenizer with an EOS token, which ends every document.
@@ -55,6 +57,8 @@ class Tokenizer:
         try:
             tokenizer = cls(*load_backend(path))
             tokenizer.chat_template = template_in(path if path.is_dir() else path.parent)
+            # Some have no id for what they do not know, and would fail in the middle of the data.
+            tokenizer.encode(_PROBE)
             return tokenizer
         except (KeyboardInterrupt, SystemExit):
             raise

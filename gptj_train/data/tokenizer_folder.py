@@ -7,7 +7,6 @@ special_tokens_map.json and added_tokens.json name special and added tokens, eac
 from __future__ import annotations
 
 import codecs
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptj_train.data.unused_rows import with_names
 from gptj_train.errors import UserError
 from gptj_train.failed_download import what_it_is
+from gptj_train.untrusted_files import check_stays, parse_json
 
 EOS_TOKEN = "<|endoftext|>"
 
@@ -33,11 +33,13 @@ def load_backend(path: Path) -> tuple[Backend, str]:
         UserError: a file that is no such thing, or an EOS token that the vocabulary lacks: none is ever invented.
         Exception: whatever the library raises for a file that it cannot read.
     """
-    for file in (path, *(path / name for name in _FILES)):
-        # Opening a named pipe would wait forever.
-        if file.exists() and not (file.is_file() or file.is_dir()):
-            raise UserError(f"{file.name} is not a regular file")
     folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        for name in _FILES:
+            check_stays(path, name)
+    elif path.exists() and not path.is_file():
+        # The path itself is the user's own and may be a link, but opening a named pipe would wait forever.
+        raise UserError(f"{path.name} is not a regular file")
     named = _Named(folder)
     if (path / "vocab.json").is_file() and not (path / "tokenizer.json").is_file():
         model = models.BPE(_read_object(path / "vocab.json"), _read_merges(path / "merges.txt"))
@@ -90,6 +92,10 @@ class _Named:
                 listed = source.get(key) or []
                 tokens += listed.values() if isinstance(listed, dict) else listed
             self.special |= {text for text in map(_content, tokens) if text is not None}
+        for source in sources:
+            if not isinstance(source.get("eos_token"), str | dict | None):
+                # Documents that end with another token than the model's own would be learnt without a word.
+                raise UserError(f"eos_token must be text, got {source['eos_token']!r}")
         ends = [_content(source.get("eos_token")) for source in sources]
         self.eos_token = next((end for end in ends if end is not None), EOS_TOKEN)
         self.special.add(self.eos_token)
@@ -131,20 +137,24 @@ def _read_optional(file: Path) -> dict[str, Any]:
 
 def _read_object(file: Path) -> dict[str, Any]:
     try:
-        value = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file.name} is not readable as JSON ({error})") from None
+        value = parse_json(_read_bytes(file))
+    except ValueError as error:
+        raise UserError(f"{file.name} cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{file.name} is not a JSON object")
     return value
 
 
-def _read_text(file: Path) -> str:
+def _read_bytes(file: Path) -> bytes:
     data = file.read_bytes()
     instead = what_it_is(data[:1024])
     if instead is not None:
         raise UserError(f"{file.name} is {instead}")
-    return data.removeprefix(codecs.BOM_UTF8).decode()
+    return data
+
+
+def _read_text(file: Path) -> str:
+    return _read_bytes(file).removeprefix(codecs.BOM_UTF8).decode()
 
 
 def _read_merges(file: Path) -> list[tuple[str, str]]:

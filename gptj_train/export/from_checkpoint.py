@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.unused_rows import AddedToken
@@ -87,8 +89,14 @@ def _check_empty(folder: Path) -> Path:
 def _settings(run_folder: Path) -> dict[str, Any]:
     """Return the values of the run's config.yaml; empty if it is not there."""
     path = run_folder / "config.yaml"
-    values = OmegaConf.to_container(OmegaConf.load(path)) if path.is_file() else {}
-    assert isinstance(values, dict)
+    if not path.is_file():
+        return {}
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no settings; restore the file that the run wrote, or remove it")
     return values  # type: ignore[return-value]
 
 
@@ -101,14 +109,19 @@ def _open_model_weights(step_folder: Path, settings: dict[str, Any]) -> StoredWe
     if base is None:
         config_file = step_folder.parent.parent / "config.yaml"
         raise UserError(f"{step_folder} holds LoRA adapters only, and {config_file} names no init_from")
-    lora = settings["lora"]
+    try:
+        lora, precision = settings["lora"], DTYPES[settings["engine"]["precision"]]
+        scale = lora["alpha"] / lora["rank"]
+        added = [AddedToken.parse(text) for text in settings["add_tokens"]]
+        tokenizer = Tokenizer.choose(settings["tokenizer"], base)
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+        config_file = step_folder.parent.parent / "config.yaml"
+        raise UserError(f"{config_file} lacks settings of the run ({error!r}); restore the one it wrote") from None
     # The base gets the rows of added tokens as the run gave them: they are frozen, so that no checkpoint holds them.
-    tokenizer = Tokenizer.choose(settings["tokenizer"], base)
-    added = [AddedToken.parse(text) for text in settings["add_tokens"]]
     _, mean_rows = tokenizer.with_added_tokens(added, GPTJConfig.from_pretrained(base).vocab_size)
     return MergedWeights(
         WithMeanRows(open_weights(base), mean_rows),
         trained,
-        scale=lora["alpha"] / lora["rank"],
-        precision=DTYPES[settings["engine"]["precision"]],
+        scale=scale,
+        precision=precision,
     )

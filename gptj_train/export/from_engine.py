@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptj_train.atomic_write import new_folder, write_text
+from gptj_train.errors import UserError
 from gptj_train.export.adapters import save_adapter
 from gptj_train.export.card_facts import base_path, card_facts, progress
 from gptj_train.export.model_card import CardFacts, model_card
@@ -78,7 +79,7 @@ def export(
                 about = card_facts(facts, run=target.parent, base=base, chat=chat, adapter=True)
                 _write_adapter_folder(adapter, trained, lora, model_files=model_files, base=base, facts=about)
             write_export_report(target, report | {"architecture": model_files.architecture, "run": facts})
-        except (ExportError, OSError) as error:
+        except (UserError, OSError) as error:
             failure = f"the export failed, {target} is not written: {error}"
     # Other ranks only take part in the gathering. Rank 0 finishes it too if it failed: else they would wait for it.
     deque(weights, maxlen=0)
@@ -111,14 +112,17 @@ def write_verified(
         The results of the checks.
 
     Raises:
-        ExportError: a check failed.
+        ExportError: a check failed, or the disk is full or broken.
     """
-    with new_folder(target) as scratch:
-        hashes = write_weights(scratch, weights, shapes, dtype=dtype, max_shard_bytes=shard_bytes)
-        model_files.save(scratch, dtype)
-        (scratch / "README.md").write_text(model_card(model_files.architecture, facts), encoding="utf-8")
-        report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
-        report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
+    try:
+        with new_folder(target) as scratch:
+            hashes = write_weights(scratch, weights, shapes, dtype=dtype, max_shard_bytes=shard_bytes)
+            model_files.save(scratch, dtype)
+            (scratch / "README.md").write_text(model_card(model_files.architecture, facts), encoding="utf-8")
+            report = verify_folder(scratch, shapes, dtype=dtype, written=hashes)
+            report["logits"] = check_logits(scratch, prompt_ids(model_files.config), expected)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be written: {error.strerror or error}; free or change the disk") from None
     return report
 
 

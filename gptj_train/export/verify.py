@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from gptj_train.errors import UserError
 from gptj_train.model.attention import attention_pattern
 from gptj_train.model.gptj import GPTJBlock
 from gptj_train.model.gptj_config import GPTJConfig
@@ -26,8 +27,8 @@ _FP32_LIMIT, _HALF_LIMIT = 1e-3, 0.1
 _HEAD_ROWS = 4096  # of a head that are in memory at once
 
 
-class ExportError(RuntimeError):
-    """A folder that was just written does not hold what was to be written."""
+class ExportError(UserError):
+    """A model folder could not be written, or does not hold what was to be written; an earlier export is unchanged."""
 
 
 def verify_folder(
@@ -48,8 +49,9 @@ def verify_folder(
     try:
         _check_tensors(folder, shapes, dtype)
         size = sum(count_tensor_bytes(file) for file in folder.glob("*.safetensors"))
+    except ExportError:
+        raise
     except ValueError as error:
-        # To the readers a bad folder is the user's mistake; this one is ours.
         raise ExportError(str(error)) from None
     count = sum(shape.numel() for shape in shapes.values())
     # A tensor in a file that no index names is seen by its bytes alone.

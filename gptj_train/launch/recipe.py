@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -28,6 +29,9 @@ EXIT_PREEMPTED = 85  # preempted, saved if there was time; rerun the same comman
 # Any other exception is a bug of ours: Python prints its traceback and exits with 1. So does the watchdog on a hang.
 
 _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's config and tokenizer
+# Faults of a disk, which no code of ours can mend, wherever they occur.
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
 
 
@@ -78,6 +82,10 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         return _preempted()
     except UserError as error:
         return _mistake(str(error))
+    except OSError as error:
+        if error.errno not in _DISK_FAULTS:
+            raise
+        return _mistake(f"{error.filename or 'the disk'}: {error.strerror}; free the disk, or give another place")
     return EXIT_DONE
 
 

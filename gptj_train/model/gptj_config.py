@@ -10,17 +10,19 @@ from typing import Any
 from gptj_train.errors import UserError
 from gptj_train.failed_download import failed_download
 from gptj_train.model.activations import ACTIVATIONS
+from gptj_train.model.config_checks import check_fields
 from gptj_train.model.config_names import ALIASES, ConfigNames, default_labels, field_values, numbered, takes_aliases
+from gptj_train.untrusted_files import check_stays, read_json
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
 
 # Far beyond any GPT-J. A config.json is untrusted: above these sizes, building the model would fill the memory before
-# its weights are compared with the file's.
+# its weights are compared with the file's; building 2^12 blocks takes 40 s even without memory.
 _LARGEST = {
     "vocab_size": 2**24,
     "n_positions": 2**20,
     "n_embd": 2**20,
-    "n_layer": 2**12,
+    "n_layer": 2**8,
     "n_head": 2**16,
     "n_inner": 2**22,
     "rotary_dim": 2**20,
@@ -28,6 +30,8 @@ _LARGEST = {
 }
 _MAY_BE_NONE = ("n_inner", "rotary_dim")
 _FRACTIONS = ("resid_pdrop", "embd_pdrop", "attn_pdrop", "layer_norm_epsilon", "initializer_range")
+
+_LARGEST_CONFIG = 10_000_000  # bytes of a config.json; one with a thousand labels has 60 thousand
 
 # Written anew on saving, or derived from other keys.
 _DROPPED_KEYS = {"model_type", "transformers_version", "label2id"}
@@ -89,6 +93,7 @@ class GPTJConfig(ConfigNames):
         for name in _FRACTIONS:
             self._check_fraction(name)
         self._set_labels()
+        check_fields(self)
         if self.problem_type not in (None, *PROBLEM_TYPES):
             raise UserError(f"problem_type {self.problem_type!r} is unknown; choose one of {', '.join(PROBLEM_TYPES)}")
         if self.n_embd % self.n_head:
@@ -175,14 +180,12 @@ class GPTJConfig(ConfigNames):
         """
         path = Path(folder) / "config.json"
         try:
-            # Opening a named pipe would wait forever.
-            if path.exists() and not path.is_file():
-                raise UserError("not a regular file")
+            check_stays(path.parent, path.name)
             instead = failed_download(path)
             if instead is not None:
                 raise UserError(f"it is {instead}")
-            values = json.loads(path.read_bytes().decode("utf-8-sig"))
-        except (OSError, ValueError, RecursionError) as error:
+            values = read_json(path, _LARGEST_CONFIG)
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: no readable GPT-J config.json here ({error})") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise UserError(f"{path}: model_type must be 'gptj'")

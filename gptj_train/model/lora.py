@@ -33,6 +33,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise UserError(f"lora.rank must be 0 (all weights are trained) or more, got {self.rank}")
+        if self.alpha <= 0:
+            # With 0 the adapters would add nothing, and never learn.
+            raise UserError(f"lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
 

@@ -21,7 +21,7 @@ from gptj_train.model.outputs import ModelOutput
 from gptj_train.model.transformers_names import TransformersNames
 from gptj_train.weights.checkpoint_weights import open_weights
 from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
-from gptj_train.weights.stored import StoredWeights
+from gptj_train.weights.stored import StoredWeights, is_finite
 
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +93,11 @@ class PreTrained(TransformersNames):
                 dtype = _common_dtype(weights, stored_names.values(), config)
             tensors = {}
             for name, stored_name in stored_names.items():
-                tensors[name] = weights.tensor(stored_name).to(dtype)
+                stored = weights.tensor(stored_name)
+                weights.check_finite(stored_name, stored)
+                tensors[name] = stored.to(dtype)
+                if dtype == torch.float16 and not is_finite(tensors[name]):
+                    raise UserError(f"{folder}: {stored_name} has values beyond fp16's range; take bf16 or fp32")
         # assign: the parameters become these tensors, memory-mapped files included, instead of copies of them.
         model.load_state_dict(tensors, strict=False, assign=True)
         missing = shapes.keys() - stored_names.keys()

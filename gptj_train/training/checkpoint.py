@@ -198,6 +198,7 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
     folder = _first_undamaged(engine, folders, note)
     manifest = Manifest.read(folder)
     _check_same_model(engine, manifest, folder)
+    train_state = _train_state(manifest, folder)
     state = engine.optimizer_state()
     with contextlib.ExitStack() as stack:
         readers = {}
@@ -210,7 +211,7 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
             _fill_section(section, readers)
     state.set_counters(manifest.optimizer)
     note(f"resuming from {folder}")
-    return TrainState(**manifest.state)
+    return train_state
 
 
 def _first_undamaged(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Path:
@@ -230,6 +231,13 @@ def _check_same_model(engine: Engine, manifest: Manifest, folder: Path) -> None:
         names = sorted(shapes | manifest.parameters)
         other = next(name for name in names if shapes.get(name) != manifest.parameters.get(name))
         raise UserError(f"{folder} is of another model: {other} differs; give another output_dir")
+
+
+def _train_state(manifest: Manifest, folder: Path) -> TrainState:
+    try:
+        return TrainState(**manifest.state)
+    except TypeError as error:  # keys of a later version
+        raise UserError(f"{folder}: state that gptj_train {manifest.version} wrote cannot be read ({error})") from None
 
 
 def _fill_section(section: Section, readers: dict[str, SliceReader]) -> None:

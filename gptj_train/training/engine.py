@@ -28,7 +28,7 @@ from gptj_train.training import deepspeed_internals
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned
 from gptj_train.training.initial_weights import InitialWeights, open_initial_weights
 from gptj_train.training.optimizer import OptimConfig, decay_groups
-from gptj_train.training.zero_config import EngineConfig, deepspeed_config
+from gptj_train.training.zero_config import EngineConfig, check_accepted, deepspeed_config
 
 # Of a collective. While rank 0 writes or checks tens of GB, the other ranks wait in one.
 _TIMEOUT = timedelta(hours=1)
@@ -105,21 +105,21 @@ class Engine:
             largest_parameter=max(shape.numel() for shape in self.shapes.values()),
             pin_memory=self.device.type != "cpu",
         )
+        check_accepted(config, deepspeed.DeepSpeedConfig, self.device.type)
         if self.rank == 0 and engine.offload_optimizer != "none":
             host.announce_compilation("cpu_adam")
         with contextlib.ExitStack() as stack:
             initial = None
             if init_from is not None:
                 # Opened first: a folder of another model is refused before memory is taken for this one.
-                initial = stack.enter_context(
-                    open_initial_weights(
-                        init_from,
-                        shapes=self.shapes,
-                        trained=self.trained,
-                        mean_rows=mean_rows or {},
-                        new_head_allowed=bool(plan.new_head_allowed),
-                    )
+                opened = open_initial_weights(
+                    init_from,
+                    shapes=self.shapes,
+                    trained=self.trained,
+                    mean_rows=mean_rows or {},
+                    new_head_allowed=bool(plan.new_head_allowed),
                 )
+                initial = stack.enter_context(opened)
                 self._report(initial, init_from)
             stack.enter_context(host.quiet())
             model = self._build(build, seed, config)

@@ -10,6 +10,10 @@ from gptj_train.errors import UserError
 from gptj_train.schema import schema
 from gptj_train.training.deepspeed_internals import full_shape
 
+# CPUAdam computes in fp32, in which a larger beta is 1 and a smaller eps is 0: both would divide by zero.
+_LARGEST_BETA = 1 - 2**-24
+_LEAST_EPS = 1e-37
+
 
 @schema
 class OptimConfig:
@@ -31,8 +35,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"lr must be above 0, got {self.lr}")
-        if not all(0 <= beta < 1 for beta in self.betas):
+        if not all(0 <= beta <= _LARGEST_BETA for beta in self.betas):
             raise UserError(f"betas must be in [0, 1), got {self.betas}")
+        if self.eps < _LEAST_EPS:
+            raise UserError(f"eps must be above 0 (at least {_LEAST_EPS:g}), got {self.eps}")
         for name in ("warmup_steps", "decay_steps", "clip_norm", "weight_decay", "final_lr_ratio"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")

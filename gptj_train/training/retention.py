@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import shutil
@@ -159,14 +160,24 @@ def disk_needed(
         existing: checkpoints that are there already and may be removed.
     """
     size = 4 * len(KINDS) * trained
-    saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
-    if steps:
-        saves.add(steps.stop)  # the end of a run is always saved
-    if not saves:
+    if not steps:
         return size, 0
-    permanent = {step for step in saves if keep_every and step % keep_every == 0}
+    # By arithmetic, since a long run has millions of steps. The end of a run is always saved.
+    saves = _multiples(save_every, steps)
+    ends_between = not save_every or steps.stop % save_every != 0
+    saves += ends_between
+    permanent = 0
+    if keep_every:
+        if save_every:
+            permanent = _multiples(math.lcm(save_every, keep_every), steps)
+        permanent += ends_between and steps.stop % keep_every == 0
     # keep + 1: the oldest is removed only after the new one has been verified.
-    return size, min(existing + len(saves - permanent), keep + 1) + len(permanent)
+    return size, min(existing + saves - permanent, keep + 1) + permanent
+
+
+def _multiples(number: int, steps: range) -> int:
+    """Count the multiples of a number among steps that are counted from 1; none for number 0."""
+    return steps.stop // number - steps.start // number if number else 0
 
 
 def _size_of(folder: Path) -> int:

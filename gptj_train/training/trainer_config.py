@@ -9,6 +9,15 @@ from gptj_train.errors import UserError
 from gptj_train.schema import schema
 from gptj_train.training.optimizer import OptimConfig
 
+_MOST = {
+    # The names of checkpoints have eight digits, so that they sort by step.
+    "max_steps": 99_999_999,
+    # The samples of a step are drawn at once.
+    "global_batch_size": 10_000_000,
+    # Seconds: a longer wait than 292 years overflows in Python's threads.
+    "hang_timeout": 10_000_000,
+}
+
 
 @schema
 class TrainerConfig:
@@ -44,6 +53,9 @@ class TrainerConfig:
         for name, meaning in meaning_of_0.items():
             if getattr(self, name) < 0:
                 raise UserError(f"{name} must be 0{meaning} or more, got {getattr(self, name)}")
+        for name, most in _MOST.items():
+            if getattr(self, name) > most:
+                raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
+
+from pydantic import ValidationError
 
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
@@ -23,6 +25,34 @@ _OWNED = {
     "zero_optimization.offload_optimizer.nvme_path": "engine.nvme_path",
     "zero_optimization.offload_param.device": "engine.offload_parameters",
     "zero_optimization.offload_param.nvme_path": "engine.nvme_path",
+}
+
+# DeepSpeed accepts these, and then trains other numbers than the config says, or a part of the weights not at all.
+_UNSUITABLE = {
+    "zero_optimization.offload_optimizer.ratio": "a part of the optimizer would not update its weights",
+    "zero_optimization.offload_optimizer.super_offload": "its optimizer keeps no state that checkpoints could hold",
+    "zero_optimization.zenflow": "weights would be updated late, and checkpoints lack its state",
+    "zero_optimization.cpu_offload": "use engine.offload_optimizer",
+    "zero_optimization.cpu_offload_param": "use engine.offload_parameters",
+    "zero_optimization.load_from_fp32_weights": "weights come from init_from or a checkpoint",
+    "zero_force_ds_cpu_optimizer": "use engine.offload_optimizer",
+    "torch_autocast": "use engine.precision",
+    "data_types": "engine.precision decides how gradients accumulate",
+    "elasticity": "it would change the batch size; use global_batch_size",
+    "compression_training": "it would change the weights",
+    "tensor_parallel": "the model has no tensor parallelism",
+    "pipeline": "the model has no pipeline stages",
+    "checkpoint": "checkpoints are ours; see save_every",
+    "load_universal_checkpoint": "use resume",
+}
+
+# Of the blocks that DeepSpeed reads those that suit us; any other name it ignores without a word.
+_READ_BY_DEEPSPEED = {
+    *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "optimizer"),
+    *("bf16", "fp16", "data_types", "zero_optimization", "steps_per_print", "aio", "communication_data_type"),
+    *("wall_clock_breakdown", "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "disable_python_gc"),
+    *("tensorboard", "wandb", "csv_monitor", "comet", "zero_allow_untested_optimizer", "disable_allgather"),
+    *("compile", "log_level", "timers"),
 }
 
 
@@ -50,6 +80,9 @@ class EngineConfig:
         for key, ours in _OWNED.items():
             if _holds(self.deepspeed, key):
                 raise UserError(f"engine.deepspeed.{key} is set by {ours}; set it there")
+        for key, reason in _UNSUITABLE.items():
+            if _holds(self.deepspeed, key):
+                raise UserError(f"engine.deepspeed.{key} is not supported: {reason}")
 
 
 def _holds(settings: Any, dotted: str) -> bool:
@@ -61,6 +94,34 @@ def _holds(settings: Any, dotted: str) -> bool:
             return False
         settings = settings[part]
     return True
+
+
+def check_accepted(config: dict[str, Any], reader: Callable[[dict[str, Any]], Any], device: str) -> None:
+    """Check that DeepSpeed can read its settings and that the device computes in their precision.
+
+    Args:
+        config: from ``deepspeed_config``.
+        reader: DeepSpeed's own parser, which raises errors of many types.
+
+    Raises:
+        UserError: fp16 on a CPU; a setting that DeepSpeed would ignore or does not accept.
+    """
+    if config["fp16"]["enabled"] and device == "cpu":
+        # DeepSpeed asserts that its optimizer is on a GPU.
+        raise UserError("engine.precision=fp16 needs a GPU; on a CPU use bf16 or fp32")
+    unknown = sorted(config.keys() - _READ_BY_DEEPSPEED)
+    if unknown:
+        raise UserError(f"engine.deepspeed.{unknown[0]}: DeepSpeed would ignore it; remove it or correct its name")
+    try:
+        reader(config)
+    except ValidationError as error:
+        faults = []
+        for detail in error.errors():
+            key = ".".join(str(part) for part in detail["loc"])
+            faults.append(f"{key}: {detail['msg'].lower()}, got {detail['input']!r}")
+        raise UserError(f"engine.deepspeed: DeepSpeed does not accept {'; '.join(faults)}") from None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"engine.deepspeed: DeepSpeed does not accept these settings ({error})") from None
 
 
 def deepspeed_config(

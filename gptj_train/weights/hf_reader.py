@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -16,7 +14,8 @@ from torch import Tensor
 
 from gptj_train.errors import UserError
 from gptj_train.failed_download import failed_download
-from gptj_train.weights.stored import StoredWeights
+from gptj_train.untrusted_files import check_stays, read_json
+from gptj_train.weights.stored import StoredWeights, is_finite
 
 _LAYOUTS = (
     ("model.safetensors", "model.safetensors.index.json"),
@@ -49,6 +48,8 @@ class HFWeights(StoredWeights):
     def _locate(self) -> dict[str, str]:
         """Return tensor name -> file name."""
         for single, index in _LAYOUTS:
+            check_stays(self.folder, single)
+            check_stays(self.folder, index)
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(single).keys(), single)
             if (self.folder / index).is_file():
@@ -90,9 +91,17 @@ class HFWeights(StoredWeights):
         tensor: Tensor = handle[name] if isinstance(handle, dict) else handle.get_tensor(name)
         return tensor
 
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        if not is_finite(tensor):
+            path = self.folder / self._file_of[name]
+            raise UserError(f"{path}: {name} contains NaN or infinity; the model is damaged, download it again")
+
     def read(self, name: str, start: int, into: Tensor) -> None:
         flat = self.tensor(name).reshape(-1)
-        into.copy_(flat.narrow(0, start, into.numel()))
+        stored = flat.narrow(0, start, into.numel())
+        # While it is read: later, the loss would be NaN and the learning rate be blamed.
+        self.check_finite(name, stored)
+        into.copy_(stored)
         # Only these elements came from the disk, but they stay mapped and count as memory of this process. Once
         # many have been read, the file is closed and mapped anew by the next read.
         file = self._file_of[name]
@@ -111,15 +120,9 @@ class HFWeights(StoredWeights):
 def _checked_path(folder: Path, file: str) -> Path:
     """Return the path of a file, after checking that it is a regular one and lies in the folder."""
     path = folder / file
-    # Links are resolved on both sides: the folder itself may be reached by one.
-    real, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    # A hub cache keeps models--X/snapshots/REVISION/FILE as a link to models--X/blobs/HASH.
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
-        raise UserError(f"{path}: refused, it is a link to outside of its folder; put the file itself there")
-    if not real.is_file():
-        why = "not a regular file" if real.exists() else "the index names it, but it is not there"
-        raise UserError(f"{path}: cannot be read as weights ({why})")
+    check_stays(folder, file)
+    if not path.is_file():
+        raise UserError(f"{path}: cannot be read as weights (the index names it, but it is not there)")
     return path
 
 
@@ -128,11 +131,9 @@ def _read_index(path: Path) -> dict[str, str]:
     if instead is not None:
         raise UserError(f"{path}: not a readable weight index (it is {instead})")
     try:
-        if path.stat().st_size > _LARGEST_INDEX:
-            raise UserError("it is too large for one")
-        weight_map: dict[str, str] = json.loads(path.read_text())["weight_map"]
+        weight_map: dict[str, str] = read_json(path, _LARGEST_INDEX)["weight_map"]
         plain = all(_PLAIN_NAME.fullmatch(file) for file in weight_map.values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a readable weight index ({error})") from None
     if not plain:
         raise UserError(f"{path}: weight_map names a file outside the folder of the index")

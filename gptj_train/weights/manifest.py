@@ -26,6 +26,8 @@ KINDS = ("master", *MOMENTS)
 _FORMAT = 1
 _LARGEST_MANIFEST = 100_000_000  # bytes; one of GPT-J on 64 ranks has 100 thousand
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated")
+_LARGEST_COUNT = 2**62  # of anything; larger ones overflow in arrays
 _HASHING_THREADS = 4  # hashing releases the GIL; beyond four the disk is the limit
 
 
@@ -80,6 +82,10 @@ class Manifest:
         # world_size first: of_kind counts up to it.
         if type(self.world_size) is not int or not 1 <= self.world_size <= len(self.files):
             raise UserError(f"world_size is {self.world_size!r}")
+        _check_counts(self.state, least=-1)  # no evaluation yet is -1
+        _check_counts({"steps": self.optimizer["steps"]}, least=0)
+        if not isinstance(self.optimizer["loss_scale"], dict) or not isinstance(self.version, str):
+            raise UserError("optimizer or version has another type")
         for shape in self.parameters.values():
             torch.Size(shape)  # raises for anything but a list of integers
         for kind in KINDS:
@@ -108,6 +114,17 @@ class Manifest:
 
         with ThreadPoolExecutor(_HASHING_THREADS) as threads:
             return [line for line in threads.map(find, names) if line]
+
+
+def _check_counts(values: dict[str, Any], least: int) -> None:
+    """Check the whole numbers, texts and settings among the trainer's values, by their names."""
+    for name, value in values.items():
+        if name in ("next_batch", "wandb_id", "settings"):
+            expected: tuple[type, ...] = (dict,) if name == "settings" else (str, type(None))
+            if not isinstance(value, expected):
+                raise UserError(f"{name} is {value!r}")
+        elif name in _COUNTS and (type(value) is not int or not least <= value <= _LARGEST_COUNT):
+            raise UserError(f"{name} is {value!r}")
 
 
 def _checked_body(text: bytes) -> dict[str, Any]:

@@ -34,6 +34,9 @@ class WithMeanRows(StoredWeights):
         self._replace_rows(name, 0, whole.view(-1))
         return whole
 
+    def check_finite(self, name: str, tensor: Tensor) -> None:
+        self._weights.check_finite(name, tensor)
+
     def read(self, name: str, start: int, into: Tensor) -> None:
         self._weights.read(name, start, into)
         self._replace_rows(name, start, into)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from torch import Size
 
 from gptj_train.errors import UserError
+from gptj_train.untrusted_files import check_stays, read_json
 from gptj_train.weights.hf_reader import HFWeights
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,6 +20,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 # CPUAdam replays every update when its state is set; a larger number in a stranger's file would hang the run.
 _MOST_STEPS = 10**7
+
+_LARGEST_STATE = 1000  # bytes
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ def moments_beside(folder: str | Path, shapes: Mapping[str, Size], new_head: boo
         UserError: files that are not moments, or not of these parameters.
     """
     adam = Path(folder) / "adam"
-    if not (adam / "state.json").exists():
+    if not os.path.lexists(adam / "state.json"):  # a link to nowhere is refused, not taken for no moments
         yield None
         return
     steps = _read_steps(adam / "state.json")
@@ -65,7 +69,8 @@ def write_steps(folder: Path, steps: int) -> None:
 
 def _read_steps(path: Path) -> int:
     try:
-        steps = json.loads(path.read_bytes())["step"]
+        check_stays(path.parent, path.name)
+        steps = read_json(path, _LARGEST_STATE)["step"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}); remove the folder adam to start Adam from zero") from None
     # bool is an int to Python, so that "true" would pass isinstance.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gptj_train.errors import UserError
 from gptj_train.weights.safetensors_file import CHUNK, SafetensorsWriter, Written, open_plain, read_fully, read_header
+from gptj_train.weights.stored import is_finite
 
 _FP32_BYTES = 4
 
@@ -60,10 +61,8 @@ class SliceWriter:
 
 
 def _check_finite(name: str, tensor: Tensor) -> None:
-    for chunk in torch.split(tensor.detach(), CHUNK):
-        # The sum needs no memory and is finite in all but strange cases; only then each element is looked at.
-        if not chunk.sum().isfinite() and not chunk.isfinite().all():
-            raise UserError(f"{name} contains NaN or infinity")
+    if not is_finite(tensor):
+        raise UserError(f"{name} contains NaN or infinity")
 
 
 class _Place(NamedTuple):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptj_train.errors import UserError
 
+_CHUNK = 1 << 24  # elements looked at together
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Causal masks and position tables that old Transformers versions saved as buffers; they hold no weights.
 _LEGACY_BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias|embed_positions)")
@@ -24,6 +25,15 @@ _ADAPTER = re.compile(r"(.+)\.(lora_[AB])\.weight")
 def is_adapter(name: str) -> bool:
     """Return whether a parameter is a LoRA matrix, by its name."""
     return _ADAPTER.fullmatch(name) is not None
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds no NaN and no infinity, with little memory."""
+    for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        # The sum needs no memory and is finite in all but strange cases; only then each element is looked at.
+        if not chunk.sum(dtype=torch.float32).isfinite() and not chunk.isfinite().all():
+            return False
+    return True
 
 
 class StoredWeights(ABC):
@@ -42,6 +52,13 @@ class StoredWeights(ABC):
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
         """Return a tensor in its stored dtype."""
+
+    def check_finite(self, name: str, tensor: Tensor) -> None:  # noqa: B027 (what we wrote ourselves was checked then)
+        """Check a tensor of this folder for NaN and infinity; a checkpoint's were checked when it was written.
+
+        Raises:
+            UserError: there are some; the message names file and tensor.
+        """
 
     @abstractmethod
     def read(self, name: str, start: int, into: Tensor) -> None:

@@ -216,12 +216,24 @@ MISTAKES = {
     "a preset of elsewhere": (["+config=../../../../tmp/x"], "no config/../../../../tmp named 'x'; there are: class"),
     "a group of elsewhere": (["engine=/etc/passwd"], "no engine//etc named 'passwd'; there are: zero3"),
     "an expression": (["output_dir=${eval:1}"], "config: Unsupported interpolation type eval"),
-    "an unknown variable": (["output_dir=${oc.env:NOWHERE}"], "Environment variable 'NOWHERE' not found"),
+    "a variable that is not set": (["output_dir=${oc.env:SLURM_NOWHERE}"], "output_dir: ${oc.env:SLURM_NOWHERE} is no"),
     "a config that ends in itself": (["output_dir=${output_dir}"], "config: Recursive interpolation detected"),
     "a secret from the environment": (
         ["tracking.run_name=${oc.env:WANDB_API_KEY}"],
-        "tracking.run_name looks like a secret, and the config is written to config.yaml and Weights & Biases; leave",
+        "tracking.run_name: ${oc.env:WANDB_API_KEY} may be a secret, and the config is written to config.yaml and W",
     ),
+    "a secret by a quoted name": (["tracking.run_name=${oc.env:'WANDB_API_KEY'}"], "${oc.env:WANDB_API_KEY} may be a"),
+    "a variable with a harmless name": (["tracking.run_name=${oc.env:MY_SETTING}"], "${oc.env:MY_SETTING} may be a"),
+    "the token of the Slurm job": (["tracking.run_name=${oc.env:SLURM_JWT}"], "${oc.env:SLURM_JWT} may be a secret"),
+    "a secret that the shell put in": (
+        ["tracking.run_name=run-0123456789"],
+        "tracking.run_name contains the value of the environment variable WANDB_API_KEY",
+    ),
+    "a secret in a prompt": (
+        ["sample_prompt=0123456789"],
+        "sample_prompt contains the value of the environment variable WANDB_API_KEY",
+    ),
+    "a password in a URL": (["tokenizer=https://me:hunter2@host/x"], "tokenizer is a URL with a password"),
     "a secret among DeepSpeed's settings": (
         ["+engine.deepspeed.comet={api_key: abc}"],
         "engine.deepspeed.comet.api_key looks like a secret",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJModel
 from gptj_train.errors import UserError
+from gptj_train.weights.hf_reader import HFWeights
 
 CONFIG = GPTJConfig(vocab_size=31, n_positions=16, n_embd=16, n_layer=2, n_head=2, rotary_dim=4)
 FORMS = pytest.mark.parametrize("form", ["model.safetensors", "pytorch_model.bin"])
@@ -216,13 +217,29 @@ def test_unreadable_config(folder: Path, text: str) -> None:
         ({"vocab_size": None}, "model.vocab_size must be a whole number"),
         ({"rotary_dim": "4"}, "model.rotary_dim must be a whole number"),
         ({"n_inner": -5}, "model.n_inner must be at least 1, got -5"),
-        ({"n_layer": 10**9}, "model.n_layer must be a whole number of at most 4096, got 1000000000"),
+        ({"n_layer": 10**9}, "model.n_layer must be a whole number of at most 256, got 1000000000"),
         ({"n_positions": 10**10}, "model.n_positions must be a whole number of at most"),
         ({"num_labels": 10**10}, "model.num_labels must be a whole number of at most"),
         ({"id2label": ["a"]}, "id2label must name the labels by number, got ['a']"),
         ({"resid_pdrop": 7}, "model.resid_pdrop must be a number from 0 to below 1, got 7"),
-        ({"layer_norm_epsilon": float("nan")}, "model.layer_norm_epsilon must be a number from 0"),
+        ({"layer_norm_epsilon": float("nan")}, "no readable GPT-J config.json here (NaN is not JSON)"),
         ({"layer_norm_epsilon": "x"}, "model.layer_norm_epsilon must be a number from 0"),
+        ({"eos_token_id": "x"}, "eos_token_id must be a whole number from 0 to 16777216, or null, got 'x'"),
+        ({"eos_token_id": [5, -1]}, "eos_token_id must be a whole number from 0 to 16777216, or null, got [5, -1]"),
+        ({"bos_token_id": 10**10}, "bos_token_id must be a whole number"),
+        ({"bos_token_id": [5]}, "bos_token_id must be a whole number"),
+        ({"bos_token_id": {}}, "bos_token_id must be a whole number"),
+        ({"pad_token_id": -5}, "pad_token_id must be a whole number"),
+        ({"pad_token_id": True}, "pad_token_id must be a whole number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
+        ({"use_cache": 1}, "use_cache must be true or false, got 1"),
+        ({"return_dict": None}, "return_dict must be true or false, got None"),
+        ({"activation_function": {}}, "activation_function must be text, got {}"),
+        ({"problem_type": ["regression"]}, "problem_type must be text, got ['regression']"),
+        ({"torch_dtype": 16}, "dtype must be text, got 16"),
+        ({"id2label": {"1": "a", "2": "b"}}, "id2label must number the labels from 0 to 1, got [1, 2]"),
+        ({"id2label": {"first": "a"}}, "config.json"),
+        ({"extra_deep": json.loads("[" * 200 + "]" * 200)}, "it is nested too deeply"),
         ({"n_embd": 32}, "config.json says (31, 32)"),
     ],
 )
@@ -293,7 +310,7 @@ def test_what_is_no_file(sharded: Path, file: str, kind: str) -> None:
     else:
         path.symlink_to(path.name if kind == "loop" else "nowhere")
     message = refusal(sharded)
-    assert "cannot be read as weights" in message or "no model.safetensors" in message
+    assert "is not a regular file" in message
 
 
 @pytest.mark.parametrize("target", ["beside", "/dev/zero"])
@@ -334,7 +351,7 @@ def test_deeply_nested_index(sharded: Path) -> None:
 
 def test_enormous_index(sharded: Path) -> None:
     os.truncate(sharded / "model.safetensors.index.json", 2**40)  # sparse
-    assert "not a readable weight index (it is too large for one)" in refusal(sharded)
+    assert "not a readable weight index (it has more than 50,000,000 bytes)" in refusal(sharded)
 
 
 @FORMS
@@ -442,3 +459,27 @@ def test_label_names_are_text(folder: Path) -> None:
     config["id2label"] = {"0": 5, "1": False, "2": None, "3": "x", "4": 1.0}
     (folder / "config.json").write_text("\ufeff" + json.dumps(config), encoding="utf-8")
     assert GPTJConfig.from_pretrained(folder).id2label == {0: "5", 1: "False", 2: "LABEL_2", 3: "x", 4: "1"}
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@FORMS
+def test_weights_with_nan_or_infinity_are_named(folder: Path, form: str, dtype: torch.dtype, number: float) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
+    state["transformer.h.1.mlp.fc_in.weight"][3, 2] = number
+    write(folder, form, state)
+    line = f"{form}: transformer.h.1.mlp.fc_in.weight contains NaN or infinity"
+    assert line in refusal(folder)
+    with HFWeights(folder) as weights:
+        # A training rank reads its own part only: the first rows are good.
+        weights.read("transformer.h.1.mlp.fc_in.weight", 0, torch.empty(48))
+        with pytest.raises(UserError, match=line):
+            weights.read("transformer.h.1.mlp.fc_in.weight", 32, torch.empty(32))
+
+
+def test_values_that_only_look_infinite_in_their_sum(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    write(folder, "model.safetensors", state | {"lm_head.bias": torch.full((31,), 3e38)})
+    assert GPTJForCausalLM.from_pretrained(folder).lm_head.bias[0] == torch.tensor(3e38)
+    with pytest.raises(UserError, match=r"lm_head\.bias has values beyond fp16's range; take bf16 or fp32"):
+        GPTJForCausalLM.from_pretrained(folder, torch.float16)

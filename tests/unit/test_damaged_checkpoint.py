@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +14,10 @@ import torch
 from fake_ranks import on_ranks, save
 
 from gptj_train import GPTJForCausalLM
+from gptj_train.errors import UserError
 from gptj_train.training.checkpoint import load
 from gptj_train.training.retention import resume_candidates
-from gptj_train.weights.manifest import Manifest
+from gptj_train.weights.manifest import Manifest, _hash_of
 from gptj_train.weights.safetensors_file import Written
 
 FILES = [
@@ -202,3 +204,45 @@ def test_a_name_that_leaves_the_folder(run: Path, monkeypatch: pytest.MonkeyPatc
     manifest.write(checkpoint)
     with pytest.raises(ValueError, match=r"names '\.\./step_00000005/config.json', which is not a file of its folder"):
         Manifest.read(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("block", "key", "value"),
+    [
+        ("state", "step", "x"),
+        ("state", "step", {}),
+        ("state", "step", True),
+        ("state", "step", -2),
+        ("state", "step", 10**30),
+        ("state", "tokens", 1.5),
+        ("state", "skipped", None),
+        ("state", "skipped_in_a_row", [1]),
+        ("state", "evaluated", "a"),
+        ("state", "settings", 5),
+        ("state", "next_batch", []),
+        ("state", "wandb_id", 7),
+        ("optimizer", "steps", None),
+        ("optimizer", "steps", -1),
+        ("optimizer", "loss_scale", "x"),
+        (None, "state", None),
+        (None, "optimizer", 0),
+        (None, "optimizer", {}),
+        (None, "version", -1),
+        (None, "world_size", 10**12),
+        (None, "unknown", 1),
+        (None, "parameters", {"a": "b"}),
+    ],
+)
+def test_a_manifest_edited_by_hand(tmp_path: Path, block: str | None, key: str, value: Any) -> None:
+    """Its hash is right; the checkpoint before it is used."""
+    save(tmp_path, 5, 10, world_size=1)
+    path = tmp_path / "checkpoints" / "step_00000010" / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["sha256"]
+    (body if block is None else body[block])[key] = value
+    path.write_text(json.dumps(body | {"sha256": _hash_of(body)}))
+    with pytest.raises(UserError, match=r"manifest\.json: not a valid manifest") as caught:
+        Manifest.read(path.parent)
+    assert "\n" not in str(caught.value)
+    state = on_ranks(1, lambda rank: load(rank, resume_candidates(tmp_path, "auto"), lambda _: None), seed=1)[0]
+    assert state.step == 5

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import gptj_train
 from gptj_train import GPTJConfig
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.errors import UserError
 from gptj_train.export.from_engine import export
 from gptj_train.export.verify import ExportError
 from gptj_train.model.lora import LoraConfig
@@ -150,7 +151,7 @@ def test_a_failed_check_leaves_nothing(
     monkeypatch.setattr(parts[0], "full_parameters", lambda names=None: spoil(whole()))
     with pytest.raises(ExportError, match=message) as caught:
         run(parts, tmp_path / "export", "bf16" if spoil is swapped else "fp32")
-    assert not isinstance(caught.value, ValueError)  # exit code 1: not the user's mistake
+    assert isinstance(caught.value, UserError)  # one line and exit code 2
     assert {file: file.stat().st_mtime_ns for file in tmp_path.rglob("*")} == before
 
 
@@ -189,4 +190,17 @@ def test_a_full_disk(parts: tuple[Any, ModelFiles], tmp_path: Path, monkeypatch:
     with pytest.raises(ExportError, match="No space left"):
         run(parts, tmp_path / "export")
     assert taken == list(parts[0].shapes)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_value_beyond_fp16_is_one_line(parts: tuple[Any, ModelFiles], tmp_path: Path, monkeypatch: Any) -> None:
+    whole = parts[0].full_parameters
+
+    def large(names: Any = None) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in whole():
+            yield name, tensor + 1e5 if name == "lm_head.bias" else tensor
+
+    monkeypatch.setattr(parts[0], "full_parameters", large)
+    with pytest.raises(UserError, match=r"lm_head\.bias contains NaN or infinity; a weight is beyond fp16's range"):
+        run(parts, tmp_path / "export", "fp16")
     assert list(tmp_path.iterdir()) == []

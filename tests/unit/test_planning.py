@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.model.lora import LoraConfig, with_lora
 from gptj_train.planning import RunPlan
+from gptj_train.training.retention import disk_needed
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
@@ -163,3 +164,15 @@ def test_disk_and_time() -> None:
     }
     assert times["cpu"] - times["none"] == pytest.approx(42 * N / 2 / 100e9)
     assert times["nvme"] - times["cpu"] == pytest.approx(28 * N / 2 / 5e9)
+
+
+@pytest.mark.parametrize("steps", [range(0), range(1), range(100), range(7, 100), range(40, 40), range(30, 90)])
+@pytest.mark.parametrize("keep_every", [0, 1, 6, 20])
+@pytest.mark.parametrize("save_every", [0, 1, 10, 15, 1000])
+def test_counting_checkpoints_is_the_same_as_listing_them(steps: range, save_every: int, keep_every: int) -> None:
+    saves = {step for step in range(steps.start + 1, steps.stop + 1) if save_every and step % save_every == 0}
+    saves |= {steps.stop} if steps else set()
+    permanent = {step for step in saves if keep_every and step % keep_every == 0}
+    expected = min(2 + len(saves - permanent), 4) + len(permanent) if saves else 0
+    _, most = disk_needed(1, steps=steps, save_every=save_every, keep=3, keep_every=keep_every, existing=2)
+    assert most == expected

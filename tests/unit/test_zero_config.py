@@ -6,13 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from deepspeed import DeepSpeedConfig
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from typed_configs import engine_config, optim_config
 
+from gptj_train.errors import UserError
 from gptj_train.training.accumulation import accumulation_steps
-from gptj_train.training.zero_config import EngineConfig, deepspeed_config
+from gptj_train.training.zero_config import EngineConfig, check_accepted, deepspeed_config
 
 OPTIM = optim_config("clip_norm=0.5")
 BASE = engine_config("zero3")
@@ -209,3 +211,41 @@ def test_the_message_of_a_batch_that_does_not_divide() -> None:
 def test_empty_batches(total: int, micro: int) -> None:
     with pytest.raises(ValueError, match="global_batch_size and micro_batch_size must be at least 1"):
         accumulation_steps(total, micro, 1)
+
+
+def test_settings_that_would_not_train_are_refused() -> None:
+    for own, key in (
+        ({"zero_optimization": {"offload_optimizer": {"ratio": 0.5}}}, "zero_optimization.offload_optimizer.ratio"),
+        ({"zero_optimization": {"offload_optimizer": {"super_offload": True}}}, "offload_optimizer.super_offload"),
+        ({"zero_optimization": {"zenflow": {"topk_ratio": 0.1}}}, "zero_optimization.zenflow"),
+        ({"torch_autocast": {"enabled": True}}, "torch_autocast"),
+        ({"elasticity": {}}, "elasticity"),
+    ):
+        with pytest.raises(ValidationError, match=rf"engine\.deepspeed\.\S*{key} is not supported: |{key} is not supp"):
+            engine(deepspeed=own)
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"nonsense": 1}, "engine.deepspeed.nonsense: DeepSpeed would ignore it"),
+        ({"zero_optimization": {"reduce_bucket_size": "abc"}}, "reduce_bucket_size: input should be a valid integer"),
+        ({"zero_optimization": {"nonsense": 1}}, "nonsense: extra inputs are not permitted, got 1"),
+        ({"zero_optimization": {"sub_group_size": -1}}, "sub_group_size: input should be greater than or equal to 0"),
+        ({"aio": 5}, "DeepSpeed does not accept these settings ('int' object"),
+        ({"wall_clock_breakdown": "x"}, "DeepSpeed does not accept these settings"),
+        ({"communication_data_type": "fp99"}, "Invalid communication_data_type"),
+    ],
+)
+def test_settings_that_deepspeed_does_not_accept(own: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_accepted(config(deepspeed=own), DeepSpeedConfig, "cuda")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_fp16_needs_a_gpu() -> None:
+    check_accepted(config(precision="fp16"), DeepSpeedConfig, "cuda")
+    check_accepted(config(precision="bf16"), DeepSpeedConfig, "cpu")
+    with pytest.raises(UserError, match=r"engine\.precision=fp16 needs a GPU; on a CPU use bf16 or fp32"):
+        check_accepted(config(precision="fp16"), DeepSpeedConfig, "cpu")
