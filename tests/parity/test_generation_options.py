@@ -38,7 +38,7 @@ def test_options(pair: tuple[Any, Any], options: dict[str, Any], beams: int) -> 
         return
     ids = random_ids(3, 11)
     # Early ends, where the option delays them.
-    ends = list(range(0, 100, 3)) if next(iter(options)).startswith("min") else None
+    ends = list(range(0, 100, 3)) if next(iter(options)).startswith("min") else [3]
     common = {"max_new_tokens": 12, "eos_token_id": ends, "pad_token_id": PAD, "num_beams": beams, **options}
     expected = theirs.generate(ids, attention_mask=MASK, do_sample=False, **common)
     assert torch.equal(ours.generate(ids, attention_mask=MASK, **common), expected)
