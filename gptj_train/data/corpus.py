@@ -127,7 +127,7 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
         template = data.chat_template or tokenizer.chat_template or DEFAULT
         chat_template = to_jinja(template)
         if is_jinja(template):
-            template = with_special_tokens(template, tokenizer.end_of_text, list(tokenizer.special_tokens))
+            template = with_special_tokens(template, tokenizer.eos_token, list(tokenizer.special_tokens))
         data = replace(data, chat_template=template)
     # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
     files = _find_all_files(data)
@@ -176,9 +176,9 @@ def _pack(
         documents = Documents(stores, name or None)
         # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
         if data.kind == "text" and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.end_id)
+            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
         else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.end_id, supervised=data.kind != "text")
+            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.kind != "text")
     skipped = Counter[str]()
     for store in stores:
         skipped.update(store.skipped)

@@ -77,8 +77,8 @@ def test_apply_chat_template_gives_the_stored_tokens(folder: Path, tmp_path: Pat
     theirs = AutoTokenizer.from_pretrained(tmp_path / "export")
     expected = theirs.apply_chat_template(CHAT, tokenize=True, return_dict=False)
     # The store ends each document with EOS, whether the template does or not.
-    if expected[-1] != tokenizer.end_id:
-        expected = [*expected, tokenizer.end_id]
+    if expected[-1] != tokenizer.eos_id:
+        expected = [*expected, tokenizer.eos_id]
     assert ids == expected
     # A prompt is the beginning of what training saw, and what follows is what it predicted.
     prompt = theirs.apply_chat_template(CHAT[:-1], add_generation_prompt=True, tokenize=False)

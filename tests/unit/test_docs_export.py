@@ -32,7 +32,7 @@ def exports(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatc
         folder.mkdir(parents=True)
         model = getattr(gptj_train, kind)(GPTJConfig(**shape, **ids))
         model.save_pretrained(folder)
-        own = Tokenizer.from_json(tokenizer.to_json(), tokenizer.end_of_text)
+        own = Tokenizer.from_json(tokenizer.to_json(), tokenizer.eos_token)
         own.chat_template = to_jinja(DEFAULT) if name == "chat" else None
         ModelFiles(model.config, kind, own).save(folder, torch.float32)
         (folder / "README.md").write_text(model_card(kind, CardFacts(table={"data": "none"}, chat=name == "chat")))
