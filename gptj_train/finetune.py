@@ -166,7 +166,9 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
     tokenizer.check_fits(model_config.vocab_size)
     if cfg.sequence_length > model_config.n_positions:
         raise UserError(
-            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions})"
+            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions}); "
+            f"set sequence_length={model_config.n_positions} or less"
+            + (" or raise model.n_positions" if cfg.init_from is None else "")
         )
     # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
     model_config = replace(

@@ -27,7 +27,8 @@ EVERYWHERE = [*PACKAGE, *RECIPES, *SCRIPTS]
 MAY_IMPORT = {
     "atomic_write": set(),
     "errors": set(),
-    "schema": {"errors"},
+    "other_names": set(),
+    "schema": {"errors", "other_names"},
     "launch": {"errors", "schema"},
     "weights": {"atomic_write", "errors"},
     "model": {"atomic_write", "errors", "schema", "weights"},

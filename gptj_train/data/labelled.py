@@ -179,6 +179,8 @@ def _listed_labels(record: LabelledRecord, problem_type: str) -> list[Any]:
     if isinstance(record.label, list) != several or isinstance(record.label, (float, dict)):
         wanted = "a list of labels" if several else "a name or a number"
         hint = "; in a csv give a column of 0 and 1 for each label, data.label_field=[a,b,c]" if several else ""
+        if isinstance(record.label, list):
+            hint = "; set task=multi_label for any number of labels, or task=regression for numbers"
         raise UserError(f"{record.where}: the label must be {wanted}, got {record.label!r}{hint}")
     return record.label if several else [record.label]
 
