@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.sampler import Sampler
-from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.tokenizer import Tokenizer, has_tokenizer
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
 from gptj_train.export.from_engine import export
@@ -162,6 +162,8 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
             more added tokens than unused rows.
     """
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
+    if cfg.tokenizer is not None and cfg.init_from is not None and cfg.tokenizer_mismatch == "error":
+        _check_same_ids(tokenizer, cfg.tokenizer, cfg.init_from)
     model_config = model_config_of(cfg.model, cfg.init_from)
     tokenizer.check_fits(model_config.vocab_size)
     if cfg.sequence_length > model_config.n_positions:
@@ -180,3 +182,12 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
     added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]
     tokenizer, mean_rows = tokenizer.with_added_tokens(added_tokens, model_config.vocab_size)
     return tokenizer, model_config, mean_rows
+
+
+def _check_same_ids(tokenizer: Tokenizer, path: str, init_from: str) -> None:
+    """Raise UserError for a tokenizer whose ids have another meaning in the initial weights."""
+    if has_tokenizer(init_from) and not tokenizer.gives_ids_of(Tokenizer.load(init_from)):
+        raise UserError(
+            f"tokenizer={path} gives other ids than the tokenizer of init_from={init_from}, whose weights know only "
+            "their own; drop tokenizer=..., or set tokenizer_mismatch=allow to train the embedding anew"
+        )

@@ -179,11 +179,10 @@ def _is_missing(composed: DictConfig, key: str) -> bool:
 def _invalid_value_message(detail: Any, known: set[str]) -> str:
     """Return one of pydantic's errors as "key: what is wrong, got value"."""
     key = ".".join(str(part) for part in detail["loc"])
-    if detail["input"] is None:
-        # pydantic adds the type that it tried to the key, for each type of a union.
-        if key not in known and key.rpartition(".")[0] in known:
-            key = key.rpartition(".")[0]
-        return f"missing: {key}; give {key}=..."
+    group = key.rpartition(".")[0]
+    if detail["input"] is None and key not in known and group in known:
+        # Of a union pydantic reports each type, with the type's name behind the key.
+        return f"missing: {group}; give {group}=..."
     if detail["type"] == "value_error":  # from a __post_init__, whose message may name the key already
         message = str(detail["ctx"]["error"])
         return message if not key or key in message else f"{key}: {message}"

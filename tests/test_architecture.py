@@ -38,7 +38,8 @@ MAY_IMPORT = {
     "report": {"tracking"},
     "training": {"atomic_write", "data", "errors", "launch", "model", "schema", "tasks", "tracking", "weights"},
     "export": {"atomic_write", "data", "errors", "model", "tracking", "training", "weights"},
-    "config": {"data", "errors", "model", "schema", "tasks", "tracking", "training"},
+    "initial_model": {"data", "errors", "model"},
+    "config": {"data", "errors", "initial_model", "model", "schema", "tasks", "tracking", "training"},
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
     "planning": {"config", "model", "training", "weights"},
     "finetune": {

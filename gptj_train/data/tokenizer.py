@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -74,12 +74,12 @@ class Tokenizer:
         return cls.load(path if path is not None else str(init_from))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0."""
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
+        """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0, others follow it."""
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[END_OF_TEXT, *special_tokens],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -126,6 +126,18 @@ class Tokenizer:
     @property
     def largest_id(self) -> int:
         return max(self._backend.get_vocab().values())
+
+    def gives_ids_of(self, other: Tokenizer) -> bool:
+        """Return whether every text of the other tokenizer's tokens has the same ids here; more tokens may follow."""
+        mine, others = json.loads(self.to_json())["model"], json.loads(other.to_json())["model"]
+        if mine.get("merges") != others.get("merges") or self.end_id != other.end_id:
+            return False
+        vocabulary = self._backend.get_vocab()
+        for token, number in other._backend.get_vocab().items():
+            # Names of unused rows: exports spell them out, the original tokenizer does not have them.
+            if vocabulary.get(token) != number and not unused_rows.is_unused(token):
+                return False
+        return True
 
     @property
     def digest(self) -> str:
@@ -217,8 +229,8 @@ class Tokenizer:
             sizes[number] = added.get(text, len(text))
         return sizes
 
-    def save(self, folder: Path, rows: int | None = None) -> None:
-        """Write the three files from which Transformers loads a tokenizer.
+    def save(self, folder: str | Path, rows: int | None = None) -> None:
+        """Write the three files from which Transformers loads a tokenizer, into a folder, which is created.
 
         Args:
             rows: of the model's embedding; each gets an entry, and the last unused one is the padding token. None:
@@ -227,6 +239,8 @@ class Tokenizer:
         Raises:
             OSError: a full disk.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         # The setting is saved: Transformers should encode prompts as ``encode`` does.
         self._backend.encode_special_tokens = False
         backend = self._backend
@@ -246,6 +260,11 @@ class Tokenizer:
         }
         (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (folder / "special_tokens_map.json").write_text(json.dumps(special_tokens, indent=2) + "\n")
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
 
 
 def _byte_level(model: models.BPE) -> Backend:

@@ -53,6 +53,8 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     check_spelling(overrides, primary, cls, CONFIGS)
     overrides = [_quote_text(override, cls) for override in overrides]
     composed = _composed(primary, overrides, own_configs, cls)
+    if hasattr(cls, "adjust"):
+        cls.adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
     return validated(composed, cls)
 
 
@@ -156,7 +158,7 @@ def _explain(error: Exception, cls: type) -> str:
     """Return the user's line for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
-        if group == "model":
+        if group.split("/")[0] == "model":
             return f"no model named {name!r}: model= is a shape ({', '.join(error.options)}); weights are init_from=..."
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(error.options)}"
     # Hydra only mentions the key in its message; OmegaConf's error, its cause, has it as a field.
@@ -165,8 +167,15 @@ def _explain(error: Exception, cls: type) -> str:
         return unknown_key_message(unknown_key, cls)
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
+        if "Ambiguous value" in str(error):
+            return (
+                f"{error.override!r}: a list is {key}=[{value}]; a text with a comma needs quotes, {key}='\"{value}\"'"
+            )
         if not value:
             return f"{error.override!r} cannot be read; write key=value"
+        if value.startswith("[") and value.endswith("]"):
+            elements = ", ".join(f'"{element.strip()}"' for element in value[1:-1].split(","))
+            return f"{error.override!r} cannot be read; quote the elements, {shlex.quote(f'{key}=[{elements}]')}"
         quoted = shlex.quote(f'{key}="{value}"')
         return f"{error.override!r} cannot be read; quote the value for shell and Hydra, {quoted}, or a list, '{key}=[a, b]'"
     # From "full_key:" on OmegaConf's message describes its internals.

@@ -66,7 +66,7 @@ def test_all_unknown_keys_are_reported_with_the_nearest_name() -> None:
         "unknown config key 'optim.warmup_step'; did you mean 'optim.warmup_steps'?; "
         "unknown config key 'max_stepz'; did you mean 'max_steps'?; "
         "unknown config key 'lr'; did you mean 'optim.lr'?; "
-        "unknown config key 'qqq'; run with '--cfg job' to see all keys"
+        "unknown config key 'qqq'; run with --help to see all keys"
     )
 
 
