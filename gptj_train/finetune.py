@@ -18,7 +18,8 @@ from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
 from gptj_train.planning import RunPlan
-from gptj_train.report import summary, write_report
+from gptj_train.report import write_report
+from gptj_train.run_summary import summary
 from gptj_train.tasks.task import Task
 from gptj_train.tracking import Tracker
 from gptj_train.training.accumulation import accumulation_steps

@@ -35,7 +35,9 @@ MAY_IMPORT = {
     "data": {"atomic_write", "errors", "launch", "schema"},
     "tasks": {"data", "errors", "model", "schema"},
     "tracking": {"atomic_write", "errors", "schema"},
-    "report": {"tracking"},
+    "report": {"atomic_write", "report_charts", "tracking"},
+    "report_charts": set(),
+    "run_summary": {"tracking"},
     "training": {"atomic_write", "data", "errors", "launch", "model", "schema", "tasks", "tracking", "weights"},
     "export": {"atomic_write", "data", "errors", "model", "tracking", "training", "weights"},
     "initial_model": {"data", "errors", "model"},
@@ -43,8 +45,8 @@ MAY_IMPORT = {
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
     "planning": {"config", "model", "training", "weights"},
     "finetune": {
-        *("config", "data", "errors", "export", "inference", "launch", "model", "planning", "report", "tasks"),
-        *("tracking", "training"),
+        *("config", "data", "errors", "export", "inference", "launch", "model", "planning", "report", "run_summary"),
+        *("tasks", "tracking", "training"),
     },
     "__init__": {"model"},
 }

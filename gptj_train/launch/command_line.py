@@ -15,7 +15,7 @@ from typing import TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, OverrideParseException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -159,7 +159,8 @@ def _explain(error: Exception, cls: type) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         if group.split("/")[0] == "model":
-            return f"no model named {name!r}: model= is a shape ({', '.join(error.options)}); weights are init_from=..."
+            known = ", ".join(error.options)
+            return f"no model named {name!r}; there are: {known}. These are shapes; weights are init_from=..."
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(error.options)}"
     # Hydra only mentions the key in its message; OmegaConf's error, its cause, has it as a field.
     unknown_key = getattr(error.__cause__, "full_key", None)
@@ -168,9 +169,8 @@ def _explain(error: Exception, cls: type) -> str:
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
         if "Ambiguous value" in str(error):
-            return (
-                f"{error.override!r}: a list is {key}=[{value}]; a text with a comma needs quotes, {key}='\"{value}\"'"
-            )
+            text = shlex.quote(f'{key}="{value}"')
+            return f"{error.override!r} may be a list, {key}=[{value}], or a text with a comma, {text}"
         if not value:
             return f"{error.override!r} cannot be read; write key=value"
         if value.startswith("[") and value.endswith("]"):
