@@ -189,6 +189,8 @@ class GenerateConfig:
     prompt: PlainText | None
     prompts: str | None
     batch_size: int
+    chat: bool
+    chat_template: PlainText | None
     stop: list[str]
     max_new_tokens: int | None
     max_length: int | None

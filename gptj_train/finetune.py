@@ -103,7 +103,15 @@ class Finetune:
         """
         cfg = self._cfg
         model_config = model_config or self.model_config
-        tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank())
+        report = dict(facts)
+        report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
+        tracker = Tracker(
+            cfg.tracking,
+            cfg.output_dir,
+            asdict(cfg),
+            rank(),
+            write_report=lambda: write_report(cfg.output_dir, report),
+        )
         for name in _SHOWN_AT_START:
             if name in facts:
                 tracker.note(f"{name:<6} {facts[name]}")
@@ -140,8 +148,7 @@ class Finetune:
             return
 
         plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
-        memory = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
-        report = {**facts, "memory": memory}
+        report["memory"] = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:

@@ -1,4 +1,4 @@
-"""Sequence classification: deepspeed recipes/classification.py +config=NAME [key=value ...]"""
+"""Sequence classification: deepspeed -q recipes/classification.py +config=NAME [key=value ...]"""
 
 from dataclasses import replace
 from textwrap import shorten

@@ -166,17 +166,19 @@ def _explain(error: Exception, cls: type) -> str:
     unknown_key = getattr(error.__cause__, "full_key", None)
     if unknown_key:
         return unknown_key_message(unknown_key, cls)
+    ambiguous = re.match(r"Ambiguous value for argument '(.*?)=(.*)'", str(error))
+    if ambiguous:
+        key, value = ambiguous.groups()
+        text = shlex.quote(f'{key}="{value}"')
+        return f"'{key}={value}' may be a list, {key}=[{value}], or a text with a comma, {text}"
     if isinstance(error, OverrideParseException):
         key, _, value = error.override.partition("=")
-        if "Ambiguous value" in str(error):
-            text = shlex.quote(f'{key}="{value}"')
-            return f"{error.override!r} may be a list, {key}=[{value}], or a text with a comma, {text}"
         if not value:
             return f"{error.override!r} cannot be read; write key=value"
         if value.startswith("[") and value.endswith("]"):
             elements = ", ".join(f'"{element.strip()}"' for element in value[1:-1].split(","))
             return f"{error.override!r} cannot be read; quote the elements, {shlex.quote(f'{key}=[{elements}]')}"
         quoted = shlex.quote(f'{key}="{value}"')
-        return f"{error.override!r} cannot be read; quote the value for shell and Hydra, {quoted}, or a list, '{key}=[a, b]'"
+        return f"{error.override!r} cannot be read; quote the value, {quoted}, or write a list, '{key}=[a, b]'"
     # From "full_key:" on OmegaConf's message describes its internals.
     return f"the command line or config cannot be read: {str(error).partition('full_key:')[0]}"

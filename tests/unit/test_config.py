@@ -57,7 +57,7 @@ def test_keys() -> None:
     assert "data.train" in text_keys(ClmConfig)
     assert not {"max_steps", "optim.lr", "add_tokens", "engine.stage"} & text_keys(ClmConfig)
     assert plain_text_keys(ClmConfig) == {"sample_prompt"}
-    assert plain_text_keys(GenerateConfig) == {"prompt"}
+    assert plain_text_keys(GenerateConfig) == {"chat_template", "prompt"}
 
 
 def test_all_unknown_keys_are_reported_with_the_nearest_name() -> None:
