@@ -24,6 +24,7 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "fp16": ("engine.precision", "dtype"),
     "gradient_checkpointing": ("engine.activation_checkpointing",),
     "gradient_clipping": ("optim.clip_norm",),
+    "learning_rate": ("optim.lr",),
     "load_best_model_at_end": ("export_of",),
     "lora_alpha": ("lora.alpha",),
     "lora_dropout": ("lora.dropout",),

@@ -38,7 +38,8 @@ td, th { padding: .15rem 1rem .15rem 0; vertical-align: top; text-align: left; b
 .facts td:last-child { overflow-wrap: anywhere }
 .numbers td, .numbers th, .matrix td { text-align: right; font-variant-numeric: tabular-nums }
 .numbers td { white-space: nowrap }
-.numbers td:first-child { text-align: left; white-space: normal } .wide { overflow-x: auto } .matrix th { font-weight: normal }
+.numbers td:first-child { text-align: left; white-space: normal }
+.wide { overflow-x: auto } .matrix th { font-weight: normal }
 .charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 26rem), 1fr)); gap: 1.2rem;
   margin-top: 1.6rem }
 .charts > div { min-width: 0 } .charts h2 { margin: 0 }
