@@ -29,7 +29,7 @@ from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 
-_SHOWN_AT_START = ("data", "labels", "batch", "epochs")  # facts that fit on a screen
+_SHOWN_AT_START = ("data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
 
 
 class Finetune:
@@ -114,7 +114,7 @@ class Finetune:
         )
         for name in _SHOWN_AT_START:
             if name in facts:
-                tracker.note(f"{name:<6} {facts[name]}")
+                tracker.note(f"{name:<9} {facts[name]}")
 
         # ``build`` is a function: the engine decides where the weights are allocated.
         engine = Engine(
