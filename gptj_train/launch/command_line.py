@@ -53,8 +53,9 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     check_spelling(overrides, primary, cls, CONFIGS)
     overrides = [_quote_text(override, cls) for override in overrides]
     composed = _composed(primary, overrides, own_configs, cls)
-    if hasattr(cls, "adjust"):
-        cls.adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
+    adjust = getattr(cls, "adjust", None)
+    if adjust is not None:
+        adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
     return validated(composed, cls)
 
 
