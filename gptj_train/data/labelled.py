@@ -225,7 +225,7 @@ def _rows_of(records: list[LabelledRecord], labels: np.ndarray, tokenizer: Token
         columns = zip(*[record.texts for record in batch], strict=True)
         encoded = [tokenizer.encode_texts(list(column)) for column in columns]
         for texts in zip(*encoded, strict=True):
-            ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.end_id, length=length)
+            ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.eos_id, length=length)
             rows.append(np.array(ids, dtype=np.int32))
             # A pair has a separator between its texts.
             truncated += sum(len(text) for text in texts) + len(texts) - 1 > length
