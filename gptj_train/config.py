@@ -5,11 +5,14 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
 
+from omegaconf import DictConfig
+
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
+from gptj_train.initial_model import DROPOUT, use_initial_model
 from gptj_train.launch.hub import HubKeys
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig
@@ -54,6 +57,7 @@ class FinetuneConfig(TrainerConfig, HubKeys):
     resume: str
     init_from: str | None
     tokenizer: str | None
+    tokenizer_mismatch: Literal["error", "allow"]
     add_tokens: list[str]
     export_dtype: Literal["bf16", "fp16", "fp32"]
     export_shard_size: str
@@ -67,6 +71,11 @@ class FinetuneConfig(TrainerConfig, HubKeys):
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
         parse_size(self.export_shard_size)
+
+    @staticmethod
+    def adjust(composed: DictConfig, given: set[str]) -> None:
+        """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed."""
+        use_initial_model(composed, given)
 
 
 @schema
@@ -188,6 +197,8 @@ class GenerateConfig(HubKeys):
     prompt: PlainText | None
     prompts: str | None
     batch_size: int
+    chat: bool
+    chat_template: PlainText | None
     stop: list[str]
     max_new_tokens: int | None
     max_length: int | None
@@ -229,6 +240,25 @@ class GenerateConfig(HubKeys):
 
 
 @schema
+class TrainTokenizerConfig:
+    """recipes/train_tokenizer.py"""
+
+    output_dir: str
+    vocab_size: int
+    special_tokens: list[str]
+    max_megabytes: float
+    data: DataConfig
+
+    def __post_init__(self) -> None:
+        # 256 bytes, the special tokens, and at least one merged pair.
+        fewest = 258 + len(self.special_tokens)
+        if self.vocab_size < fewest:
+            raise UserError(f"vocab_size must be at least {fewest}: 256 bytes and the special tokens come first")
+        if self.max_megabytes <= 0:
+            raise UserError(f"max_megabytes must be above 0, got {self.max_megabytes}")
+
+
+@schema
 class ImportMeshConfig(HubKeys):
     """recipes/import_mesh.py"""
 
@@ -261,7 +291,7 @@ def model_config_of(model: ModelConfig, init_from: str | None) -> GPTJConfig:
         shape = {field.name: getattr(model, field.name) for field in fields(model)}
         return GPTJConfig(**shape)
     dropout = {}
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+    for name in DROPOUT:
         probability = getattr(model, name)
         if probability > 0:
             dropout[name] = probability

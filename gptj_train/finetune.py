@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 
 from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.sampler import Sampler
-from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.tokenizer import Tokenizer, has_tokenizer
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.environment import describe_environment, describe_host
 from gptj_train.errors import UserError
@@ -19,7 +19,8 @@ from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
 from gptj_train.planning import RunPlan
-from gptj_train.report import summary, write_report
+from gptj_train.report import write_report
+from gptj_train.run_summary import summary
 from gptj_train.tasks.task import Task
 from gptj_train.tracking import Tracker
 from gptj_train.training.accumulation import accumulation_steps
@@ -30,7 +31,7 @@ from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.weights.hf_writer import parse_size
 
-_SHOWN_AT_START = ("data", "labels", "batch", "epochs")  # facts that fit on a screen
+_SHOWN_AT_START = ("data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
 
 
 class Finetune:
@@ -106,10 +107,19 @@ class Finetune:
         """
         cfg = self._cfg
         model_config = model_config or self.model_config
-        tracker = Tracker(cfg.tracking, cfg.output_dir, asdict(cfg), rank(), steps_per_epoch=self._steps_per_epoch)
+        report = dict(facts)
+        report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
+        tracker = Tracker(
+            cfg.tracking,
+            cfg.output_dir,
+            asdict(cfg),
+            rank(),
+            steps_per_epoch=self._steps_per_epoch,
+            write_report=lambda: write_report(cfg.output_dir, report),
+        )
         for name in _SHOWN_AT_START:
             if name in facts:
-                tracker.note(f"{name:<6} {facts[name]}")
+                tracker.note(f"{name:<9} {facts[name]}")
 
         # ``build`` is a function: the engine decides where the weights are allocated.
         engine = Engine(
@@ -150,8 +160,7 @@ class Finetune:
             return
 
         plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
-        memory = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
-        report = {**facts, "memory": memory}
+        report["memory"] = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:
@@ -173,11 +182,15 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
             more added tokens than unused rows.
     """
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
+    if cfg.tokenizer is not None and cfg.init_from is not None and cfg.tokenizer_mismatch == "error":
+        _check_same_ids(tokenizer, cfg.tokenizer, cfg.init_from)
     model_config = model_config_of(cfg.model, cfg.init_from)
     tokenizer.check_fits(model_config.vocab_size)
     if cfg.sequence_length > model_config.n_positions:
         raise UserError(
-            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions})"
+            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions}); "
+            f"set sequence_length={model_config.n_positions} or less"
+            + (" or raise model.n_positions" if cfg.init_from is None else "")
         )
     # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
     model_config = replace(
@@ -189,3 +202,12 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
     added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]
     tokenizer, mean_rows = tokenizer.with_added_tokens(added_tokens, model_config.vocab_size)
     return tokenizer, model_config, mean_rows
+
+
+def _check_same_ids(tokenizer: Tokenizer, path: str, init_from: str) -> None:
+    """Raise UserError for a tokenizer whose ids have another meaning in the initial weights."""
+    if has_tokenizer(init_from) and not tokenizer.gives_ids_of(Tokenizer.load(init_from)):
+        raise UserError(
+            f"tokenizer={path} gives other ids than the tokenizer of init_from={init_from}, whose weights know only "
+            "their own; drop tokenizer=..., or set tokenizer_mismatch=allow to train the embedding anew"
+        )

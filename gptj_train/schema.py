@@ -15,6 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gptj_train.errors import UserError
+from gptj_train.other_names import NO_KEY, OUR_KEYS
 from gptj_train.secrecy import refuse_secrets
 
 T = TypeVar("T")
@@ -68,7 +69,8 @@ def validated(composed: DictConfig, cls: type[T]) -> T:
     try:
         return TypeAdapter(cls).validate_python(values)
     except ValidationError as error:
-        raise UserError("; ".join(_invalid_value_message(detail) for detail in error.errors())) from None
+        messages = dict.fromkeys(_invalid_value_message(detail, known) for detail in error.errors())
+        raise UserError("; ".join(messages)) from None
 
 
 def _expand_home(values: dict[Any, Any], key: str) -> None:
@@ -154,6 +156,11 @@ def unknown_key_message(key: str, cls: type) -> str:
     for name in known:
         full_names.setdefault(name.rpartition(".")[2], name)  # the first one, of several in different groups
     last_part = key.rpartition(".")[2]
+    if last_part in NO_KEY and last_part not in full_names:
+        return f"unknown config key {key!r}; {NO_KEY[last_part]}"
+    ours = [name for name in OUR_KEYS.get(last_part, ()) if name in known]
+    if ours and last_part not in full_names:
+        return f"unknown config key {key!r}; here it is {' or '.join(ours)}"
     # Best of all is the same name in another group (lr for optim.lr), then a similar full name (optim.lrr), then a
     # similar last part (warmup_step for optim.warmup_steps).
     near = []
@@ -163,7 +170,7 @@ def unknown_key_message(key: str, cls: type) -> str:
         near = get_close_matches(key, known, n=1)
     if not near:
         near = [full_names[name] for name in get_close_matches(last_part, full_names, n=1)]
-    advice = f"did you mean {near[0]!r}?" if near else "run with '--cfg job' to see all keys"
+    advice = f"did you mean {near[0]!r}?" if near else "run with --help to see all keys"
     return f"unknown config key {key!r}; {advice}"
 
 
@@ -189,6 +196,11 @@ def text_keys(cls: type, prefix: str = "") -> set[str]:
         elif is_dataclass(hint):
             keys |= text_keys(hint, f"{prefix}{name}.")  # type: ignore[arg-type]
     return keys
+
+
+def list_keys(cls: type) -> set[str]:
+    """Return the names of the keys whose value is a list of texts, which must be at the top level."""
+    return {name for name, hint in get_type_hints(cls).items() if hint == list[str]}
 
 
 def plain_text_keys(cls: type) -> set[str]:
@@ -225,13 +237,19 @@ def _is_missing(composed: DictConfig, key: str) -> bool:
     return OmegaConf.is_missing(parent, name)
 
 
-def _invalid_value_message(detail: Any) -> str:
+def _invalid_value_message(detail: Any, known: set[str]) -> str:
     """Return one of pydantic's errors as "key: what is wrong, got value"."""
     key = ".".join(str(part) for part in detail["loc"])
+    group = key.rpartition(".")[0]
+    if detail["input"] is None and key not in known and group in known:
+        # Of a union pydantic reports each type, with the type's name behind the key.
+        return f"missing: {group}; give {group}=..."
     if detail["type"] == "value_error":  # from a __post_init__, whose message may name the key already
         message = str(detail["ctx"]["error"])
         return message if not key or key in message else f"{key}: {message}"
     if detail["type"] == "missing":
         return f"{key} is missing"
+    if detail["type"] == "list_type" and isinstance(detail["input"], str):
+        return f"{key}: takes a list; write {key}=[{detail['input']}]"
     message = detail["msg"][0].lower() + detail["msg"][1:]
     return f"{key}: {message}, got {detail['input']!r}"

@@ -21,7 +21,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
@@ -40,7 +40,8 @@ from gptj_train.tracking_services import (
 )
 
 _SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
-_BAR = "{percentage:3.0f}% |{bar:20}| step {n}/{total}{postfix}  {remaining} left"
+# With the metrics of a step this fits a terminal of 80 columns up to a million steps.
+_BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}{postfix} {remaining} left"
 _COUNTERS = ("kind", "step", "epoch", "time", "tokens", "memory_gib")  # no results of an evaluation
 
 
@@ -61,6 +62,7 @@ class Tracker:
         output_dir: the run folder, created by ``start``.
         run_config: the resolved config, written to config.yaml, W&B and TensorBoard.
         steps_per_epoch: optimizer steps in which all training data is seen once; None: unknown.
+        write_report: called after each evaluation and at the end, so that a stopped run has a report, too.
     """
 
     def __init__(
@@ -71,11 +73,13 @@ class Tracker:
         rank: int,
         *,
         steps_per_epoch: float | None = None,
+        write_report: Callable[[], object] = lambda: None,
     ) -> None:
         self._config = config
         self._folder = Path(output_dir)
         self._run_config = run_config
         self._enabled = rank == 0
+        self._write_report = write_report
         self._metrics: TextIO | None = None
         self._bar: tqdm | None = None
         self._steps_per_epoch = steps_per_epoch
@@ -159,7 +163,7 @@ class Tracker:
         seconds = metrics["step_seconds"]
         self._seconds_per_step = 0.9 * (self._seconds_per_step or seconds) + 0.1 * seconds
         if self._bar is not None:
-            self._bar.set_postfix_str(f" {text}", refresh=False)
+            self._bar.set_postfix_str(_short(metrics), refresh=False)
             self._bar.update(step - self._bar.n)
         elif step == self._max_steps or time.monotonic() - self._last_line > _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
@@ -177,6 +181,13 @@ class Tracker:
         # The metrics of components, such as eval_loss/NAME, would be too many for a line.
         shown = [f"{name} {value:.4f}" for name, value in results.items() if "/" not in name]
         self.note(f"step {metrics['step']}: " + "  ".join(shown))
+        self._report()
+
+    def _report(self) -> None:
+        try:
+            self._write_report()
+        except OSError as error:
+            self.note(f"report.html was not written: {error.strerror}")
 
     def _write(self, kind: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
         """Write a line of metrics.jsonl, and return it. A full disk costs the line, not the run."""
@@ -204,10 +215,18 @@ class Tracker:
         if self._metrics is not None:
             with contextlib.suppress(OSError):  # lines lost to a full disk were reported when they were written
                 self._metrics.close()
+            self._report()
         for service in self._services:
             message = service.finish()
             if message is not None:
                 self.note(message)
+
+
+def _short(metrics: Mapping[str, float]) -> str:
+    """Return the metrics of a step for the progress bar, in about 40 characters."""
+    speed = metrics["tokens_per_second"]
+    rate = f"{speed / 1000:.1f}k" if speed >= 10_000 else f"{speed:.0f}"
+    return f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.1f}G"
 
 
 def _ends_with_newline(path: Path) -> bool:

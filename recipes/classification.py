@@ -1,7 +1,6 @@
-"""Sequence classification: deepspeed recipes/classification.py +config=NAME [key=value ...]"""
+"""Sequence classification: deepspeed -q recipes/classification.py +config=NAME [key=value ...]"""
 
 from dataclasses import replace
-from textwrap import shorten
 
 from gptj_train import GPTJForSequenceClassification
 from gptj_train.config import ClassificationConfig
@@ -9,6 +8,7 @@ from gptj_train.data.labelled import prepare_labelled
 from gptj_train.finetune import Finetune
 from gptj_train.launch.recipe import recipe
 from gptj_train.tasks.classification import Classification, known_labels
+from gptj_train.tasks.label_facts import label_facts
 
 
 @recipe(ClassificationConfig, primary="classification")
@@ -33,8 +33,7 @@ def main(cfg: ClassificationConfig) -> None:
         batch_size=cfg.micro_batch_size,
     )
     facts = {
-        "data": f"{len(train):,} texts to train on, {len(validation or ()):,} held out",
-        "labels": f"{len(names)}: {shorten(', '.join(names), 200, placeholder=' ...')}",
+        **label_facts(train, validation, names),
         "batch": run.batch_facts("texts"),
     }
     model_config = replace(run.model_config, id2label=dict(enumerate(names)), problem_type=problem)

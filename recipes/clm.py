@@ -1,4 +1,4 @@
-"""Causal-LM fine-tuning: deepspeed recipes/clm.py +config=NAME [key=value ...]"""
+"""Causal-LM fine-tuning: deepspeed -q recipes/clm.py +config=NAME [key=value ...]"""
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.config import ClmConfig

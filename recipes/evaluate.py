@@ -1,4 +1,4 @@
-"""Metrics of a checkpoint of any task: deepspeed recipes/evaluate.py checkpoint=DIR data.validation=FILES"""
+"""Metrics of a checkpoint of any task: deepspeed -q recipes/evaluate.py checkpoint=DIR data.validation=FILES"""
 
 from gptj_train.config import EvaluateConfig
 from gptj_train.inference.evaluation import build_task, evaluate, write_results

@@ -3,7 +3,8 @@
 import json
 
 from gptj_train.config import GenerateConfig
-from gptj_train.inference.text_generator import TextGenerator, ask_for_prompts, read_prompts
+from gptj_train.inference.prompt_loop import PromptLoop
+from gptj_train.inference.text_generator import TextGenerator, read_prompts
 from gptj_train.launch.recipe import recipe
 
 
@@ -16,15 +17,8 @@ def main(cfg: GenerateConfig) -> None:
         texts = generator.complete(batch, cfg.stop_strings, **cfg.options)
         for prompt, text in zip(batch, texts, strict=True):
             print(json.dumps({"prompt": prompt, "text": text}, ensure_ascii=False), flush=True)
-    if cfg.prompts is not None:
-        return
-    for prompt in ask_for_prompts() if cfg.prompt is None else [cfg.prompt]:
-        pieces = generator.stream(prompt, cfg.stop_strings, **cfg.options)
-        # The prompt and the first piece together: an invalid option is then an error before any text.
-        print(prompt + next(pieces), end="", flush=True)
-        for piece in pieces:
-            print(piece, end="", flush=True)
-        print()
+    if cfg.prompts is None:
+        PromptLoop(generator, cfg).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Extractive question answering: deepspeed recipes/qa.py +config=NAME [key=value ...]"""
+"""Extractive question answering: deepspeed -q recipes/qa.py +config=NAME [key=value ...]"""
 
 from dataclasses import replace
 

@@ -32,10 +32,12 @@ class LabelledRows:
     Attributes:
         token_ids: (T_i) int32 of each of R rows, with 1 <= T_i <= sequence_length.
         labels: (R) int64 class ids; or (R, L) float32: 0 and 1 for several labels, or numbers to regress on.
+        truncated: rows whose text was longer than sequence_length.
     """
 
     token_ids: list[np.ndarray]
     labels: np.ndarray
+    truncated: int = 0
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -75,10 +77,10 @@ def prepare_labelled(
     targets = _targets(train, problem_type, names, data, vectors=vectors)
     validation_targets = _targets(validation, problem_type, names, data, vectors=vectors) if validation else None
     # Labels first: a wrong one should not show up only after all texts are tokenized.
-    train_rows = LabelledRows(_token_ids(train, tokenizer, length), targets)
+    train_rows = _rows_of(train, targets, tokenizer, length)
     if validation_targets is None:
         return train_rows, None, names
-    return train_rows, LabelledRows(_token_ids(validation, tokenizer, length), validation_targets), names
+    return train_rows, _rows_of(validation, validation_targets, tokenizer, length), names
 
 
 def labelled_rows(
@@ -98,7 +100,7 @@ def labelled_rows(
     records = read_labelled(paths, "data.validation", fields)
     vectors = label_values.are_vectors(records, problem_type, len(names), fields)
     targets = _targets(records, problem_type, names, fields, vectors=vectors)
-    return LabelledRows(_token_ids(records, tokenizer, length), targets)
+    return _rows_of(records, targets, tokenizer, length)
 
 
 # --- labels as arrays ---
@@ -156,8 +158,9 @@ def _regression_targets(records: list[LabelledRecord], names: list[str]) -> np.n
 # --- texts ---
 
 
-def _token_ids(records: list[LabelledRecord], tokenizer: Tokenizer, length: int) -> list[np.ndarray]:
+def _rows_of(records: list[LabelledRecord], labels: np.ndarray, tokenizer: Tokenizer, length: int) -> LabelledRows:
     rows = []
+    truncated = 0
     for start in range(0, len(records), _TEXTS_AT_ONCE):
         batch = records[start : start + _TEXTS_AT_ONCE]
         # All first texts, then all second ones: tokenizing many at once uses all cores.
@@ -166,7 +169,9 @@ def _token_ids(records: list[LabelledRecord], tokenizer: Tokenizer, length: int)
         for texts in zip(*encoded, strict=True):
             ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.eos_id, length=length)
             rows.append(np.array(ids, dtype=np.int32))
-    return rows
+            # A pair has a separator between its texts.
+            truncated += sum(len(text) for text in texts) + len(texts) - 1 > length
+    return LabelledRows(rows, labels, truncated)
 
 
 def join_pair(first: list[int], second: list[int], *, separator: int, length: int) -> list[int]:

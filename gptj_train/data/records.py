@@ -121,7 +121,12 @@ def _component_of(record: dict[str, Any], field: str) -> str:
 def _text_of(record: dict[str, Any], field: str, key: str) -> str:
     text = record.get(field)
     if not isinstance(text, str) or not text:
-        raise BadRecordError(f"no text in field {field!r}", f"set {key} or correct the record")
+        advice = f"set {key} or correct the record"
+        if isinstance(record.get("messages"), list):
+            advice = "the record is a chat: set data.kind=chat"
+        elif key == "data.text_field" and {"prompt", "response"} <= record.keys():
+            advice = "the record has a prompt and a response: set data.kind=completion"
+        raise BadRecordError(f"no text in field {field!r}", advice)
     return checked_text(text)
 
 

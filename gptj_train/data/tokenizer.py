@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -70,18 +71,19 @@ class Tokenizer:
     @classmethod
     def choose(cls, path: str | None, init_from: str | None) -> Tokenizer:
         """Load the tokenizer at ``path``, or else the one in the folder of the initial weights."""
-        if path is None and init_from is None:
+        found = path or init_from
+        if found is None:
             raise UserError("tokenizer is missing: give tokenizer=FOLDER, or init_from=FOLDER with one inside")
-        return cls.load(path if path is not None else str(init_from))
+        return cls.load(found)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
-        """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0."""
+    def train(cls, texts: Iterable[str], vocab_size: int, special_tokens: Sequence[str] = ()) -> Tokenizer:
+        """Train a byte-level BPE of at most ``vocab_size`` entries; the EOS token has id 0, others follow it."""
         backend = byte_level(models.BPE())
         backend.add_special_tokens([EOS_TOKEN])
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[EOS_TOKEN],
+            special_tokens=[EOS_TOKEN, *special_tokens],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -131,6 +133,18 @@ class Tokenizer:
     def largest_id(self) -> int:
         return max(self._backend.get_vocab().values())
 
+    def gives_ids_of(self, other: Tokenizer) -> bool:
+        """Return whether every text of the other tokenizer's tokens has the same ids here; more tokens may follow."""
+        mine, others = json.loads(self.to_json())["model"], json.loads(other.to_json())["model"]
+        if mine.get("merges") != others.get("merges") or self.eos_id != other.eos_id:
+            return False
+        vocabulary = self._backend.get_vocab()
+        for token, number in other._backend.get_vocab().items():
+            # Names of unused rows: exports spell them out, the original tokenizer does not have them.
+            if vocabulary.get(token) != number and not unused_rows.is_unused(token):
+                return False
+        return True
+
     @property
     def digest(self) -> str:
         """The sha256 of everything that determines the ids."""
@@ -165,10 +179,6 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
-
-    def encode_documents(self, texts: list[str]) -> list[list[int]]:
-        """Encode data as ``encode_texts``, and end each text with the EOS token."""
-        return [[*ids, self.eos_id] for ids in self.encode_texts(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encode data, and find the characters of each token.
@@ -248,9 +258,16 @@ class Tokenizer:
         return sizes
 
     def save(
-        self, folder: Path, rows: int | None = None, *, max_length: int | None = None, padding_side: str = "right"
+        self,
+        folder: str | Path,
+        rows: int | None = None,
+        *,
+        max_length: int | None = None,
+        padding_side: str = "right",
     ) -> None:
         """Write the files from which Transformers and other readers load a tokenizer; see ``tokenizer_files``.
+
+        The folder is created.
 
         Args:
             rows: of the model's embedding; each gets an entry, and the last unused one is the padding token. None:
@@ -261,6 +278,8 @@ class Tokenizer:
         Raises:
             OSError: a full disk.
         """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         # The setting is saved: Transformers should encode prompts as ``encode`` does.
         self._backend.encode_special_tokens = False
         backend = self._backend
@@ -276,3 +295,8 @@ class Tokenizer:
             padding_side=padding_side,
             chat_template=self.chat_template,
         )
+
+
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))

@@ -39,6 +39,11 @@ class AddedToken:
         return cls(name.strip(), tuple(like.split()))
 
 
+def is_unused(token: str) -> bool:
+    """Return whether a token is the name of an unused row."""
+    return _UNUSED.fullmatch(token) is not None
+
+
 def unused_rows(backend: Backend, rows: int) -> list[int]:
     """Return the unused ones of an embedding's rows, in order."""
     used = {number for token, number in backend.get_vocab().items() if not _UNUSED.fullmatch(token)}

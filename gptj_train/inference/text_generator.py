@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from gptj_train.weights.hf_writer import DTYPES
 
 _REPLACEMENT = "\ufffd"  # U+FFFD, what the first bytes of a character decode to until its last byte is there
 
+_NO_TEXT = ("GPTJForSequenceClassification", "GPTJForQuestionAnswering")
+
 
 class TextGenerator:
     """The model and tokenizer of a folder, on the accelerator if there is one.
@@ -32,7 +33,12 @@ class TextGenerator:
 
     def __init__(self, checkpoint: str | Path, dtype: str | None = None) -> None:
         # Read the config first: its messages for a folder that is no model are better than the tokenizer's.
-        GPTJConfig.from_pretrained(checkpoint)
+        for name in GPTJConfig.from_pretrained(checkpoint).architectures:
+            if name in _NO_TEXT:
+                raise UserError(
+                    f"{checkpoint} is a {name}, which writes no text; give a GPTJForCausalLM, or measure this one with "
+                    "recipes/evaluate.py"
+                )
         self.tokenizer = Tokenizer.load(checkpoint)
         self.model = GPTJForCausalLM.from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
         self.tokenizer.check_fits(self.model.config.vocab_size)
@@ -195,26 +201,6 @@ def read_prompts(file: str, batch_size: int) -> list[list[str]]:
     if not prompts:
         raise UserError(f"prompts={file}: holds no prompt; write one per line")
     return [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-
-
-def ask_for_prompts() -> Iterator[str]:
-    """Yield the prompts typed at a terminal, or the lines of a pipe, until end of file.
-
-    Raises:
-        UserError: an empty pipe.
-    """
-    interactive = sys.stdin.isatty()
-    count = 0
-    while True:
-        try:
-            prompt = input("prompt> " if interactive else "")
-        except EOFError:
-            break
-        if prompt.strip():
-            count += 1
-            yield prompt
-    if count == 0 and not interactive:
-        raise UserError("no prompt: give prompt='some text', prompts=FILE, or type them")
 
 
 def sample_from(checkpoint: str | Path, prompt: str, seed: int) -> str:

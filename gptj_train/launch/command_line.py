@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -14,21 +15,27 @@ from typing import TypeVar
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Quote, QuotedString
-from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gptj_train.errors import UserError
-from gptj_train.schema import plain_text_keys, text_keys, unknown_key_message, validated
+from gptj_train.launch.key_help import help_lines
+from gptj_train.launch.spelling import check_spelling
+from gptj_train.schema import list_keys, plain_text_keys, text_keys, unknown_key_message, validated
 
 T = TypeVar("T")
+
+HELP = ("--help", "-h")
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """The package's own configs, so that a recipe runs from any directory and as a copy."""
 
 # A value that the user has already quoted for Hydra: 'a, b' or "a, b", with escaped quotes inside.
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")
+# A value that can only be one element of a list.
+_ONE_NAME = re.compile(r"[\w./-]+")
 # The start of an interpolation, and the backslashes before it, which OmegaConf reads as escapes.
 _INTERPOLATION = re.compile(r"(\\*)\$\{")
 
@@ -43,14 +50,12 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
         UserError: an override that cannot be parsed, or that names no key or choice; wrong or missing values.
     """
     own_configs, overrides = split_config_dir(arguments)
+    check_spelling(overrides, primary, cls, CONFIGS)
     overrides = [_quote_text(override, cls) for override in overrides]
-    if own_configs is not None:
-        overrides.append(f"hydra.searchpath=['file://{own_configs.absolute()}']")
-    try:
-        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-            composed = hydra.compose(primary, overrides=overrides)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises all four
-        raise UserError(_explain(error, cls)) from None
+    composed = _composed(primary, overrides, own_configs, cls)
+    adjust = getattr(cls, "adjust", None)
+    if adjust is not None:
+        adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
     return validated(composed, cls)
 
 
@@ -75,6 +80,8 @@ def run_hydra(script: Path, primary: str, cls: type) -> None:
     Raises:
         UserError: as ``compose``.
     """
+    _, overrides = split_config_dir(sys.argv[1:])
+    check_spelling(overrides, primary, cls, CONFIGS)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints its errors itself and exits with 1
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=primary)
@@ -99,6 +106,35 @@ def run_hydra(script: Path, primary: str, cls: type) -> None:
         raise UserError(_explain(error, cls)) from None
 
 
+def print_help(primary: str, arguments: Sequence[str], cls: type) -> None:
+    """Print a recipe's own keys with their values and comments; overrides beside --help show in the values.
+
+    Raises:
+        UserError: as ``compose``.
+    """
+    own_configs, overrides = split_config_dir(arguments)
+    overrides = [_quote_text(override, cls) for override in overrides if override not in HELP]
+    check_spelling(overrides, primary, cls, CONFIGS)
+    composed = _composed(primary, overrides, own_configs, cls, with_hydra=True)
+    choices = composed.hydra.runtime.choices
+    values = OmegaConf.to_container(composed, resolve=False)
+    assert isinstance(values, dict)
+    del values["hydra"]
+    print("\n".join(help_lines(primary, CONFIGS, values, choices)))  # type: ignore[arg-type]
+
+
+def _composed(
+    primary: str, overrides: list[str], own_configs: Path | None, cls: type, with_hydra: bool = False
+) -> DictConfig:
+    if own_configs is not None:
+        overrides = [*overrides, f"hydra.searchpath=['file://{own_configs.absolute()}']"]
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            return hydra.compose(primary, overrides=overrides, return_hydra_config=with_hydra)
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises all four
+        raise UserError(_explain(error, cls)) from None
+
+
 def _quote_text(override: str, cls: type) -> str:
     """Quote the value of a text key, in which Hydra's grammar would otherwise find commas, braces or numbers.
 
@@ -106,6 +142,9 @@ def _quote_text(override: str, cls: type) -> str:
     """
     prefixed_key, _, value = override.partition("=")
     key = prefixed_key.lstrip("+")
+    if key in list_keys(cls) and _ONE_NAME.fullmatch(value) and value != "null":
+        # tasks=piqa means the same as tasks=[piqa].
+        return f"{prefixed_key}=[{value}]"
     if key not in text_keys(cls) or value in ("", "null", "???") or _QUOTED.fullmatch(value):
         return override
     if key in plain_text_keys(cls):
@@ -120,10 +159,27 @@ def _explain(error: Exception, cls: type) -> str:
     """Return the user's line for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group.split("/")[0] == "model":
+            known = ", ".join(error.options)
+            return f"no model named {name!r}; there are: {known}. These are shapes; weights are init_from=..."
         return f"no {group or 'config'} named {name!r}; there are: {', '.join(error.options)}"
     # Hydra only mentions the key in its message; OmegaConf's error, its cause, has it as a field.
     unknown_key = getattr(error.__cause__, "full_key", None)
     if unknown_key:
         return unknown_key_message(unknown_key, cls)
+    ambiguous = re.match(r"Ambiguous value for argument '(.*?)=(.*)'", str(error))
+    if ambiguous:
+        key, value = ambiguous.groups()
+        text = shlex.quote(f'{key}="{value}"')
+        return f"'{key}={value}' may be a list, {key}=[{value}], or a text with a comma, {text}"
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if not value:
+            return f"{error.override!r} cannot be read; write key=value"
+        if value.startswith("[") and value.endswith("]"):
+            elements = ", ".join(f'"{element.strip()}"' for element in value[1:-1].split(","))
+            return f"{error.override!r} cannot be read; quote the elements, {shlex.quote(f'{key}=[{elements}]')}"
+        quoted = shlex.quote(f'{key}="{value}"')
+        return f"{error.override!r} cannot be read; quote the value, {quoted}, or write a list, '{key}=[a, b]'"
     # From "full_key:" on OmegaConf's message describes its internals.
     return f"the command line or config cannot be read: {str(error).partition('full_key:')[0]}"

@@ -15,7 +15,7 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from gptj_train.errors import UserError
-from gptj_train.launch.command_line import compose, run_hydra, split_config_dir
+from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
 from gptj_train.launch.hub import with_local_folders
 from gptj_train.launch.preemption import SIGNALS, Preempted
 from gptj_train.launch.ranks import rank, set_rank_variables
@@ -71,7 +71,9 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         if one_process and rank() != 0:
             return EXIT_DONE
         _, overrides = split_config_dir(sys.argv[1:])
-        if any(override.startswith("-") for override in overrides):  # --help, --cfg, --multirun and the like
+        if any(override in HELP for override in overrides):
+            print_help(primary, sys.argv[1:], cls)
+        elif any(override.startswith("-") for override in overrides):  # --help, --cfg, --multirun and the like
             run_hydra(script, primary, cls)
         else:
             config = compose(primary, sys.argv[1:], cls)

@@ -186,7 +186,12 @@ class GPTJConfig(ConfigNames):
                 raise UserError(f"it is {instead}")
             values = read_json(path, _LARGEST_CONFIG)
         except (OSError, ValueError) as error:
-            raise UserError(f"{path}: no readable GPT-J config.json here ({error})") from None
+            advice = ""
+            if (Path(folder) / "export" / "config.json").is_file():
+                advice = f"; this is a run folder, use {Path(folder) / 'export'}"
+            elif (Path(folder) / "checkpoints").is_dir():
+                advice = f"; this is a run folder: export it with recipes/export.py run={folder}, then use its export"
+            raise UserError(f"{path}: no readable GPT-J config.json here ({error}){advice}") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise UserError(f"{path}: model_type must be 'gptj'")
         changed = field_values(cls, changes)

@@ -26,7 +26,7 @@ def classification_metrics(
     elif problem_type == "multi_label_classification":
         metrics |= _multi_label(logits, labels)
     else:
-        metrics |= _regression(logits, labels)
+        metrics |= _regression(logits, labels, names)
     return metrics
 
 
@@ -84,8 +84,8 @@ def _multi_label(logits: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
-def _regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
-    """Compute the mean squared error and the correlations, averaged over the L numbers of a row.
+def _regression(predicted: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Compute the mean squared error and the correlations: of each number of a row, and their mean.
 
     Correlations need two rows, and are NaN where the labels or the predictions are constant.
     """
@@ -94,8 +94,15 @@ def _regression(predicted: Tensor, labels: Tensor) -> dict[str, float]:
     # torchmetrics wants (R), not (R, 1), for a single number; squeeze leaves (R, L) alone.
     predicted = predicted.squeeze(1)
     labels = labels.squeeze(1)
-    return {
+    pearson = pearson_corrcoef(predicted, labels)
+    spearman = spearman_corrcoef(predicted, labels)
+    metrics = {
         "mse": mean_squared_error(predicted, labels).item(),
-        "pearson": pearson_corrcoef(predicted, labels).mean().item(),
-        "spearman": spearman_corrcoef(predicted, labels).mean().item(),
+        "pearson": pearson.mean().item(),
+        "spearman": spearman.mean().item(),
     }
+    if len(names) > 1:
+        # The mean may hide that one number is not learned at all.
+        for name, linear, ranked in zip(names, pearson.tolist(), spearman.tolist(), strict=True):
+            metrics |= {f"pearson/{name}": linear, f"spearman/{name}": ranked}
+    return metrics

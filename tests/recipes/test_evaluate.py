@@ -59,7 +59,8 @@ def test_language_modelling(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(folder)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
     loss, targets, size = 0.0, 0, 0
-    for ids in tokenizer.encode_documents(TEXTS):  # no document is cut: each stands alone, whatever window it is in
+    # No document is cut: each stands alone, whatever window it is in.
+    for ids in [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_texts(TEXTS)]:
         with torch.no_grad():
             logits = theirs(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
         loss -= logits.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()

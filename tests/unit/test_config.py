@@ -57,7 +57,7 @@ def test_keys() -> None:
     assert "data.train" in text_keys(ClmConfig)
     assert not {"max_steps", "optim.lr", "add_tokens", "engine.stage"} & text_keys(ClmConfig)
     assert plain_text_keys(ClmConfig) == {"sample_prompt"}
-    assert plain_text_keys(GenerateConfig) == {"prompt"}
+    assert plain_text_keys(GenerateConfig) == {"chat_template", "prompt"}
 
 
 def test_all_unknown_keys_are_reported_with_the_nearest_name() -> None:
@@ -66,7 +66,7 @@ def test_all_unknown_keys_are_reported_with_the_nearest_name() -> None:
         "unknown config key 'optim.warmup_step'; did you mean 'optim.warmup_steps'?; "
         "unknown config key 'max_stepz'; did you mean 'max_steps'?; "
         "unknown config key 'lr'; did you mean 'optim.lr'?; "
-        "unknown config key 'qqq'; run with '--cfg job' to see all keys"
+        "unknown config key 'qqq'; run with --help to see all keys"
     )
 
 
@@ -272,9 +272,9 @@ def test_free_text_needs_no_quotes(command: Command, prompt: str) -> None:
             ["+config=good", "engine.deepspeed={x: 1}"],
             "'engine.deepspeed.x' is not there yet; add it with +engine.deepspeed.x",
         ),
-        (["+config=good", "max_steps"], "the command line or config cannot be read: "),
-        (["+config=good", "optim.betas=[1,"], "the command line or config cannot be read: "),
-        (["+config=good", "max_steps=1,2"], "the command line or config cannot be read: Ambiguous value"),
+        (["+config=good", "max_steps"], "max_steps has no value; write max_steps=..."),
+        (["+config=good", "optim.betas=[1,"], "'optim.betas=[1,' cannot be read; quote the value"),
+        (["+config=good", "max_steps=1,2"], "'max_steps=1,2' may be a list, max_steps=[1,2], or a text"),
         (["--cfg", "job", "+config=quikstart"], "no config named 'quikstart'"),
         (["--cfg", "job", "+config=good", "max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
     ],

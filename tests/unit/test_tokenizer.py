@@ -47,7 +47,7 @@ def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, folder: Path) -> Non
     for path in (folder, folder / "tokenizer.json"):
         loaded = Tokenizer.load(path)
         assert loaded.digest == tokenizer.digest
-        assert loaded.encode_documents(TRICKY) == tokenizer.encode_documents(TRICKY)
+        assert loaded.encode_texts(TRICKY) == tokenizer.encode_texts(TRICKY)
 
 
 @pytest.mark.parametrize("text", TRICKY)
@@ -66,15 +66,15 @@ def test_transformers_knows_the_special_tokens(folder: Path) -> None:
 
 
 def test_documents_end_with_the_eos_token(tokenizer: Tokenizer) -> None:
-    for text, ids in zip(TRICKY, tokenizer.encode_documents(TRICKY), strict=True):
-        assert ids == [*tokenizer.encode(text), 0]
+    for text, ids in zip(TRICKY, tokenizer.encode_texts(TRICKY), strict=True):
+        assert ids == tokenizer.encode(text)
 
 
 def test_text_that_spells_the_eos_token_is_plain_text(tokenizer: Tokenizer) -> None:
     text = "before<|endoftext|>after <|endoftext|>"
-    (ids,) = tokenizer.encode_documents([text])
-    assert ids.count(0) == 1
-    assert tokenizer.decode(ids[:-1]) == text
+    (ids,) = tokenizer.encode_texts([text])
+    assert ids.count(0) == 0
+    assert tokenizer.decode(ids) == text
     # A prompt may ask for the token itself.
     assert tokenizer.encode("before<|endoftext|>after").count(0) == 1
 
@@ -82,20 +82,20 @@ def test_text_that_spells_the_eos_token_is_plain_text(tokenizer: Tokenizer) -> N
 def test_encoding_prompts_and_documents_in_turn(tokenizer: Tokenizer) -> None:
     digest = tokenizer.digest
     for _ in range(2):
-        assert tokenizer.encode_documents(["<|endoftext|>"])[0].count(0) == 1
+        assert tokenizer.encode_texts(["<|endoftext|>"])[0].count(0) == 0
         assert tokenizer.encode("<|endoftext|>") == [0]
         assert tokenizer.digest == digest
 
 
 def test_saving_does_not_keep_that_special_tokens_are_text(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.encode_documents(["x"])
+    tokenizer.encode_texts(["x"])
     tokenizer.save(tmp_path)
     assert AutoTokenizer.from_pretrained(tmp_path)("<|endoftext|>")["input_ids"] == [0]
 
 
 @pytest.mark.parametrize("text", TRICKY)
 def test_bytes_of_tokens_add_up(tokenizer: Tokenizer, text: str) -> None:
-    (ids,) = tokenizer.encode_documents([text + "<|endoftext|>"])
+    (ids,) = tokenizer.encode_texts([text + "<|endoftext|>"])
     assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + len(EOS_TOKEN)
     assert tokenizer.bytes_per_token.shape == (340,)
     assert tokenizer.bytes_per_token[0] == 0
@@ -105,9 +105,9 @@ def test_bytes_of_added_tokens(tokenizer: Tokenizer, folder: Path) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.add_tokens(["<|extratoken_1|>", "日本"])
     extended = Tokenizer(backend)
-    (ids,) = extended.encode_documents(["a<|extratoken_1|>日本"])
-    assert ids[-3:] == [340, 341, 0]
-    assert extended.bytes_per_token[ids].tolist() == [1, len("<|extratoken_1|>"), 6, 0]
+    (ids,) = extended.encode_texts(["a<|extratoken_1|>日本"])
+    assert ids[-2:] == [340, 341]
+    assert extended.bytes_per_token[ids].tolist() == [1, len("<|extratoken_1|>"), 6]
 
 
 def gpt2_folder(folder: Path) -> Path:
@@ -141,7 +141,7 @@ def test_documents_are_neither_truncated_nor_padded(folder: Path, tmp_path: Path
     backend.enable_padding(length=50)
     backend.save(str(tmp_path / "tokenizer.json"))
     loaded, plain = Tokenizer.load(tmp_path), Tokenizer.load(folder)
-    assert loaded.encode_documents(TRICKY) == plain.encode_documents(TRICKY)
+    assert loaded.encode_texts(TRICKY) == plain.encode_texts(TRICKY)
     assert loaded.digest == plain.digest
 
 

@@ -47,7 +47,7 @@ def test_names_of_rows_change_no_text(gpt2: Tokenizer, tmp_path: Path) -> None:
     gpt2.save(tmp_path, ROWS)
     full = Tokenizer.load(tmp_path)
     texts = ["hello world", "<|extratoken_1|> is only text here", "hell<|endoftext|>"]
-    assert full.encode_documents(texts) == gpt2.encode_documents(texts)
+    assert full.encode_texts(texts) == gpt2.encode_texts(texts)
 
 
 def test_gpt_j_names_143_rows(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_added_tokens_take_the_first_unused_rows(gpt2: Tokenizer, tmp_path: Path
     tokens = [AddedToken("<|user|>", ("hello", "world")), AddedToken("<|bot|>")]
     more, means = gpt2.with_added_tokens(tokens, ROWS)
     assert means == {267: [*gpt2.encode("hello"), *gpt2.encode("world")]}
-    (ids,) = more.encode_documents(["<|user|>hello<|bot|>"])
+    (ids,) = more.encode_texts(["<|user|>hello<|bot|>"])
     assert ids == [267, *gpt2.encode("hello"), 268, gpt2.eos_id]
     assert more.decode(ids) == "<|user|>hello<|bot|>"
     assert more.bytes_per_token[267] == len("<|user|>")
