@@ -7,7 +7,8 @@ from dataclasses import asdict, replace
 
 from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.sampler import Sampler
-from gptj_train.data.tokenizer import Tokenizer, has_tokenizer
+from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.data.tokenizer_folder import has_tokenizer
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.environment import describe_environment, describe_host
 from gptj_train.errors import UserError

@@ -295,8 +295,3 @@ class Tokenizer:
             padding_side=padding_side,
             chat_template=self.chat_template,
         )
-
-
-def has_tokenizer(folder: str | Path) -> bool:
-    """Return whether a folder holds a tokenizer's files."""
-    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))

@@ -61,6 +61,11 @@ def load_backend(path: Path) -> tuple[Backend, str]:
     return backend, named.eos_token
 
 
+def has_tokenizer(folder: str | Path) -> bool:
+    """Return whether a folder holds a tokenizer's files."""
+    return any((Path(folder) / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+
+
 def byte_level(model: models.BPE, *, add_prefix_space: bool = False) -> Backend:
     """Make the tokenizer of GPT-2 around a BPE model."""
     backend = Backend(model)
