@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -220,3 +221,34 @@ def test_online_without_a_key_is_a_mistake_with_advice(tmp_path: Path) -> None:
         tracker(tmp_path, wandb="online").start(0, 4)
     assert str(caught.value).startswith("tracking.wandb=online: ")
     assert str(caught.value).endswith("Or set tracking.wandb=offline.")
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"step": 2, "lo\xffss": 1}', b"[1]", b"{}", b'{"step": "2", "tokens": 1}', b"[" * 200000, b"hello"]
+)
+def test_a_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, step(1), step(2))
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, bad, second, b""]))
+    assert read_metrics(tmp_path) == [step(1), step(2)]
+    write(tmp_path, 2, step(3))
+    assert f"{path}: 1 unreadable lines are dropped" in capsys.readouterr().out
+    assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
+
+
+def test_a_pipe_in_place_of_the_metrics_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path) == []
+    write(tmp_path, 2, step(3))
+    assert read_metrics(tmp_path) == [step(3)]
+
+
+def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
+    write(tmp_path, 0, step(1), step(2), evaluated(2))
+    for _ in range(2):  # resumed from a checkpoint that does not know of the evaluation
+        again = tracker(tmp_path)
+        again.start(2, 4, evaluated=False)
+        again.evaluation(evaluated(2))
+        again.finish()
+    assert read_metrics(tmp_path) == [step(1), step(2), evaluated(2)]
