@@ -97,7 +97,9 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     assert first.returncode == 0, first.stdout + first.stderr
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "export", "export_report.json", "report.html"}
+    records = {"config.yaml", "metrics.jsonl", "status.json", ".lock", "export_report.json", "report.html"}
+    assert names == records | {"checkpoints", "export"}
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
 
     again = train(corpus, 2, "max_steps=16", "save_every=6")
