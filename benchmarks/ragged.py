@@ -53,7 +53,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     tokenizer = Tokenizer.load(tokenizer_folder)
     documents = Documents(open_stores([Path(file) for file in files], data, tokenizer))
     length, rows = CELL.sequence_length, CELL.micro_batch_size
-    windows = ContiguousWindows(documents, length, tokenizer.end_id)
+    windows = ContiguousWindows(documents, length, tokenizer.eos_id)
     pieces = [(i, at) for i, size in enumerate(documents.lengths.tolist()) for at in range(0, size - 1, length)]
     count = len(pieces) if side == "transformers_padded" else len(windows) - 1  # the last one is not full
     found = []
@@ -63,7 +63,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
         if side == "transformers_padded":
             chosen = [pieces[index] for index in order]
             texts = [documents.part(i, at, min(length, int(documents.lengths[i]) - at))[0] for i, at in chosen]
-            ids = torch.full((rows, max(map(len, texts))), tokenizer.end_id)
+            ids = torch.full((rows, max(map(len, texts))), tokenizer.eos_id)
             mask = torch.zeros_like(ids)
             for row, text in enumerate(texts):
                 ids[row, : len(text)] = torch.from_numpy(text.astype("int64"))

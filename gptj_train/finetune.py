@@ -201,8 +201,8 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
     # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
     model_config = replace(
         model_config,
-        bos_token_id=tokenizer.end_id,
-        eos_token_id=tokenizer.end_id,
+        bos_token_id=tokenizer.eos_id,
+        eos_token_id=tokenizer.eos_id,
         pad_token_id=tokenizer.pad_id(model_config.vocab_size),
     )
     added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]

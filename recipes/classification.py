@@ -29,7 +29,7 @@ def main(cfg: ClassificationConfig) -> None:
         validation=validation,
         names=names,
         config=cfg.task,
-        pad_id=run.tokenizer.end_id,
+        pad_id=run.tokenizer.eos_id,
         batch_size=cfg.micro_batch_size,
     )
     facts = {

@@ -166,9 +166,9 @@ def _pack(
         documents = Documents(stores, name or None)
         # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
         if data.kind == "text" and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.end_id)
+            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
         else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.end_id, supervised=data.kind != "text")
+            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.kind != "text")
     skipped = Counter[str]()
     for store in stores:
         skipped.update(store.skipped)

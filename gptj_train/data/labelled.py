@@ -220,7 +220,7 @@ def _token_ids(records: list[LabelledRecord], tokenizer: Tokenizer, length: int)
         columns = zip(*[record.texts for record in batch], strict=True)
         encoded = [tokenizer.encode_texts(list(column)) for column in columns]
         for texts in zip(*encoded, strict=True):
-            ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.end_id, length=length)
+            ids = texts[0][:length] if len(texts) == 1 else join_pair(*texts, separator=tokenizer.eos_id, length=length)
             rows.append(np.array(ids, dtype=np.int32))
     return rows
 

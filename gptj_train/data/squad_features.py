@@ -62,7 +62,7 @@ class Features(Sequence[Feature]):
             UserError: sizes that would leave context tokens out of all windows.
         """
         self.questions = questions
-        self._end_id = tokenizer.end_id
+        self._end_id = tokenizer.eos_id
         self._separator, _ = tokenizer.encode_with_offsets(SEPARATOR)
         self._copies = 2 if repeat_context else 1
         room = self._room(length, max_question_tokens)

@@ -95,7 +95,7 @@ def write_store(
             documents = []
             for segment, ids in zip(batch, _encode(batch, tokenizer), strict=True):
                 if segment.last:
-                    ids.append(tokenizer.end_id)
+                    ids.append(tokenizer.eos_id)
                 np.array(ids, dtype=dtype).tofile(token_file)
                 if not all_targets:
                     np.full(len(ids), segment.target).tofile(target_file)

@@ -18,7 +18,7 @@ from gptj_train.data.fast_bpe import FastBPE
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
 
-END_OF_TEXT = "<|endoftext|>"
+EOS_TOKEN = "<|endoftext|>"
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 
@@ -27,19 +27,19 @@ class Tokenizer:
     """A ``tokenizers`` tokenizer with an EOS token, which ends every document.
 
     Attributes:
-        end_of_text: the EOS token, "<|endoftext|>" in GPT-J.
-        end_id: its id.
+        eos_token: the EOS token, "<|endoftext|>" in GPT-J.
+        eos_id: its id.
     """
 
-    def __init__(self, backend: Backend, end_of_text: str = END_OF_TEXT) -> None:
-        end_id = backend.token_to_id(end_of_text)
-        if end_id is None:
-            raise UserError(f"the tokenizer has no {end_of_text!r} token to end documents with")
+    def __init__(self, backend: Backend, eos_token: str = EOS_TOKEN) -> None:
+        eos_id = backend.token_to_id(eos_token)
+        if eos_id is None:
+            raise UserError(f"the tokenizer has no {eos_token!r} token to end documents with")
         # A tokenizer.json may ask for both, but documents are packed as they are.
         backend.no_truncation()
         backend.no_padding()
-        self.end_of_text = end_of_text
-        self.end_id = end_id
+        self.eos_token = eos_token
+        self.eos_id = eos_id
         self._backend = backend
 
     @classmethod
@@ -79,7 +79,7 @@ class Tokenizer:
         backend = _byte_level(models.BPE())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            special_tokens=[EOS_TOKEN],
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
@@ -87,9 +87,9 @@ class Tokenizer:
         return cls(backend)
 
     @classmethod
-    def from_json(cls, text: str, end_of_text: str) -> Tokenizer:
+    def from_json(cls, text: str, eos_token: str) -> Tokenizer:
         """Make the tokenizer that ``to_json`` describes."""
-        return cls(Backend.from_str(text), end_of_text)
+        return cls(Backend.from_str(text), eos_token)
 
     def to_json(self) -> str:
         """Return the content of a tokenizer.json."""
@@ -113,12 +113,12 @@ class Tokenizer:
             if token.like and token.name in places:
                 # By this tokenizer, without the added tokens: one of them has no row yet to take the mean of.
                 mean_rows[places[token.name]] = [number for word in token.like for number in self.encode(word)]
-        return Tokenizer(backend, self.end_of_text), mean_rows
+        return Tokenizer(backend, self.eos_token), mean_rows
 
     def pad_id(self, rows: int) -> int:
         """Return the id of the padding token: the last unused row of the embedding, or EOS if all are used."""
         unused = unused_rows.pad_row(self._backend, rows)
-        return self.end_id if unused is None else unused
+        return self.eos_id if unused is None else unused
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -130,7 +130,7 @@ class Tokenizer:
     @property
     def digest(self) -> str:
         """The sha256 of everything that determines the ids."""
-        return hashlib.sha256((self._backend.to_str() + self.end_of_text).encode()).hexdigest()
+        return hashlib.sha256((self._backend.to_str() + self.eos_token).encode()).hexdigest()
 
     def check_fits(self, vocab_size: int) -> None:
         """Raise UserError if an id has no row in an embedding of ``vocab_size`` rows."""
@@ -157,7 +157,7 @@ class Tokenizer:
 
     def encode_documents(self, texts: list[str]) -> list[list[int]]:
         """Encode data as ``encode_texts``, and end each text with the EOS token."""
-        return [[*ids, self.end_id] for ids in self.encode_texts(texts)]
+        return [[*ids, self.eos_id] for ids in self.encode_texts(texts)]
 
     def encode_with_offsets(self, text: str) -> tuple[np.ndarray, np.ndarray]:
         """Encode data, and find the characters of each token.
@@ -230,7 +230,7 @@ class Tokenizer:
         # The setting is saved: Transformers should encode prompts as ``encode`` does.
         self._backend.encode_special_tokens = False
         backend = self._backend
-        special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.end_of_text)
+        special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), self.eos_token)
         if rows is not None:
             backend = unused_rows.with_all_rows_named(backend, rows)
             special_tokens["pad_token"] = str(backend.id_to_token(self.pad_id(rows)))
@@ -253,7 +253,7 @@ def _byte_level(model: models.BPE) -> Backend:
     backend = Backend(model)
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([END_OF_TEXT])
+    backend.add_special_tokens([EOS_TOKEN])
     return backend
 
 
@@ -262,7 +262,7 @@ def _eos_token(folder: Path) -> str:
     try:
         token = json.loads((folder / "tokenizer_config.json").read_text()).get("eos_token")
     except (OSError, ValueError, AttributeError):
-        return END_OF_TEXT
+        return EOS_TOKEN
     if isinstance(token, dict):
         token = token.get("content")
-    return token if isinstance(token, str) else END_OF_TEXT
+    return token if isinstance(token, str) else EOS_TOKEN

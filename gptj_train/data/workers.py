@@ -122,7 +122,7 @@ def _drive_worker(
     command = [sys.executable, "-m", "gptj_train.data.workers"]
     # A subclass may have more keys, which DataConfig does not know.
     options = {field.name: getattr(data, field.name) for field in fields(DataConfig)}
-    setup = {"data": options, "tokenizer": tokenizer.to_json(), "eos_token": tokenizer.end_of_text}
+    setup = {"data": options, "tokenizer": tokenizer.to_json(), "eos_token": tokenizer.eos_token}
     pipe = subprocess.PIPE
     try:
         # Leaving the ``with`` closes the pipes, which ends an idle worker, and waits for its end.

@@ -78,7 +78,7 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
         validation=validation,
         names=names,
         config=config,
-        pad_id=tokenizer.end_id,
+        pad_id=tokenizer.eos_id,
         batch_size=cfg.batch_size,
     )
 

@@ -128,7 +128,7 @@ class TextGenerator:
         rows, mask = [], []
         for ids in prompts:
             padding = length - len(ids)
-            rows.append([self.tokenizer.end_id] * padding + ids)
+            rows.append([self.tokenizer.eos_id] * padding + ids)
             mask.append([0] * padding + [1] * len(ids))
         return torch.tensor(rows, device=self.device), torch.tensor(mask, device=self.device)
 
@@ -138,7 +138,7 @@ class TextGenerator:
         Special tokens do not show in decoded text: their ids are what to stop at.
         """
         special = self.tokenizer.special_tokens
-        end_ids = [self.tokenizer.end_id]
+        end_ids = [self.tokenizer.eos_id]
         stop_strings = []
         for string in stop:
             if string in special:

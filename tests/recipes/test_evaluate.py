@@ -31,7 +31,7 @@ def saved(folder: Path, cls: type, **config: Any) -> Path:
     torch.manual_seed(1)
     tokenizer = Tokenizer.train(TEXTS * 3, 290)
     shape = {"vocab_size": 290, "n_positions": 48, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
-    model = cls(GPTJConfig(**shape, initializer_range=0.3, eos_token_id=tokenizer.end_id, **config))
+    model = cls(GPTJConfig(**shape, initializer_range=0.3, eos_token_id=tokenizer.eos_id, **config))
     model.save_pretrained(folder)
     tokenizer.save(folder)
     return folder

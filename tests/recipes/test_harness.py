@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     tokenizer = Tokenizer.train(TEXTS, 300)
     shape = {"vocab_size": 300, "n_positions": 40, "n_embd": 32, "n_layer": 2, "n_head": 2, "rotary_dim": 8}
-    model = GPTJForCausalLM(GPTJConfig(**shape, initializer_range=0.2, eos_token_id=tokenizer.end_id))
+    model = GPTJForCausalLM(GPTJConfig(**shape, initializer_range=0.2, eos_token_id=tokenizer.eos_id))
     model.save_pretrained(path / "model")
     tokenizer.save(path / "model")
     rows = [json.dumps({"text": text, "label": number % 3}) for number, text in enumerate(TEXTS)]

@@ -73,7 +73,7 @@ def test_the_folder_is_a_model(tmp_path: Path) -> None:
     for name, parameter in rank.model.named_parameters():
         assert torch.equal(model.get_parameter(name), parameter), name
     assert model.config.n_embd == CONFIG.n_embd
-    assert Tokenizer.load(newest(tmp_path)).end_id == 0
+    assert Tokenizer.load(newest(tmp_path)).eos_id == 0
     half = GPTJForCausalLM.from_pretrained(newest(tmp_path), dtype=torch.bfloat16)
     assert half.lm_head.weight.dtype == torch.bfloat16
 

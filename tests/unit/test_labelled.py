@@ -114,7 +114,7 @@ def test_pairs_keep_a_separator_and_share_the_room(tmp_path: Path, tokenizer: To
     source = write(tmp_path / "p.jsonl", [{"text": "a cat", "other": "a dog", "label": label} for label in "xy"])
     rows, _, _ = read(tokenizer, source, second_text_field="other")
     first, second = tokenizer.encode("a cat"), tokenizer.encode("a dog")
-    assert rows.token_ids[0].tolist() == [*first, tokenizer.end_id, *second]
+    assert rows.token_ids[0].tolist() == [*first, tokenizer.eos_id, *second]
 
     def pair(first: list[int], second: list[int], length: int) -> list[int]:
         return join_pair(first, second, separator=-1, length=length)

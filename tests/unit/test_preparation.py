@@ -94,10 +94,10 @@ def test_examples_store_which_tokens_are_targets(tmp_path: Path, opened: Any, to
     expected: list[tuple[int, bool]] = []
     for prompt, response in pairs:
         expected += [(token, False) for token in tokenizer.encode_texts([prompt])[0]]
-        expected += [(token, True) for token in [*tokenizer.encode_texts([response])[0], tokenizer.end_id]]
+        expected += [(token, True) for token in [*tokenizer.encode_texts([response])[0], tokenizer.eos_id]]
     assert list(zip(made.tokens.tolist(), made.targets.tolist(), strict=True)) == expected
     # What the data spell is text: the id that ends documents stands only at their ends.
-    assert np.flatnonzero(made.tokens == tokenizer.end_id).tolist() == (made.ends - 1).tolist()
+    assert np.flatnonzero(made.tokens == tokenizer.eos_id).tolist() == (made.ends - 1).tolist()
     assert made.bytes.tolist() == [len((prompt + response).encode()) for prompt, response in pairs]
 
 

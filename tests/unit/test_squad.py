@@ -57,7 +57,7 @@ def test_offsets_are_the_characters_of_every_token(text: str) -> None:
 
 def test_special_tokens_in_a_text_are_plain_text() -> None:
     ids, offsets = TOKENIZER.encode_with_offsets("a<|endoftext|>b")
-    assert TOKENIZER.end_id not in ids
+    assert TOKENIZER.eos_id not in ids
     assert offsets[-1].tolist() == [14, 15]
 
 
@@ -107,7 +107,7 @@ def test_a_long_context_has_its_answer_in_some_windows_and_no_answer_in_the_othe
     for feature in features:
         ids = feature.input_ids
         assert len(ids) <= 64
-        assert ids[-1] == TOKENIZER.end_id
+        assert ids[-1] == TOKENIZER.eos_id
         assert TOKENIZER.decode(ids.tolist()).startswith("What is it?\n")
         window = TOKENIZER.decode(ids[feature.context_start : -1].tolist())
         assert window == context[feature.offsets[0, 0] : feature.offsets[-1, 1]]
@@ -119,7 +119,7 @@ def test_a_long_context_has_its_answer_in_some_windows_and_no_answer_in_the_othe
 def test_no_answer_is_the_last_token() -> None:
     (feature,) = features_of(question("Nothing of the kind.", None))
     assert feature.start == feature.end == len(feature.input_ids) - 1
-    assert feature.input_ids[feature.end] == TOKENIZER.end_id
+    assert feature.input_ids[feature.end] == TOKENIZER.eos_id
 
 
 def test_a_long_question_is_truncated() -> None:

@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, GPT2Tokenizer
 
-from gptj_train.data.tokenizer import END_OF_TEXT, Tokenizer
+from gptj_train.data.tokenizer import EOS_TOKEN, Tokenizer
 from gptj_train.errors import UserError
 
 TRICKY = [
@@ -40,7 +40,7 @@ def folder(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_trained_size_and_eos_token(tokenizer: Tokenizer) -> None:
     assert len(tokenizer) == 340
     assert tokenizer.largest_id == 339
-    assert (tokenizer.end_of_text, tokenizer.end_id) == ("<|endoftext|>", 0)
+    assert (tokenizer.eos_token, tokenizer.eos_id) == ("<|endoftext|>", 0)
 
 
 def test_saved_and_loaded_is_the_same(tokenizer: Tokenizer, folder: Path) -> None:
@@ -96,7 +96,7 @@ def test_saving_does_not_keep_that_special_tokens_are_text(tokenizer: Tokenizer,
 @pytest.mark.parametrize("text", TRICKY)
 def test_bytes_of_tokens_add_up(tokenizer: Tokenizer, text: str) -> None:
     (ids,) = tokenizer.encode_documents([text + "<|endoftext|>"])
-    assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + len(END_OF_TEXT)
+    assert tokenizer.bytes_per_token[ids].sum() == len(text.encode()) + len(EOS_TOKEN)
     assert tokenizer.bytes_per_token.shape == (340,)
     assert tokenizer.bytes_per_token[0] == 0
 
@@ -123,7 +123,7 @@ def gpt2_folder(folder: Path) -> Path:
 def test_vocab_and_merges_equal_transformers_gpt2(tmp_path: Path) -> None:
     folder = gpt2_folder(tmp_path)
     ours, theirs = Tokenizer.load(folder), GPT2Tokenizer.from_pretrained(folder)
-    assert ours.end_id == theirs.eos_token_id == 266
+    assert ours.eos_id == theirs.eos_token_id == 266
     assert len(ours) == len(theirs) == 267
     for text in [*TRICKY, "hello world\n\nhell low world"]:
         assert ours.encode(text) == theirs(text)["input_ids"]
@@ -152,7 +152,7 @@ def test_the_eos_token_is_that_of_tokenizer_config(folder: Path, tmp_path: Path,
     backend.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": token}))
     loaded = Tokenizer.load(tmp_path)
-    assert (loaded.end_of_text, loaded.end_id) == ("</s>", 340)
+    assert (loaded.eos_token, loaded.eos_id) == ("</s>", 340)
 
 
 def test_another_eos_token_is_another_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:

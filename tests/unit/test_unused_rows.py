@@ -67,7 +67,7 @@ def test_added_tokens_take_the_first_unused_rows(gpt2: Tokenizer, tmp_path: Path
     more, means = gpt2.with_added_tokens(tokens, ROWS)
     assert means == {267: [*gpt2.encode("hello"), *gpt2.encode("world")]}
     (ids,) = more.encode_documents(["<|user|>hello<|bot|>"])
-    assert ids == [267, *gpt2.encode("hello"), 268, gpt2.end_id]
+    assert ids == [267, *gpt2.encode("hello"), 268, gpt2.eos_id]
     assert more.decode(ids) == "<|user|>hello<|bot|>"
     assert more.bytes_per_token[267] == len("<|user|>")
     more.save(tmp_path, ROWS)
@@ -96,7 +96,7 @@ def test_one_row_stays_for_padding(gpt2: Tokenizer) -> None:
         gpt2.with_added_tokens(tokens, ROWS)
     with pytest.raises(UserError, match="1 new tokens, but the vocabulary of 267 has 0 unused rows"):
         gpt2.with_added_tokens(tokens[:1], 267)
-    assert gpt2.pad_id(267) == gpt2.end_id
+    assert gpt2.pad_id(267) == gpt2.eos_id
 
 
 @pytest.mark.parametrize(
