@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 SCRATCH_PATTERN = ".*.tmp"
@@ -71,11 +71,11 @@ def install_folder(finished: Path, target: Path) -> None:
     sync_folder(finished)
     if target.exists():
         # A leftover of an earlier process, which died after its second rename.
-        shutil.rmtree(replaced, ignore_errors=True)
+        _discard(replaced)
         target.rename(replaced)
     finished.rename(target)
     sync_folder(target.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _discard(replaced)
 
 
 def install_files(finished: Path, target: Path) -> None:
@@ -93,6 +93,16 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(removed, ignore_errors=True)
     folder.rename(removed)
     shutil.rmtree(removed)
+
+
+def _discard(path: Path) -> None:
+    """Remove a folder, or whatever else bears its name; errors are ignored."""
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        # rmtree would open a pipe, and wait for a writer forever.
+        with suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -15,7 +15,9 @@ from gptj_train.errors import UserError
 from gptj_train.export.from_engine import export
 from gptj_train.inference.text_generator import sample_from
 from gptj_train.launch.ranks import rank, world_size
-from gptj_train.launch.run_folder import check_run_folder
+from gptj_train.launch.recipe import NothingToDo
+from gptj_train.launch.run_folder import RunFolder
+from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
@@ -53,7 +55,12 @@ class Finetune:
     def __init__(self, cfg: FinetuneConfig) -> None:
         self._cfg = cfg
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
-        check_run_folder(cfg.output_dir)
+        self._folder = RunFolder(cfg.output_dir, rank())
+        step = is_done(cfg.output_dir, asdict(cfg))
+        if step is not None and cfg.resume == "auto":
+            raise NothingToDo(
+                f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps"
+            )
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
         self._steps_per_epoch: float | None = None
@@ -106,8 +113,28 @@ class Finetune:
             Preempted: the run was stopped early, with its state saved.
             UserError: weights, checkpoints or data that cannot be used.
         """
+        self._folder.create()
+        with RunStatus(self._cfg.output_dir, rank(), asdict(self._cfg)) as status:
+            self._train(
+                model_class,
+                task,
+                facts,
+                model_config=model_config or self.model_config,
+                sample_prompt=sample_prompt,
+                status=status,
+            )
+
+    def _train(
+        self,
+        model_class: type[GPTJWithHead],
+        task: Task,
+        facts: Mapping[str, str],
+        *,
+        model_config: GPTJConfig,
+        sample_prompt: str | None,
+        status: RunStatus,
+    ) -> None:
         cfg = self._cfg
-        model_config = model_config or self.model_config
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
@@ -143,7 +170,10 @@ class Finetune:
         checkpoints = Checkpoints(
             cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
         )
-        trainer = Trainer(config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker)
+        trainer = Trainer(
+            config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker, folder=self._folder
+        )
+        status.step = lambda: trainer.state.step
         trainer.train(self._resume_from)
 
         export_folder = export(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from gptj_train.data.tokenizer import has_tokenizer
+from gptj_train.data.tokenizer_folder import has_tokenizer
 from gptj_train.errors import UserError
 from gptj_train.model.gptj_config import GPTJConfig
 

@@ -93,7 +93,7 @@ class Tracker:
         """Set the facts of environment.json, such as versions and parameters; W&B and TensorBoard show them too."""
         self._facts |= facts
 
-    def start(self, step: int, max_steps: int, wandb_id: str | None = None) -> None:
+    def start(self, step: int, max_steps: int, wandb_id: str | None = None, evaluated: bool = True) -> None:
         """Open the files of the run folder, and drop lines of metrics.jsonl after ``step``.
 
         A run that crashed may have logged steps after its last checkpoint; the resumed run logs them again.
@@ -101,6 +101,7 @@ class Tracker:
         Args:
             step: the step to resume from; 0 for a fresh run.
             wandb_id: W&B run to resume if the folder names none; a checkpoint stores it.
+            evaluated: the evaluation of ``step`` is done; otherwise it is repeated, and its lines are dropped.
 
         Raises:
             UserError: W&B without an API key, or TensorBoard that is not installed.
@@ -112,10 +113,16 @@ class Tracker:
         if self._facts:
             write_text(self._folder / "environment.json", json.dumps(self._facts, indent=2) + "\n")
         path = self._folder / "metrics.jsonl"
-        lines = read_metrics(self._folder)
-        # A fresh run drops everything, the evaluation before the first step too.
-        kept = [line for line in lines if line["step"] <= step] if step > 0 else []
-        if len(kept) < len(lines) or not _ends_with_newline(path):
+        lines, bad = _read_lines(path)
+        if bad:
+            self.note(f"{path}: {bad} unreadable lines are dropped")
+        kept = []
+        for line in lines:
+            repeated = line["step"] == step and "loss" not in line and not evaluated
+            # A fresh run drops everything, the evaluation before the first step too.
+            if 0 < step >= line["step"] and not repeated:
+                kept.append(line)
+        if bad or len(kept) < len(lines) or not _ends_with_newline(path):
             write_text(path, "".join(_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         self._start_services(step, wandb_id)
@@ -231,7 +238,7 @@ def _short(metrics: Mapping[str, float]) -> str:
 
 def _ends_with_newline(path: Path) -> bool:
     """Return whether a file is absent, empty, or ends with a whole line."""
-    return not path.exists() or path.read_bytes()[-1:] in (b"\n", b"")
+    return not path.exists() or (path.is_file() and path.read_bytes()[-1:] in (b"\n", b""))
 
 
 def _line(metrics: Mapping[str, Any]) -> str:
@@ -257,22 +264,40 @@ def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without a last line that a crash cut off; [] if there is no file.
+    """Return the lines of a run's metrics.jsonl, without those that cannot be read; [] if there is no file.
 
-    Lines of version 0.1 get the names of today. Their ``tokens`` stay what they were: terms of the loss.
+    The file is a record, not state: a flipped bit in it costs a line, never a run. Lines of version 0.1 get the names
+    of today. Their ``tokens`` stay what they were: terms of the loss.
     """
-    lines = []
-    try:
-        text = (Path(folder) / "metrics.jsonl").read_text()
-    except FileNotFoundError:
-        return []
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if "memory" in values:
-            values["memory_gib"] = values.pop("memory")
-        values.setdefault("kind", "eval" if "eval_loss" in values else "train")
-        lines.append(values)
+    lines, _ = _read_lines(Path(folder) / "metrics.jsonl")
     return lines
+
+
+def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Return the good lines of a metrics.jsonl, and how many others there are; a crash may cut off the last one."""
+    if not path.is_file():
+        # A pipe of this name would never end: it counts as one bad line, so that a file replaces it.
+        return [], int(path.exists())
+    lines, bad = [], 0
+    for text in path.read_bytes().splitlines():
+        try:
+            line = json.loads(text)
+        except (ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
+            bad += 1
+            continue
+        if _is_record(line):
+            if "memory" in line:
+                line["memory_gib"] = line.pop("memory")
+            line.setdefault("kind", "eval" if "eval_loss" in line else "train")
+            lines.append(line)
+        else:
+            bad += 1
+    return lines, bad
+
+
+def _is_record(line: Any) -> bool:
+    if not isinstance(line, dict) or type(line.get("step")) is not int or type(line.get("tokens")) is not int:
+        return False
+    is_training = "loss" in line
+    numbers = ("loss", "lr", "grad_norm", "skipped_steps") if is_training else ("eval_loss",)
+    return all(isinstance(line.get(name), int | float | None) for name in numbers)

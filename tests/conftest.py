@@ -41,10 +41,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
 
 
+_HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+
+
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """A recipe run in this process would leave its handlers behind."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in _HANDLED}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -11,9 +12,12 @@ from typing import Any
 
 import psutil
 
-SIGNALS = signal.SIGTERM, signal.SIGUSR1
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
+"""Requests to stop. SIGINT is Ctrl-C; SIGHUP comes when an ssh session is closed."""
 STOP_FILE = "STOP"
 
+# Seconds. The terminal and the launcher both pass Ctrl-C on: one key press arrives twice.
+_SAME_KEY_PRESS = 0.5
 _MARGIN = 60  # seconds, the safety margin before Slurm kills the job
 
 
@@ -28,32 +32,56 @@ class StopRequest:
     Every rank checks the deadlines and, under a launcher, that the launcher still runs.
     """
 
+    in_charge = False
+    """Whether this process is in a training loop, which answers requests after its step."""
+
     def __init__(self, output_dir: str | Path, max_hours: float | None, rank: int) -> None:
         """``max_hours`` count from the start of this process."""
         # Only rank 0 looks: on a shared disk other ranks may see the file later, or after its removal.
         self._stop_file = Path(output_dir) / STOP_FILE if rank == 0 else None
         self._max_hours = max_hours
+        self.progressed = False
+        """Whether this process has done a step: a shorter ``max_hours`` than the start-up must not end every job."""
         self._deadline = float("inf")
         if max_hours is not None:
-            # From the process's start, since loading 6B takes part of the hours that a queue grants.
-            self._deadline = psutil.Process().create_time() + max_hours * 3600
+            # From the process's start, since loading 6B takes part of the hours that a queue grants. Monotonic: a clock
+            # that is set while the run trains must not end it.
+            age = time.time() - psutil.Process().create_time()
+            self._deadline = time.monotonic() - age + max_hours * 3600
         self._killed_at = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
         self._rank = rank
-        self._launchers = _launchers()
+        self._launchers = launchers()
         self._signal: int | None = None
+        self._interrupted_at: float | None = None
         self._old_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        for number in SIGNALS:
+        StopRequest.in_charge = True
+        for number in handled_signals():
             self._old_handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
+        StopRequest.in_charge = False
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+        if number == signal.SIGINT:
+            self._interrupted()
+        if self._signal is None:
+            self._signal = number
+
+    def _interrupted(self) -> None:
+        """Explain the first Ctrl-C; end at once on the second."""
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at = now
+            if self._rank == 0:
+                print("\nCtrl-C: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
+        elif now - self._interrupted_at > _SAME_KEY_PRESS:
+            # Everything on disk is whole at any moment: there is nothing to tidy up.
+            os._exit(128 + signal.SIGINT)
 
     def reason(self, step_seconds: float, save_seconds: float) -> str | None:
         """Return why to end now, or None.
@@ -66,11 +94,11 @@ class StopRequest:
             return f"{signal.Signals(self._signal).name} reached rank {self._rank}"
         if self._stop_file is not None and self._stop_file.exists():
             return f"found {self._stop_file}; remove it before you rerun"
-        if time.time() > self._deadline:
+        if self.progressed and time.monotonic() > self._deadline:
             return f"max_hours={self._max_hours} have passed"
         if self._seconds_left() < 2 * (step_seconds + save_seconds) + _MARGIN:
             return f"the Slurm job ends in {self._seconds_left():.0f} s"
-        if _launchers() != self._launchers:
+        if launchers() != self._launchers:
             # A killed launcher leaves its ranks to the init process: without this they would train on unseen.
             return f"the launcher of rank {self._rank} has exited"
         return None
@@ -83,10 +111,19 @@ class StopRequest:
         return self._killed_at - time.time()
 
 
-def _launchers() -> tuple[int, ...]:
+def handled_signals() -> list[signal.Signals]:
+    """Return the signals to handle: not those that nohup or a shell's background job asks to ignore."""
+    return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+
+
+def launchers() -> tuple[int, ...]:
     """Return the process ids of this rank's launcher; empty without one."""
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, the parent
         return (os.getppid(),)
     if "CROSS_RANK" in os.environ:  # deepspeed: its launch.py is the parent, the command itself the grandparent
-        return (os.getppid(), psutil.Process(os.getppid()).ppid())
+        parent = os.getppid()
+        try:
+            return (parent, psutil.Process(parent).ppid())
+        except psutil.NoSuchProcess:  # it exited just now
+            return (parent, 0)
     return ()

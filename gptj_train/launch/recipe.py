@@ -7,9 +7,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 import torch.distributed as dist
@@ -17,7 +19,7 @@ import torch.distributed as dist
 from gptj_train.errors import UserError
 from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
 from gptj_train.launch.hub import with_local_folders
-from gptj_train.launch.preemption import SIGNALS, Preempted
+from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals, launchers
 from gptj_train.launch.ranks import rank, set_rank_variables
 
 T = TypeVar("T")
@@ -33,6 +35,11 @@ _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's 
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
+_LAUNCHER_POLL = 1.0  # seconds
+
+
+class NothingToDo(Exception):  # noqa: N818 (it ends the command in good order)
+    """What was asked for is done already; the command writes nothing and exits with 0."""
 
 
 def recipe(
@@ -51,8 +58,9 @@ def recipe(
 
         def main() -> None:
             # Before training starts there is nothing to save. The trainer installs its own handlers later.
-            for number in SIGNALS:
-                signal.signal(number, lambda *_: sys.exit(_preempted()))
+            for number in handled_signals():
+                signal.signal(number, _end_now)
+            threading.Thread(target=_watch_launcher, name="launcher watch", daemon=True).start()
             # The deepspeed launcher passes --local_rank=N, which Hydra would reject.
             sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
             code = _run(job, cls, script, primary, one_process)
@@ -78,6 +86,9 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         else:
             config = compose(primary, sys.argv[1:], cls)
             job(with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS))
+    except NothingToDo as reason:
+        if rank() == 0:
+            print(reason, flush=True)
     except Preempted as reason:
         if rank() == 0:
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
@@ -89,6 +100,27 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
             raise
         return _mistake(f"{error.filename or 'the disk'}: {error.strerror}; free the disk, or give another place")
     return EXIT_DONE
+
+
+def _end_now(number: int, frame: FrameType | None) -> NoReturn:
+    """End a job that is not in its training loop: it prepares data, loads or exports, and a rerun does that again."""
+    if os.environ.get("RANK", "0") == "0":
+        name = signal.Signals(number).name
+        print(f"stopped: {name} outside the training loop; rerun the same command", file=sys.stderr, flush=True)
+    sys.exit(_preempted())
+
+
+def _watch_launcher() -> None:
+    """End this process if its launcher exits outside the training loop, whose steps look for that themselves.
+
+    Without this, ranks whose launcher was killed while they load would train on unseen.
+    """
+    first = launchers()
+    while StopRequest.in_charge or launchers() == first:
+        time.sleep(_LAUNCHER_POLL)
+    print("stopped: the launcher has exited outside the training loop; rerun the command", file=sys.stderr, flush=True)
+    # Not sys.exit: the main thread may wait in a collective, for ranks that are gone. All files are whole.
+    os._exit(EXIT_PREEMPTED)
 
 
 def _preempted() -> int:

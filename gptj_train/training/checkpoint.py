@@ -42,8 +42,11 @@ class TrainState:
         tokens: tokens that the model has read, without padding.
         targets: terms of the loss: predicted tokens, labels or windows.
         skipped: steps with non-finite numbers, which changed no weight.
-        skipped_in_a_row: of these, the ones since the last good step.
+        skipped_in_a_row: of these, the ones since the last good step; above 0, the checkpoint does not count as good.
         evaluated: the step of the last evaluation.
+        best_step: the step with the best held-out result and a checkpoint; None before the first one.
+        best_value: that result.
+        evaluations_since_best: evaluations after it, none of which was better.
         next_batch: as of the last save, a hash of the batch that comes next.
         settings: as of the last save, the config.
         wandb_id: as of the last save, the id of the Weights & Biases run.
@@ -55,6 +58,9 @@ class TrainState:
     skipped: int = 0
     skipped_in_a_row: int = 0
     evaluated: int = -1
+    best_step: int | None = None
+    best_value: float | None = None
+    evaluations_since_best: int = 0
     next_batch: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
@@ -116,7 +122,7 @@ class Checkpoints:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         if first_rank:
-            prune(target, self._keep, self._keep_every)
+            prune(target, self._keep, self._keep_every, state.best_step)
         # No rank may train on, and perhaps save again, while rank 0 removes folders.
         engine.wait()
         return target
@@ -146,7 +152,10 @@ class Checkpoints:
 def _make_scratch(scratch: Path) -> None:
     scratch.parent.mkdir(parents=True, exist_ok=True)
     for leftover in scratch.parent.glob(".step_*"):  # of a job that was killed
-        shutil.rmtree(leftover)
+        if leftover.is_dir() and not leftover.is_symlink():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()  # a file or pipe that had a step's name
     scratch.mkdir()
     # "checkpoints" may be new: its own name must be on disk too.
     sync_folder(scratch.parent.parent)
@@ -271,7 +280,7 @@ def _find_damage(engine: Engine, folder: Path) -> str:
     try:
         manifest = Manifest.read(folder)
         found = manifest.damage(folder, _files_to_verify(engine, manifest))
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # OSError: a folder that may not be read
         found = [str(error)]
     faults = engine.gathered(found)
     return faults[0] if faults else ""

@@ -5,9 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
+from pathlib import Path
+
+from torch import Tensor
 
 from gptj_train.errors import UserError
+from gptj_train.tasks.task import Task
 from gptj_train.training.checkpoint import TrainState
+from gptj_train.training.engine import Engine
+from gptj_train.training.retention import way_back
 
 _WINDOW = 50  # steps whose losses a new loss is compared with
 _LEAST_LOSSES = 25  # of these before any comparison: the median of fewer is itself noise
@@ -18,8 +24,10 @@ _LEAST_RISE = 0.5  # nats, for runs whose losses hardly differ
 class Health:
     """Judges a run's steps by their numbers. The engine has already skipped the update of a non-finite step."""
 
-    def __init__(self, max_skipped_steps: int) -> None:
+    def __init__(self, max_skipped_steps: int, output_dir: str | Path) -> None:
+        """``output_dir`` holds the checkpoints that the advice names."""
         self._max_skipped_steps = max_skipped_steps
+        self._output_dir = output_dir
         self._losses: deque[float] = deque(maxlen=_WINDOW)
         self._in_spike = False
 
@@ -43,8 +51,8 @@ class Health:
         raise UserError(
             f"step {state.step}: {found}: non-finite for {state.skipped_in_a_row} steps in a row (max_skipped_steps), "
             f"no update since step {state.step - state.skipped_in_a_row}; lower optim.lr, raise optim.warmup_steps, "
-            "set engine.precision to bf16 or fp32, or correct the data named above, and rerun the same command to "
-            "resume from the last checkpoint"
+            "set engine.precision to bf16 or fp32, or correct the data named above; "
+            f"{way_back(self._output_dir)}"
         )
 
     def _spike(self, step: int, loss: float) -> str | None:
@@ -61,3 +69,16 @@ class Health:
         if self._in_spike and not was_in_spike:
             return f"step {step}: loss spike: {loss:.4f} after a median of {median:.4f}"
         return None
+
+
+def non_finite_rows(engine: Engine, task: Task, step: int, losses: list[Tensor]) -> list[str]:
+    """Return a line for each micro-batch of any rank whose loss is non-finite, with its training rows. Collective."""
+    rows = task.training_rows(step, engine.rank, engine.world_size)
+    found = []
+    for rows_of_batch, loss in zip(rows, losses, strict=True):
+        if not loss.isfinite():
+            found.append((engine.rank, rows_of_batch, loss.item()))
+    lines = []
+    for rank, rows_of_batch, value in engine.gathered(found):
+        lines.append(f"step {step + 1}: loss {value:g} on rank {rank} in rows {rows_of_batch} of the training data")
+    return lines

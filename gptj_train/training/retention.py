@@ -73,9 +73,32 @@ def why_incomplete(folder: Path) -> str:
     """Return why a checkpoint is incomplete; empty if all files have the sizes in its manifest."""
     try:
         Manifest.read(folder)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         return str(error)
     return ""
+
+
+def _is_good(folder: Path) -> bool:
+    try:
+        return Manifest.read(folder).state.get("skipped_in_a_row", 0) == 0
+    except (OSError, ValueError):
+        return False
+
+
+def last_good(output_dir: str | Path) -> Path | None:
+    """Return the newest good checkpoint of a run, or None: complete, and its last step was not skipped."""
+    for folder in _step_folders(Path(output_dir) / "checkpoints")[::-1]:
+        if _is_good(folder):
+            return folder
+    return None
+
+
+def way_back(output_dir: str | Path) -> str:
+    """Return the advice that leads a run with non-finite numbers back to its last good checkpoint."""
+    folder = last_good(output_dir)
+    if folder is None:
+        return "no checkpoint is good; resume=never starts over"
+    return f"the last good checkpoint is of step {_step_of(folder)}: rerun the same command with resume={folder}"
 
 
 def later_than(output_dir: str | Path, step: int) -> list[Path]:
@@ -86,21 +109,27 @@ def later_than(output_dir: str | Path, step: int) -> list[Path]:
 # --- remove ---
 
 
-def prune(newest: Path, keep: int, keep_every: int) -> None:
-    """Remove the checkpoints that need not stay beside a new one, which is known to be good.
+def prune(newest: Path, keep: int, keep_every: int, best_step: int | None = None) -> None:
+    """Remove the checkpoints that need not stay beside a new one, which has been verified.
+
+    A checkpoint whose last step was skipped removes no good one: its weights may have exploded.
 
     Args:
         keep: newest checkpoints that stay.
         keep_every: checkpoints of every so many steps stay as well; 0 for none.
+        best_step: its checkpoint stays as well.
     """
     folders = _step_folders(newest.parent)
     # Only complete ones count: a damaged checkpoint must not push out a good one.
     complete = [folder for folder in folders if folder.name <= newest.name and not why_incomplete(folder)]
-    old = complete[:-keep]
-    # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
-    abandoned = [folder for folder in folders if folder.name > newest.name]
-    for folder in old + abandoned:
-        if not _is_permanent(folder, keep_every):
+    good = [folder for folder in complete if _is_good(folder)]
+    removable = [folder for folder in complete if folder not in good and folder != newest]
+    if newest in good:
+        removable += good[:-keep]
+        # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
+        removable += [folder for folder in folders if folder.name > newest.name]
+    for folder in removable:
+        if not _is_permanent(folder, keep_every) and _step_of(folder) != best_step:
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
@@ -117,12 +146,14 @@ def check_space(
     save_every: int,
     keep: int,
     keep_every: int,
+    keep_best: bool = False,
 ) -> None:
     """Check before a run begins that the disk will hold its checkpoints.
 
     Args:
         shapes: of the trained parameters.
         steps: that are still to be done, counted from 0.
+        keep_best: the best checkpoint stays beside the newest.
 
     Raises:
         UserError: it will not.
@@ -137,6 +168,7 @@ def check_space(
         keep_every=keep_every,
         existing=len(removable),
     )
+    most += keep_best and most > 0
     # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
     freed = sum(_size_of(path) for path in [*removable, *folder.glob(".step_*")])
     # The output folder may not exist yet: its nearest parent that does is on the same disk.
@@ -200,8 +232,10 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     except OSError as error:
         # Taken for an empty folder, it would make the run start over.
         raise UserError(f"{checkpoints} cannot be read: {error.strerror}") from None
+    # A file or pipe of such a name is no checkpoint. A folder that may not be read is one: it is reported later.
+    folders = [checkpoints / name for name in names if re.fullmatch(r"step_\d+", name)]
     # Steps are padded to eight digits, so that the order of names is that of steps.
-    return sorted(checkpoints / name for name in names if re.fullmatch(r"step_\d+", name))
+    return sorted(folder for folder in folders if folder.is_dir())
 
 
 def _step_of(folder: Path) -> int:

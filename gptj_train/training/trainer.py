@@ -9,20 +9,20 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from gptj_train.data.sampler import fingerprint
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted, StopRequest
+from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.watchdog import Watchdog
 from gptj_train.tasks.task import Task, count_tokens
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
 from gptj_train.training.engine import Engine
-from gptj_train.training.health import Health
-from gptj_train.training.retention import check_space, later_than
+from gptj_train.training.health import Health, non_finite_rows
+from gptj_train.training.retention import check_space, later_than, way_back
 from gptj_train.training.schedule import lr_at
-from gptj_train.training.trainer_config import TrainerConfig, numeric_settings
+from gptj_train.training.trainer_config import TrainerConfig, changed_settings, check_not_past, numeric_settings
 
 _UNTIMED_SAVE = 300.0  # seconds to reserve for a save before the first has been timed
 
@@ -31,7 +31,14 @@ class Trainer:
     """Trains a task's model to ``max_steps``, with evaluations and checkpoints in between."""
 
     def __init__(
-        self, *, config: TrainerConfig, engine: Engine, task: Task, checkpoints: Checkpoints, tracker: Tracker
+        self,
+        *,
+        config: TrainerConfig,
+        engine: Engine,
+        task: Task,
+        checkpoints: Checkpoints,
+        tracker: Tracker,
+        folder: RunFolder | None = None,
     ) -> None:
         self.config = config
         self.engine = engine
@@ -39,12 +46,14 @@ class Trainer:
         self.checkpoints = checkpoints
         self.tracker = tracker
         self.state = TrainState()
-        self._health = Health(config.max_skipped_steps)
+        self._folder = folder
+        self._health = Health(config.max_skipped_steps, config.output_dir)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank)
         self._request = StopRequest(config.output_dir, config.max_hours, engine.rank)
         self._stopping = False  # the same on all ranks
         self._step_seconds = 0.0
         self._saved: int | None = None  # step of the last checkpoint
+        self._last_attempt = 0  # step of the last save, failed or not
         self._save_seconds: float | None = None  # the longest save so far
 
     def train(self, resume_from: Sequence[Path] = ()) -> None:
@@ -62,8 +71,10 @@ class Trainer:
                 with self._watchdog.paused():
                     self.resume(resume_from)
                 self._saved = self.state.step
+            self._last_attempt = self.state.step
             self._check_space()
-            self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id)
+            evaluated = self.state.evaluated == self.state.step
+            self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id, evaluated=evaluated)
             self._announce_abandoned()
             # Before the first step, for a baseline; after a resume, if the evaluation of this step was cut short.
             if self._evaluation_due():
@@ -73,8 +84,7 @@ class Trainer:
                 # Evaluate before saving, so that a checkpoint knows that its evaluation is done.
                 if self._evaluation_due():
                     self.evaluate()
-                last = self.state.step == config.max_steps
-                if not self._stopping and (last or _due(self.state.step, config.save_every)):
+                if not self._stopping and self._save_due():
                     self.save()
             if self._stopping:
                 self._end_early()
@@ -103,6 +113,9 @@ class Trainer:
             UserError: none is intact, or the next batch is not the one that the checkpoint expects.
         """
         self.state = load(self.engine, list(folders), self.tracker.note)
+        check_not_past(self.state.step, self.config.max_steps)
+        # Config or data may have been corrected: the run gets all its attempts again.
+        self.state.skipped_in_a_row = 0
         # A resumed run must continue the straight one: other data or another order is never silent.
         if self.state.next_batch != self._next_batch():
             raise UserError(
@@ -110,11 +123,7 @@ class Trainer:
                 "weights, packing, isolate), tokenizer, seed, sequence_length and global_batch_size, or start a new "
                 "run with init_from=<that checkpoint> and another output_dir"
             )
-        before = self.state.settings
-        changed = []
-        for name, value in numeric_settings(self.config).items():
-            if before.get(name) != value:
-                changed.append(f"{name} {before.get(name)} -> {value}")
+        changed = changed_settings(self.state.settings, self.config)
         if changed:
             self.tracker.note(f"changed since the checkpoint: {', '.join(changed)}")
 
@@ -157,8 +166,13 @@ class Trainer:
             loss_sum += loss
             self._watchdog.beat()
 
-        # One exchange for both: the global loss, and whether any rank has a request to stop, so that all stop at once.
-        mean_loss, requests = engine.summed([loss_sum.item() / engine.world_size, self._reason() is not None])
+        # One exchange for all: the global loss, and whether any rank has a request to stop, so that all stop at once.
+        folder_lost = self._folder is not None and not self._folder.is_same()
+        self._request.progressed = True
+        loss_part = loss_sum.item() / engine.world_size
+        mean_loss, requests, lost = engine.summed([loss_part, self._reason() is not None, folder_lost])
+        if lost > 0:
+            raise UserError(f"{self.config.output_dir} was removed, or its disk is gone; restore it and rerun")
         self._stopping = requests > 0
         self._step_seconds = time.perf_counter() - began
         self.state.step += 1
@@ -168,7 +182,8 @@ class Trainer:
         # Report non-finite steps, whose update the engine has skipped, and loss spikes; raises if too many.
         grad_norm, loss_scale = engine.grad_norm, engine.loss_scale
         if not math.isfinite(grad_norm):
-            self._report_non_finite(step, losses)
+            for line in non_finite_rows(engine, task, step, losses):
+                self.tracker.note(line)
         warning = self._health.judge(self.state, loss=mean_loss, grad_norm=grad_norm, loss_scale=loss_scale)
         if warning:
             self.tracker.note(warning)
@@ -220,6 +235,15 @@ class Trainer:
         due = step in (0, config.max_steps) or _due(step, config.eval_every)
         return due and self.state.evaluated != step and not self._stopping
 
+    def _save_due(self) -> bool:
+        step, config = self.state.step, self.config
+        if step == config.max_steps:
+            return True
+        if not config.save_every or self.state.skipped_in_a_row:
+            # After a skipped step weights may have exploded: the save waits for the next step that counts.
+            return False
+        return step // config.save_every > self._last_attempt // config.save_every
+
     def save(self) -> None:
         """Write a checkpoint; a failed one is reported, and ends the run only with ``failed_save=stop``. Collective.
 
@@ -227,10 +251,11 @@ class Trainer:
             UserError: non-finite weights or moments, which no checkpoint may hold.
         """
         state = self.state
+        self._last_attempt = state.step
         if not self.engine.holds_only_finite():
             raise UserError(
                 f"step {state.step}: weights or moments are non-finite and were not saved; lower optim.lr or set "
-                "optim.clip_norm, and rerun the same command to resume from the last checkpoint"
+                f"optim.clip_norm; {way_back(self.config.output_dir)}"
             )
         state.next_batch = self._next_batch()
         state.settings = numeric_settings(self.config)
@@ -247,6 +272,8 @@ class Trainer:
         self._saved = state.step
         self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - began)
         self.tracker.note(f"saved {folder}")
+        if state.skipped_in_a_row:
+            self.tracker.note("its last step was skipped, so that it does not count as good: no other was removed")
 
     # --- preemption ---
 
@@ -270,18 +297,6 @@ class Trainer:
             outcome = "not saved" if in_time else "no time to save"
             outcome += "; there is no checkpoint" if self._saved is None else f"; last checkpoint: step {self._saved}"
         raise Preempted(f"{reason}: preempted after step {self.state.step} of {self.config.max_steps}, {outcome}")
-
-    def _report_non_finite(self, step: int, losses: list[Tensor]) -> None:
-        """Name the training rows of each micro-batch whose loss is non-finite. Collective."""
-        rows = self.task.training_rows(step, self.engine.rank, self.engine.world_size)
-        found = []
-        for rows_of_batch, loss in zip(rows, losses, strict=True):
-            if not loss.isfinite():
-                found.append((self.engine.rank, rows_of_batch, loss.item()))
-        for rank, rows_of_batch, value in self.engine.gathered(found):
-            self.tracker.note(
-                f"step {step + 1}: loss {value:g} on rank {rank} in rows {rows_of_batch} of the training data"
-            )
 
 
 def _due(step: int, every: int) -> bool:

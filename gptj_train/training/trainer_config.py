@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -58,6 +59,24 @@ class TrainerConfig:
                 raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
+
+
+def check_not_past(step: int, max_steps: int) -> None:
+    """Refuse a ``max_steps`` that a checkpoint has already passed."""
+    if step > max_steps:
+        raise UserError(
+            f"max_steps={max_steps} is below the checkpoint's step {step}; give a larger max_steps, resume=PATH of an "
+            "earlier checkpoint, or another output_dir"
+        )
+
+
+def changed_settings(before: Mapping[str, Any], config: TrainerConfig) -> list[str]:
+    """Return a text for each setting that decides the numbers of a run and differs from a checkpoint's."""
+    changed = []
+    for name, value in numeric_settings(config).items():
+        if before.get(name) != value:
+            changed.append(f"{name} {before.get(name)} -> {value}")
+    return changed
 
 
 def numeric_settings(config: TrainerConfig) -> dict[str, Any]:

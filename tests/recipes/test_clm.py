@@ -99,9 +99,10 @@ def test_trains_resumes_and_exports(corpus: Path) -> None:
     run = corpus / "run"
     names = {path.name for path in run.iterdir()}
     assert names == {
-        *("config.yaml", "environment.json", "metrics.jsonl", "checkpoints", "export", "export_report.json"),
-        "report.html",
+        *("config.yaml", "environment.json", "metrics.jsonl", "status.json", ".lock", "checkpoints", "export"),
+        *("export_report.json", "report.html"),
     }
+    assert json.loads((run / "status.json").read_text())["state"] == "done"
     environment = json.loads((run / "environment.json").read_text())
     assert environment["ranks"] == environment["hosts"][0]["ranks"] == 2
     assert environment["versions"]["torch"] == torch.__version__

@@ -121,7 +121,15 @@ def assert_stopped(run: Run, stderr: str, why: str) -> None:
     assert found, message
     assert "Traceback" not in stderr
     assert int(found["step"]) == run.checkpoint() == run.steps() > run.began_after
-    assert {path.name for path in run.folder.iterdir()} <= {"checkpoints", "config.yaml", "metrics.jsonl", "STOP"}
+    assert {path.name for path in run.folder.iterdir()} <= {
+        "checkpoints",
+        "config.yaml",
+        "metrics.jsonl",
+        "STOP",
+        "status.json",
+        ".lock",
+    }
+    assert json.loads((run.folder / "status.json").read_text())["state"] == "stopped"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
@@ -176,12 +184,13 @@ def test_torchrun_forwards_a_signal_and_exits_with_its_own_code(start: Callable[
     assert run.checkpoint() == run.steps() > run.began_after
 
 
-def test_plain_python_is_a_rank(start: Callable[..., Run]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_plain_python_is_a_rank(start: Callable[..., Run], number: signal.Signals) -> None:
     run = start("python", "resume=never").after_some_steps()
-    run.process.terminate()
+    run.process.send_signal(number)
     code, stderr = run.end()
     assert code == PREEMPTED
-    assert_stopped(run, stderr, "SIGTERM reached rank 0")
+    assert_stopped(run, stderr, f"{number.name} reached rank 0")
 
 
 @pytest.mark.parametrize(("number", "limit"), [(signal.SIGKILL, 30), (signal.SIGSTOP, 45)])

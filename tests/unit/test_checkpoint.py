@@ -19,8 +19,8 @@ import gptj_train.weights.manifest as manifest_file
 from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
-from gptj_train.training.checkpoint import SaveFailedError, load
-from gptj_train.training.retention import check_space, later_than, resume_candidates
+from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
+from gptj_train.training.retention import check_space, last_good, later_than, resume_candidates, way_back
 from gptj_train.weights.checkpoint_weights import CheckpointWeights
 from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceWriter
@@ -309,3 +309,63 @@ def test_checkpoints_that_will_go_count_as_room(tmp_path: Path, monkeypatch: pyt
 def test_the_manifest_is_plain_data(tmp_path: Path) -> None:
     save(tmp_path, 1)
     assert json.loads((newest(tmp_path) / "manifest.json").read_text())["format"] == 1
+
+
+# --- good ones ---
+
+
+def save_skipped(folder: Path, step: int) -> None:
+    """Save a state whose last step was skipped."""
+
+    def work(rank: Any) -> None:
+        checkpoints = Checkpoints(folder, keep=1, keep_every=0, model_files=MODEL_FILES)
+        checkpoints.save(rank, TrainState(step=step, skipped_in_a_row=2))
+
+    on_ranks(1, work)
+
+
+def test_a_checkpoint_of_a_skipped_step_removes_no_good_one(tmp_path: Path) -> None:
+    save(tmp_path, 10, 20)
+    save_skipped(tmp_path, 30)
+    assert names(tmp_path) == ["step_00000010", "step_00000020", "step_00000030"]
+    assert last_good(tmp_path) == tmp_path / "checkpoints" / "step_00000020"
+    assert way_back(tmp_path).endswith(f"rerun the same command with resume={last_good(tmp_path)}")
+    save_skipped(tmp_path, 40)  # replaces the other that does not count
+    assert names(tmp_path) == ["step_00000010", "step_00000020", "step_00000040"]
+    save(tmp_path, 50)
+    assert names(tmp_path) == ["step_00000020", "step_00000050"]
+
+
+def test_the_best_one_stays(tmp_path: Path) -> None:
+    def work(rank: Any) -> None:
+        checkpoints = Checkpoints(tmp_path, keep=1, keep_every=0, model_files=MODEL_FILES)
+        for step in (1, 2, 3, 4):
+            checkpoints.save(rank, TrainState(step=step, best_step=2 if step >= 2 else 1))
+
+    on_ranks(1, work)
+    assert names(tmp_path) == ["step_00000002", "step_00000004"]
+
+
+def test_pipes_and_files_named_like_a_step_are_no_checkpoints(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    os.mkfifo(tmp_path / "checkpoints" / "step_00000009")
+    (tmp_path / "checkpoints" / "step_00000008").write_text("")
+    assert resume_candidates(tmp_path, "auto") == [tmp_path / "checkpoints" / "step_00000001"]
+    save(tmp_path, 8, 9, 10)  # replaces both
+    assert names(tmp_path) == ["step_00000009", "step_00000010"]
+
+
+def test_auto_steps_past_a_folder_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, 2)
+    read = Manifest.read
+
+    def refuse(folder: Path) -> Manifest:
+        if folder.name == "step_00000002":
+            raise PermissionError(13, "Permission denied", str(folder))
+        return read(folder)
+
+    monkeypatch.setattr(Manifest, "read", refuse)
+    lines: list[str] = []
+    on_ranks(1, lambda rank: load(rank, resume_candidates(tmp_path, "auto"), lines.append))
+    assert "Permission denied" in lines[0]
+    assert lines[1] == f"resuming from {tmp_path}/checkpoints/step_00000001"

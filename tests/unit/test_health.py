@@ -14,7 +14,7 @@ from gptj_train.training.health import Health
 
 def judged(losses: list[float]) -> list[str]:
     """What Health reports of a run with these losses and finite gradients."""
-    health, state, messages = Health(3), TrainState(), []
+    health, state, messages = Health(3, "unused"), TrainState(), []
     for loss in losses:
         state.step += 1
         messages.append(health.judge(state, loss=loss, grad_norm=1.0, loss_scale=1.0))
@@ -47,7 +47,7 @@ def test_a_new_level_is_reported_once() -> None:
 
 def test_fp16_overflows_do_not_count() -> None:
     """Losses are finite, and DeepSpeed halves the scale with every overflow."""
-    health, state = Health(3), TrainState()
+    health, state = Health(3, "unused"), TrainState()
     for power in range(15, 0, -1):
         state.step += 1
         message = health.judge(state, loss=4.0, grad_norm=math.inf, loss_scale=2.0**power)
@@ -60,7 +60,7 @@ def test_fp16_overflows_do_not_count() -> None:
 
 
 def test_a_good_step_ends_the_row() -> None:
-    health, state = Health(2), TrainState()
+    health, state = Health(2, "unused"), TrainState()
     for norm in (math.nan, 1.0, math.inf, 1.0, math.nan):
         health.judge(state, loss=2.0, grad_norm=norm, loss_scale=1.0)
     assert (state.skipped, state.skipped_in_a_row) == (3, 1)

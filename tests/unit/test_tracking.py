@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -281,3 +282,34 @@ def test_tensorboard_over_a_resume(tmp_path: Path, capsys: pytest.CaptureFixture
     text = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Tensors("config/text_summary")[0]
     assert "optim.lr: 0.001" in str(text.tensor_proto.string_val)
     assert "parameters: 12" in str(text.tensor_proto.string_val)
+
+
+@pytest.mark.parametrize(
+    "bad", [b'{"step": 2, "lo\xffss": 1}', b"[1]", b"{}", b'{"step": "2", "tokens": 1}', b"[" * 200000, b"hello"]
+)
+def test_a_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path, 0, step(1), step(2))
+    path = tmp_path / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, bad, second, b""]))
+    assert read_metrics(tmp_path) == [step(1), step(2)]
+    write(tmp_path, 2, step(3))
+    assert f"{path}: 1 unreadable lines are dropped" in capsys.readouterr().out
+    assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
+
+
+def test_a_pipe_in_place_of_the_metrics_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    assert read_metrics(tmp_path) == []
+    write(tmp_path, 2, step(3))
+    assert read_metrics(tmp_path) == [step(3)]
+
+
+def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
+    write(tmp_path, 0, step(1), step(2), evaluated(2))
+    for _ in range(2):  # resumed from a checkpoint that does not know of the evaluation
+        again = tracker(tmp_path)
+        again.start(2, 4, evaluated=False)
+        again.evaluation(evaluated(2))
+        again.finish()
+    assert read_metrics(tmp_path) == [step(1), step(2), evaluated(2)]
