@@ -33,10 +33,11 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     from gptj_train.data.tokenizer import Tokenizer
     from gptj_train.launch.command_line import compose
     from gptj_train.planning import RunPlan
-    from gptj_train.training.checkpoint import Checkpoints, TrainState, load
+    from gptj_train.training.checkpoint import Checkpoints, load
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
     from gptj_train.training.retention import resume_candidates
+    from gptj_train.training.state import TrainState
     from gptj_train.weights.manifest import Manifest
 
     config = GPTJConfig(n_embd=width, n_layer=layers, n_positions=LENGTH, n_head=16, rotary_dim=16, vocab_size=8192)

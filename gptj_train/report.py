@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gptj_train.atomic_write import write_text
+from gptj_train.metrics_file import read_metrics, results_of
 from gptj_train.report_charts import Chart, Curve, embedded
-from gptj_train.tracking import read_metrics, results_of
 
 _LARGEST_MATRIX = 50  # labels; a larger table is unreadable
 _LOG_AXES = ("perplexity",)  # an exponential: on a linear axis the first value hides all others

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gptj_train.tracking import read_metrics, results_of
+from gptj_train.metrics_file import read_metrics, results_of
 
 
 def summary(output_dir: str, architecture: str, sample: str | None = None) -> str:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import time
@@ -29,6 +28,7 @@ from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from gptj_train.atomic_write import write_text
+from gptj_train.metrics_file import ends_with_newline, metrics_line, read_lines, results_of
 from gptj_train.schema import schema
 from gptj_train.tracking_services import (
     Service,
@@ -42,7 +42,6 @@ from gptj_train.tracking_services import (
 _SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
 # With the metrics of a step this fits a terminal of 80 columns up to a million steps.
 _BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}{postfix} {remaining} left"
-_COUNTERS = ("kind", "step", "epoch", "time", "tokens", "memory_gib")  # no results of an evaluation
 
 
 @schema
@@ -113,7 +112,7 @@ class Tracker:
         if self._facts:
             write_text(self._folder / "environment.json", json.dumps(self._facts, indent=2) + "\n")
         path = self._folder / "metrics.jsonl"
-        lines, bad = _read_lines(path)
+        lines, bad = read_lines(path)
         if bad:
             self.note(f"{path}: {bad} unreadable lines are dropped")
         kept = []
@@ -122,8 +121,8 @@ class Tracker:
             # A fresh run drops everything, the evaluation before the first step too.
             if 0 < step >= line["step"] and not repeated:
                 kept.append(line)
-        if bad or len(kept) < len(lines) or not _ends_with_newline(path):
-            write_text(path, "".join(_line(entry) for entry in kept))
+        if bad or len(kept) < len(lines) or not ends_with_newline(path):
+            write_text(path, "".join(metrics_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         self._start_services(step, wandb_id)
         if sys.stderr.isatty():
@@ -204,7 +203,7 @@ class Tracker:
             line["epoch"] = metrics["step"] / self._steps_per_epoch
         line |= metrics
         try:
-            self._metrics.write(_line(line))
+            self._metrics.write(metrics_line(line))
         except OSError as error:
             self.note(f"metrics.jsonl lacks step {metrics['step']}: {error.strerror}")
         return line
@@ -234,70 +233,3 @@ def _short(metrics: Mapping[str, float]) -> str:
     speed = metrics["tokens_per_second"]
     rate = f"{speed / 1000:.1f}k" if speed >= 10_000 else f"{speed:.0f}"
     return f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.1f}G"
-
-
-def _ends_with_newline(path: Path) -> bool:
-    """Return whether a file is absent, empty, or ends with a whole line."""
-    return not path.exists() or (path.is_file() and path.read_bytes()[-1:] in (b"\n", b""))
-
-
-def _line(metrics: Mapping[str, Any]) -> str:
-    return json.dumps(_without_nan(metrics), allow_nan=False) + "\n"
-
-
-def _without_nan(value: Any) -> Any:
-    """Replace NaN and infinity, which JSON does not have, with null."""
-    if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def results_of(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the numeric results in an eval line of metrics.jsonl, without its counters."""
-    results = {}
-    for name, value in evaluation.items():
-        if isinstance(value, float) and name not in _COUNTERS:
-            results[name] = value
-    return results
-
-
-def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, without those that cannot be read; [] if there is no file.
-
-    The file is a record, not state: a flipped bit in it costs a line, never a run. Lines of version 0.1 get the names
-    of today. Their ``tokens`` stay what they were: terms of the loss.
-    """
-    lines, _ = _read_lines(Path(folder) / "metrics.jsonl")
-    return lines
-
-
-def _read_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Return the good lines of a metrics.jsonl, and how many others there are; a crash may cut off the last one."""
-    if not path.is_file():
-        # A pipe of this name would never end: it counts as one bad line, so that a file replaces it.
-        return [], int(path.exists())
-    lines, bad = [], 0
-    for text in path.read_bytes().splitlines():
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):  # ValueError: no JSON, or no UTF-8
-            bad += 1
-            continue
-        if _is_record(line):
-            if "memory" in line:
-                line["memory_gib"] = line.pop("memory")
-            line.setdefault("kind", "eval" if "eval_loss" in line else "train")
-            lines.append(line)
-        else:
-            bad += 1
-    return lines, bad
-
-
-def _is_record(line: Any) -> bool:
-    if not isinstance(line, dict) or type(line.get("step")) is not int or type(line.get("tokens")) is not int:
-        return False
-    is_training = "loss" in line
-    numbers = ("loss", "lr", "grad_norm", "skipped_steps") if is_training else ("eval_loss",)
-    return all(isinstance(line.get(name), int | float | None) for name in numbers)

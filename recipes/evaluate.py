@@ -6,7 +6,7 @@ from gptj_train.launch.host import share_cores
 from gptj_train.launch.ranks import rank, world_size
 from gptj_train.launch.recipe import recipe
 from gptj_train.launch.run_folder import check_run_folder
-from gptj_train.tracking import results_of
+from gptj_train.metrics_file import results_of
 
 
 @recipe(EvaluateConfig, primary="evaluate")

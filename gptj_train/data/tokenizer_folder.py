@@ -98,9 +98,11 @@ class _Named:
                 tokens += listed.values() if isinstance(listed, dict) else listed
             self.special |= {text for text in map(_content, tokens) if text is not None}
         for source in sources:
-            if not isinstance(source.get("eos_token"), str | dict | None):
+            token = source.get("eos_token")
+            if token is not None and _content(token) is None:
                 # Documents that end with another token than the model's own would be learnt without a word.
-                raise UserError(f"eos_token must be text, got {source['eos_token']!r}")
+                file = _CONFIG if source is self.config else _SPECIAL
+                raise UserError(f"{file}: eos_token must be text, got {token!r}")
         ends = [_content(source.get("eos_token")) for source in sources]
         self.eos_token = next((end for end in ends if end is not None), EOS_TOKEN)
         self.special.add(self.eos_token)

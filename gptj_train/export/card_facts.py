@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from gptj_train.export.model_card import CardFacts
-from gptj_train.tracking import read_metrics, results_of
+from gptj_train.metrics_file import read_metrics, results_of
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 

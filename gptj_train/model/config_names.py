@@ -56,7 +56,7 @@ class ConfigNames:
         name = ALIASES.get(name, name)
         if name == "label2id":
             name, value = "id2label", _inverse(value)
-        if name == "dtype" and value is not None:
+        if name == "dtype" and (isinstance(value, str) or type(value).__name__ == "dtype"):
             # A torch.dtype prints as "torch.bfloat16".
             value = str(value).removeprefix("torch.")
         # Only on a finished config: until then __post_init__ still checks what it was given.

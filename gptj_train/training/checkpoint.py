@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from gptj_train.training.deepspeed_internals import Section
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import prune, step_folder
+from gptj_train.training.state import TrainState
 from gptj_train.weights.manifest import KINDS, Manifest, state_file
 from gptj_train.weights.safetensors_file import Written
 from gptj_train.weights.slices import Slice, SliceReader, SliceWriter
@@ -31,39 +32,6 @@ T = TypeVar("T")
 
 class SaveFailedError(UserError):
     """A checkpoint could not be written; earlier ones are unchanged."""
-
-
-@dataclass
-class TrainState:
-    """The training state that is not in tensors. Random numbers need none: they follow from seed, step and rank.
-
-    Attributes:
-        step: optimizer steps done.
-        tokens: tokens that the model has read, without padding.
-        targets: terms of the loss: predicted tokens, labels or windows.
-        skipped: steps with non-finite numbers, which changed no weight.
-        skipped_in_a_row: of these, the ones since the last good step; above 0, the checkpoint does not count as good.
-        evaluated: the step of the last evaluation.
-        best_step: the step with the best held-out result and a checkpoint; None before the first one.
-        best_value: that result.
-        evaluations_since_best: evaluations after it, none of which was better.
-        next_batch: as of the last save, a hash of the batch that comes next.
-        settings: as of the last save, the config.
-        wandb_id: as of the last save, the id of the Weights & Biases run.
-    """
-
-    step: int = 0
-    tokens: int = 0
-    targets: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = -1
-    best_step: int | None = None
-    best_value: float | None = None
-    evaluations_since_best: int = 0
-    next_batch: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    wandb_id: str | None = None
 
 
 class Checkpoints:
@@ -122,7 +90,7 @@ class Checkpoints:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         if first_rank:
-            prune(target, self._keep, self._keep_every, state.best_step)
+            prune(target, self._keep, self._keep_every)
         # No rank may train on, and perhaps save again, while rank 0 removes folders.
         engine.wait()
         return target

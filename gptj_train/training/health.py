@@ -11,9 +11,9 @@ from torch import Tensor
 
 from gptj_train.errors import UserError
 from gptj_train.tasks.task import Task
-from gptj_train.training.checkpoint import TrainState
 from gptj_train.training.engine import Engine
 from gptj_train.training.retention import way_back
+from gptj_train.training.state import TrainState
 
 _WINDOW = 50  # steps whose losses a new loss is compared with
 _LEAST_LOSSES = 25  # of these before any comparison: the median of fewer is itself noise

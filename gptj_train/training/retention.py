@@ -109,7 +109,7 @@ def later_than(output_dir: str | Path, step: int) -> list[Path]:
 # --- remove ---
 
 
-def prune(newest: Path, keep: int, keep_every: int, best_step: int | None = None) -> None:
+def prune(newest: Path, keep: int, keep_every: int) -> None:
     """Remove the checkpoints that need not stay beside a new one, which has been verified.
 
     A checkpoint whose last step was skipped removes no good one: its weights may have exploded.
@@ -117,7 +117,6 @@ def prune(newest: Path, keep: int, keep_every: int, best_step: int | None = None
     Args:
         keep: newest checkpoints that stay.
         keep_every: checkpoints of every so many steps stay as well; 0 for none.
-        best_step: its checkpoint stays as well.
     """
     folders = _step_folders(newest.parent)
     # Only complete ones count: a damaged checkpoint must not push out a good one.
@@ -129,7 +128,7 @@ def prune(newest: Path, keep: int, keep_every: int, best_step: int | None = None
         # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
         removable += [folder for folder in folders if folder.name > newest.name]
     for folder in removable:
-        if not _is_permanent(folder, keep_every) and _step_of(folder) != best_step:
+        if not _is_permanent(folder, keep_every):
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
@@ -146,14 +145,12 @@ def check_space(
     save_every: int,
     keep: int,
     keep_every: int,
-    keep_best: bool = False,
 ) -> None:
     """Check before a run begins that the disk will hold its checkpoints.
 
     Args:
         shapes: of the trained parameters.
         steps: that are still to be done, counted from 0.
-        keep_best: the best checkpoint stays beside the newest.
 
     Raises:
         UserError: it will not.
@@ -168,7 +165,6 @@ def check_space(
         keep_every=keep_every,
         existing=len(removable),
     )
-    most += keep_best and most > 0
     # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
     freed = sum(_size_of(path) for path in [*removable, *folder.glob(".step_*")])
     # The output folder may not exist yet: its nearest parent that does is on the same disk.

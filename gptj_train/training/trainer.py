@@ -17,12 +17,13 @@ from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.watchdog import Watchdog
 from gptj_train.tasks.task import Task, count_tokens
 from gptj_train.tracking import Tracker
-from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
+from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, load
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health, non_finite_rows
 from gptj_train.training.retention import check_space, later_than, way_back
 from gptj_train.training.schedule import lr_at
-from gptj_train.training.trainer_config import TrainerConfig, changed_settings, check_not_past, numeric_settings
+from gptj_train.training.state import TrainState
+from gptj_train.training.trainer_config import TrainerConfig, changed_settings, check_not_past, is_due, numeric_settings
 
 _UNTIMED_SAVE = 300.0  # seconds to reserve for a save before the first has been timed
 
@@ -232,7 +233,7 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         step, config = self.state.step, self.config
-        due = step in (0, config.max_steps) or _due(step, config.eval_every)
+        due = step in (0, config.max_steps) or is_due(step, config.eval_every)
         return due and self.state.evaluated != step and not self._stopping
 
     def _save_due(self) -> bool:
@@ -297,7 +298,3 @@ class Trainer:
             outcome = "not saved" if in_time else "no time to save"
             outcome += "; there is no checkpoint" if self._saved is None else f"; last checkpoint: step {self._saved}"
         raise Preempted(f"{reason}: preempted after step {self.state.step} of {self.config.max_steps}, {outcome}")
-
-
-def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -61,6 +61,11 @@ class TrainerConfig:
             raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
 
 
+def is_due(step: int, every: int) -> bool:
+    """Return whether something that happens every so many steps happens at this one; 0 for never."""
+    return every > 0 and step % every == 0
+
+
 def check_not_past(step: int, max_steps: int) -> None:
     """Refuse a ``max_steps`` that a checkpoint has already passed."""
     if step > max_steps:

@@ -28,7 +28,7 @@ import torch
 from drill_worker import POINTS, SAVE_EVERY
 from torch import Tensor
 
-from gptj_train.tracking import read_metrics
+from gptj_train.metrics_file import read_metrics
 from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceReader
 

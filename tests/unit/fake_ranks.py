@@ -12,9 +12,10 @@ import torch
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.training.checkpoint import Checkpoints, TrainState
+from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.deepspeed_internals import OptimizerState
 from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.state import TrainState
 
 CONFIG = GPTJConfig(vocab_size=31, n_positions=16, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
 MODEL_FILES = ModelFiles(CONFIG, "GPTJForCausalLM", Tokenizer.train(["a text"], 257))

@@ -19,8 +19,9 @@ import gptj_train.weights.manifest as manifest_file
 from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
-from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, TrainState, load
+from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, load
 from gptj_train.training.retention import check_space, last_good, later_than, resume_candidates, way_back
+from gptj_train.training.state import TrainState
 from gptj_train.weights.checkpoint_weights import CheckpointWeights
 from gptj_train.weights.manifest import KINDS, Manifest
 from gptj_train.weights.slices import SliceWriter
@@ -334,16 +335,6 @@ def test_a_checkpoint_of_a_skipped_step_removes_no_good_one(tmp_path: Path) -> N
     assert names(tmp_path) == ["step_00000010", "step_00000020", "step_00000040"]
     save(tmp_path, 50)
     assert names(tmp_path) == ["step_00000020", "step_00000050"]
-
-
-def test_the_best_one_stays(tmp_path: Path) -> None:
-    def work(rank: Any) -> None:
-        checkpoints = Checkpoints(tmp_path, keep=1, keep_every=0, model_files=MODEL_FILES)
-        for step in (1, 2, 3, 4):
-            checkpoints.save(rank, TrainState(step=step, best_step=2 if step >= 2 else 1))
-
-    on_ranks(1, work)
-    assert names(tmp_path) == ["step_00000002", "step_00000004"]
 
 
 def test_pipes_and_files_named_like_a_step_are_no_checkpoints(tmp_path: Path) -> None:

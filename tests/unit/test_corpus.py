@@ -127,7 +127,7 @@ def test_a_held_out_component_may_be_empty_but_not_a_whole_split(prepared: Any, 
 
 def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: Tokenizer) -> None:
     texts = [f"text {n} " * 9 for n in range(60)]
-    tokens = sum(map(len, tokenizer.encode_documents(texts)))
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode_texts(texts))  # EOS ends each
     size = sum(map(len, texts))
     windows = -(-tokens // 16)
     facts = dict(prepared().train.facts())
@@ -142,7 +142,7 @@ def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: T
         lines.write("broken\n")
     facts = dict(prepared(weights={"A": 1, "B": 1}, bad_records="skip", max_bad_share=0.1).train.facts())
     assert facts["skipped"] == "1 records: not a line of JSON"
-    of_b = sum(map(len, tokenizer.encode_documents(texts[2::3]))) / tokens
+    of_b = sum(len(ids) + 1 for ids in tokenizer.encode_texts(texts[2::3])) / tokens
     assert facts["components"] == f"A {1 - of_b:.1%}, B {of_b:.1%}"
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from gptj_train.errors import UserError
-from gptj_train.training.checkpoint import TrainState
 from gptj_train.training.health import Health
+from gptj_train.training.state import TrainState
 
 
 def judged(losses: list[float]) -> list[str]:

@@ -118,7 +118,7 @@ MISTAKES = [
     ("evaluate checkpoint={}/model", "missing: data.validation; give data.validation=..."),
     ("clm", "missing: output_dir, init_from, max_steps, data.train; give"),
     ("generate checkpoint=x stop=a,b", "'stop=a,b' may be a list, stop=[a,b], or a text with a comma, 'stop=\"a,b\"'"),
-    ("generate checkpoint={}/model prompt=a temperature=0", "temperature"),
+    ("generate checkpoint={}/model prompt=a max_new_tokens=8 temperature=0", "temperature"),
     # --- models and tokenizers ---
     ("generate checkpoint={}/a_run prompt=a", "this is a run folder, use {}/a_run/export"),
     ("generate checkpoint={}/classifier prompt=a", "is a GPTJForSequenceClassification, which writes no text"),
@@ -128,9 +128,7 @@ MISTAKES = [
     ((*START, "sequence_length=32", "model.n_layer=2"), "model.n_layer=2 contradicts init_from={}/model, which has 1"),
     ((*START, "sequence_length=32", "model=gptj_6b"), "contradicts init_from={}/model"),
     # --- data ---
-    ((*SMALL, "data.train={}/chat.jsonl"), "the record is a chat: set data.kind=chat"),
-    ((*SMALL, "data.train={}/pairs.jsonl"), "set data.kind=completion"),
-    (("classification", *LABELLED, "data.train={}/lists.jsonl"), "set task=multi_label for any number of labels"),
+    (("classification", *LABELLED, "data.train={}/lists.jsonl"), "task=multi_label learns several labels for each text"),
     (("classification", *LABELLED, "data.train={}/labels.jsonl", "data.label_field=class"), "no 'class'"),
 ]
 

@@ -66,7 +66,7 @@ def times(cache: Path) -> dict[Path, int]:
 
 def test_tokens_are_those_of_the_documents(file: Path, opened: Any, tokenizer: Tokenizer) -> None:
     (made,) = opened(file)
-    documents = tokenizer.encode_documents(DOCUMENTS)
+    documents = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_texts(DOCUMENTS)]
     assert made.tokens.tolist() == [token for ids in documents for token in ids]
     assert made.ends.tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
     assert made.bytes.tolist() == [len(text.encode()) for text in DOCUMENTS]

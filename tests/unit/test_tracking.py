@@ -16,7 +16,8 @@ import pytest
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gptj_train.tracking import Tracker, TrackingConfig, read_metrics
+from gptj_train.metrics_file import read_metrics
+from gptj_train.tracking import Tracker, TrackingConfig
 
 RUN_CONFIG = {"max_steps": 4, "optim": {"lr": 1e-3}, "init_from": None}
 
@@ -292,17 +293,17 @@ def test_a_bad_line_costs_only_itself(tmp_path: Path, bad: bytes, capsys: pytest
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_bytes().splitlines()
     path.write_bytes(b"\n".join([first, bad, second, b""]))
-    assert read_metrics(tmp_path) == [step(1), step(2)]
+    assert recorded(tmp_path) == [step(1), step(2)]
     write(tmp_path, 2, step(3))
     assert f"{path}: 1 unreadable lines are dropped" in capsys.readouterr().out
-    assert read_metrics(tmp_path) == [step(1), step(2), step(3)]
+    assert recorded(tmp_path) == [step(1), step(2), step(3)]
 
 
 def test_a_pipe_in_place_of_the_metrics_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "metrics.jsonl")
     assert read_metrics(tmp_path) == []
     write(tmp_path, 2, step(3))
-    assert read_metrics(tmp_path) == [step(3)]
+    assert recorded(tmp_path) == [step(3)]
 
 
 def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
@@ -312,4 +313,4 @@ def test_a_repeated_evaluation_is_recorded_once(tmp_path: Path) -> None:
         again.start(2, 4, evaluated=False)
         again.evaluation(evaluated(2))
         again.finish()
-    assert read_metrics(tmp_path) == [step(1), step(2), evaluated(2)]
+    assert recorded(tmp_path) == [step(1), step(2), evaluated(2)]

@@ -23,7 +23,7 @@ from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted
 from gptj_train.tasks.task import EvaluationBatch
 from gptj_train.tracking import Tracker
-from gptj_train.training.checkpoint import TrainState
+from gptj_train.training.state import TrainState
 from gptj_train.training.trainer import Trainer
 
 CONFIG = config(
