@@ -1,7 +1,7 @@
 """Metrics of a checkpoint of any task: deepspeed -q recipes/evaluate.py checkpoint=DIR data.validation=FILES"""
 
 from gptj_train.config import EvaluateConfig
-from gptj_train.inference.evaluation import build_task, evaluate, write_results
+from gptj_train.inference.evaluate_checkpoint import build_task, evaluate, write_results
 from gptj_train.launch.host import share_cores
 from gptj_train.launch.ranks import rank, world_size
 from gptj_train.launch.recipe import recipe

@@ -18,17 +18,12 @@ import torch.distributed as dist
 
 from gptj_train.errors import UserError
 from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
+from gptj_train.launch.exit_codes import EXIT_DONE, EXIT_MISTAKE, EXIT_PREEMPTED
 from gptj_train.launch.hub import with_local_folders
 from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals, launchers
 from gptj_train.launch.ranks import rank, set_rank_variables
 
 T = TypeVar("T")
-
-# The exit codes. docs/cluster.md tells users and schedulers what to do about each.
-EXIT_DONE = 0
-EXIT_MISTAKE = 2  # a UserError, printed as one line by rank 0
-EXIT_PREEMPTED = 85  # preempted, saved if there was time; rerun the same command to resume
-# Any other exception is a bug of ours: Python prints its traceback and exits with 1. So does the watchdog on a hang.
 
 _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's config and tokenizer
 # Faults of a disk, which no code of ours can mend, wherever they occur.

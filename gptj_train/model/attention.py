@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptj_train.errors import UserError
-from gptj_train.model.documents import document_lengths, document_starts
+from gptj_train.model.document_positions import document_lengths, document_starts
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.kv_cache import KVCache, TrimmedCache
 from gptj_train.model.layers import Linear

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.attention import AttentionPattern, GPTJAttention, attention_pattern
-from gptj_train.model.documents import documents_from_positions, positions_in_documents
+from gptj_train.model.document_positions import documents_from_positions, positions_in_documents
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.kv_cache import KVCache, TrimmedCache, past_length_of
 from gptj_train.model.layers import Embedding, Linear

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gptj_train.model.documents import document_starts
+from gptj_train.model.document_positions import document_starts
 
 IGNORE = -100
 """Label of a token that is no target (torch's ``ignore_index``)."""

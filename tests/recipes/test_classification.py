@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from gptj_train import GPTJForSequenceClassification
 from gptj_train.config import EvaluateConfig
 from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.inference.evaluation import build_task, evaluate
+from gptj_train.inference.evaluate_checkpoint import build_task, evaluate
 from gptj_train.launch.command_line import compose
 
 REPOSITORY = Path(__file__).parents[2]

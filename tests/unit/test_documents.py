@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.model.attention import attention_pattern
-from gptj_train.model.documents import document_lengths, document_starts, positions_in_documents
+from gptj_train.model.document_positions import document_lengths, document_starts, positions_in_documents
 
 VOCAB = 101
 # Ids are names of runs: an id that comes again later, or in another row, is another document.

@@ -135,7 +135,9 @@ def test_a_kind_that_is_given_stays_and_its_fields_are_recognised(
     assert learned(prepared(file), tokenizer) == [("", "t")]
     assert learned(prepared(file, kind="completion"), tokenizer) == [("p", "c")]
     assert learned(prepared(file, kind="chat"), tokenizer) == [("<user>one\n<assistant>", "two\n")]
-    with pytest.raises(UserError, match=r"a.jsonl:1: no text in field 'body'; the record is a chat: set data.kind=chat"):
+    with pytest.raises(
+        UserError, match=r"a.jsonl:1: no text in field 'body'; the record is a chat: set data.kind=chat"
+    ):
         prepared(file, kind="text", text_field="body")
 
 

@@ -128,7 +128,10 @@ MISTAKES = [
     ((*START, "sequence_length=32", "model.n_layer=2"), "model.n_layer=2 contradicts init_from={}/model, which has 1"),
     ((*START, "sequence_length=32", "model=gptj_6b"), "contradicts init_from={}/model"),
     # --- data ---
-    (("classification", *LABELLED, "data.train={}/lists.jsonl"), "task=multi_label learns several labels for each text"),
+    (
+        ("classification", *LABELLED, "data.train={}/lists.jsonl"),
+        "task=multi_label learns several labels for each text",
+    ),
     (("classification", *LABELLED, "data.train={}/labels.jsonl", "data.label_field=class"), "no 'class'"),
 ]
 
