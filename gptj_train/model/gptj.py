@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.attention import AttentionPattern, GPTJAttention, attention_pattern
+from gptj_train.model.batch_facts import BatchFacts
 from gptj_train.model.documents import documents_from_positions, positions_in_documents
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.kv_cache import KVCache
@@ -87,6 +88,7 @@ class GPTJModel(PreTrained):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         document_ids: Tensor | None = None,
+        facts: BatchFacts | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Compute the hidden states of a batch. Arguments that are None take the config's value.
 
@@ -105,6 +107,7 @@ class GPTJModel(PreTrained):
             return_dict: return a ``BaseModelOutput``, else a tuple.
             cache_position: (T) positions of the new tokens.
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
+            facts: of the batch, so that the forward reads nothing from the device.
 
         Raises:
             UserError: both or neither of the inputs, positions beyond ``n_positions``, shapes that do not match.
@@ -137,6 +140,7 @@ class GPTJModel(PreTrained):
             attention_mask=attention_mask,
             document_ids=document_ids,
             eager=output_attentions or head_mask is not None,
+            facts=facts,
         )
         hidden, all_hidden, all_weights = self._run_blocks(
             hidden,
@@ -206,7 +210,7 @@ class GPTJModel(PreTrained):
         limit = self.config.n_positions
         too_long = position_ids.shape[1] > limit
         # On a GPU the lookup itself asserts; reading the maximum would wait for the device.
-        if not too_long and not position_ids.is_cuda:
+        if not too_long and position_ids.device.type == "cpu":
             too_long = int(position_ids.max()) >= limit
         if too_long:
             raise UserError(f"the sequence is longer than the model's n_positions ({limit})")

@@ -24,6 +24,7 @@ host.prepare_environment()
 import deepspeed
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
+from gptj_train.model.batch_facts import inputs_on
 from gptj_train.training import deepspeed_internals
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned
 from gptj_train.training.initial_weights import InitialWeights, open_initial_weights
@@ -165,8 +166,8 @@ class Engine:
 
     def forward(self, batch: dict[str, Tensor], targets: float) -> Any:
         """Return the module's output for a batch; its loss is the sum over the batch's targets / ``targets``."""
-        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        return self._engine(**moved, use_cache=False, num_items_in_batch=targets)
+        inputs = inputs_on(self.device, batch)
+        return self._engine(**inputs, use_cache=False, num_items_in_batch=targets)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches.

@@ -103,6 +103,8 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": _accumulation_type(engine)},
         "zero_optimization": zero,
         "steps_per_print": 10**9,
+        # It waits for the device twice a micro-batch, and the trainer times the steps itself.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merged(ours, engine.deepspeed)
 
