@@ -112,10 +112,15 @@ class RunPlan:
         # MLP, what goes into the activation and what comes out.
         block = 6 * hidden + 2 * inner
         layers = self.model_config.n_layer
-        kept = layers * block
-        if cfg.engine.activation_checkpointing:
-            # The input of every block, and one block whole while it is recomputed.
-            kept = layers * hidden + block
+        kept_of_block = {
+            "none": block,
+            "gelu": block - inner,
+            "mlp": block - 2 * inner,
+            "block": hidden,
+        }
+        degree = cfg.engine.activation_checkpointing
+        # What one block does not keep exists once more, while the backward recomputes it.
+        kept = layers * kept_of_block[degree] + (block - kept_of_block[degree])
         return kept + self._loss_memory(element, tokens)
 
     def _loss_memory(self, element: int, tokens: int) -> float:
@@ -164,8 +169,10 @@ class RunPlan:
         trains_matrices = _count(self.trained) > _count(matrices) / 2
         passes = 3 if trains_matrices else 2
         recomputed = 0
-        if cfg.engine.activation_checkpointing:
+        if cfg.engine.activation_checkpointing == "block":
             recomputed = forward - 2 * _count(not_recomputed)
+        elif cfg.engine.activation_checkpointing == "mlp":
+            recomputed = 2 * _count({name: shape for name, shape in matrices.items() if "fc_in.weight" in name})
         tokens = cfg.global_batch_size * cfg.sequence_length
         return tokens * (passes * forward + recomputed)
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
@@ -19,6 +18,7 @@ from gptj_train.model.kv_cache import KVCache
 from gptj_train.model.layers import Embedding, Linear
 from gptj_train.model.outputs import BaseModelOutput
 from gptj_train.model.pretrained import PreTrained
+from gptj_train.model.recomputation import Degree, has_dropout, recomputed
 from gptj_train.model.rotary import rotary_angles
 
 
@@ -31,11 +31,26 @@ class GPTJMLP(nn.Module):
         self.fc_out = Linear(config.inner_size, config.n_embd, config.initializer_range)
         self.activation = ACTIVATIONS[config.activation_function]
         self.resid_pdrop = config.resid_pdrop
+        self.recomputes: Degree = "none"
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        inner = self.activation(self.fc_in(hidden))
-        return F.dropout(self.fc_out(inner), self.resid_pdrop, self.training)
+        if not self.training or self.recomputes == "none":
+            out = self._out_of_hidden(hidden)
+        elif self.recomputes == "mlp":
+            draws = has_dropout(self.fc_in) or has_dropout(self.fc_out)
+            out = recomputed(self._out_of_hidden, hidden, draws=draws)
+        else:
+            out = recomputed(self._out_of_inner, self.fc_in(hidden), draws=has_dropout(self.fc_out))
+        return F.dropout(out, self.resid_pdrop, self.training)
+
+    def _out_of_hidden(self, hidden: Tensor) -> Tensor:
+        return self._out_of_inner(self.fc_in(hidden))
+
+    def _out_of_inner(self, inner: Tensor) -> Tensor:
+        # Recomputation ends before the product: its result is no input of a gradient.
+        out: Tensor = self.fc_out(self.activation(inner))
+        return out
 
 
 class GPTJBlock(nn.Module):
@@ -178,12 +193,14 @@ class GPTJModel(PreTrained):
         """
         all_hidden: list[Tensor] = []
         all_weights: list[Tensor | None] = []
+        # All blocks are alike, adapters included.
+        draws = self._recomputes_blocks and has_dropout(self.h[0])
         for layer, block in enumerate(self.h):
             if keep_hidden:
                 all_hidden.append(hidden)
             arguments = (hidden, *shared, _layer_head_mask(head_mask, layer, hidden.dtype))
             if self._recomputes_blocks:
-                hidden, weights = checkpoint(block, *arguments, use_reentrant=False)
+                hidden, weights = recomputed(block, *arguments, draws=draws)
             else:
                 hidden, weights = block(*arguments)
             if keep_weights:

@@ -25,6 +25,7 @@ import deepspeed
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 from gptj_train.model.batch_facts import inputs_on
+from gptj_train.model.recomputation import recompute
 from gptj_train.training import deepspeed_internals
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned
 from gptj_train.training.initial_weights import InitialWeights, open_initial_weights
@@ -126,8 +127,7 @@ class Engine:
             model = self._build(build, seed, config)
             if initial is not None:
                 initial.fill_frozen(model, self.rank)
-            if engine.activation_checkpointing:
-                model.gradient_checkpointing_enable()  # type: ignore[operator]
+            recompute(model, engine.activation_checkpointing)
             groups = decay_groups(model, optim.weight_decay)
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
             self._fill_optimizer(initial)
@@ -166,8 +166,7 @@ class Engine:
 
     def forward(self, batch: dict[str, Tensor], targets: float) -> Any:
         """Return the module's output for a batch; its loss is the sum over the batch's targets / ``targets``."""
-        inputs = inputs_on(self.device, batch)
-        return self._engine(**inputs, use_cache=False, num_items_in_batch=targets)
+        return self._engine(**inputs_on(self.device, batch), use_cache=False, num_items_in_batch=targets)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches.

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from gptj_train.errors import UserError
+from gptj_train.model.recomputation import Degree
 from gptj_train.schema import schema
 from gptj_train.training.optimizer import OptimConfig
 
@@ -26,6 +29,13 @@ _OWNED = {
 }
 
 
+def _degree(value: Any) -> Any:
+    """Return a degree for the values that the key had when recomputation was all or nothing."""
+    if isinstance(value, bool):
+        return "block" if value else "none"
+    return value
+
+
 @schema
 class EngineConfig:
     """Where the training state lives. ``deepspeed`` holds further settings in DeepSpeed's own spelling."""
@@ -35,7 +45,7 @@ class EngineConfig:
     offload_parameters: Literal["none", "cpu", "nvme"]
     nvme_path: str | None
     precision: Literal["bf16", "fp16", "fp32"]
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[Degree, BeforeValidator(_degree)]
     deepspeed: dict[str, Any]
 
     def __post_init__(self) -> None:

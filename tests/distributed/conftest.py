@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from ranks import NOT_OFFLOADED, ON_HOST, Results, job, launch
 
+DEGREES = ("gelu", "mlp", "block")
+
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
@@ -18,7 +20,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
         [
             job("fp32", micro=1, engine=fp32, evaluate=True, export=["fp32", "bf16"]),
             job("bf16", micro=1),
-            job("recomputed", micro=1, engine=fp32 | {"activation_checkpointing": True}),
+            *(
+                job(f"recomputed {degree}", micro=1, engine=fp32 | {"activation_checkpointing": degree})
+                for degree in DEGREES
+            ),
             job("straight", micro=1, dropout=0.1),
             job("first half", steps=5, save=True, **dropout),
             job("stage 0 fp32", micro=1, engine={"stage": 0, "precision": "fp32"} | NOT_OFFLOADED),

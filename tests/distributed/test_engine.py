@@ -89,9 +89,11 @@ def test_resumed_equals_straight_bit_for_bit(results: Results) -> None:
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_recomputed_activations_change_nothing(results: Results) -> None:
-    assert results.column("recomputed", "loss") == pytest.approx(results.column("fp32", "loss"), rel=1e-6)
-    assert furthest(results.weights("recomputed"), results.weights("fp32")) < 0.02
+@pytest.mark.parametrize("degree", ["gelu", "mlp", "block"])
+def test_recomputed_activations_change_nothing(results: Results, degree: str) -> None:
+    name = f"recomputed {degree}"
+    assert results.column(name, "loss") == pytest.approx(results.column("fp32", "loss"), rel=1e-6)
+    assert furthest(results.weights(name), results.weights("fp32")) < 0.02
 
 
 STAGES = [f"stage {stage}{place}" for stage in range(4) for place in ("", " cpu") if (stage, place) != (0, " cpu")]
