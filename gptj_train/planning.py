@@ -98,8 +98,22 @@ class RunPlan:
         if engine.offload_optimizer == "none":
             held["GPU"] += accumulated + _GRADIENT_BYTES * min(copied, zero["sub_group_size"])
         else:
-            held["host"] += accumulated + _GRADIENT_BYTES * copied
+            held["GPU" if engine.accumulate_on == "gpu" else "host"] += accumulated
+            held["host"] += _GRADIENT_BYTES * copied
         return held
+
+    def page_locked(self, ranks: int) -> float:
+        """Return the bytes of the host that each rank locks for copies to its GPU, on stage 3; part of ``memory``."""
+        engine = self.cfg.engine
+        trained = _count(self.trained) / ranks
+        locked = 0.0
+        if engine.offload_parameters == "cpu":
+            locked += _BYTES[engine.precision] * trained
+        if engine.offload_optimizer != "none":
+            locked += _GRADIENT_BYTES * trained
+            if engine.accumulate_on == "optimizer":
+                locked += _GRADIENT_BYTES * trained
+        return locked
 
     def activations(self) -> float:
         """Return the bytes that the forward of a micro-batch keeps for the backward, and those of the loss."""

@@ -44,6 +44,7 @@ class EngineConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"]
     offload_parameters: Literal["none", "cpu", "nvme"]
     nvme_path: str | None
+    accumulate_on: Literal["optimizer", "gpu"]
     precision: Literal["bf16", "fp16", "fp32"]
     activation_checkpointing: Annotated[Degree, BeforeValidator(_degree)]
     deepspeed: dict[str, Any]
@@ -55,6 +56,8 @@ class EngineConfig:
             raise UserError("engine.offload_optimizer=cpu needs engine.stage=1, 2 or 3")
         if self.offload_optimizer == "nvme" and self.stage != 3:
             raise UserError("engine.offload_optimizer=nvme needs engine.stage=3")
+        if self.accumulate_on == "gpu" and self.offload_optimizer != "none" and self.stage != 3:
+            raise UserError("engine.accumulate_on=gpu with an offloaded optimizer needs engine.stage=3")
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
             raise UserError("engine.nvme_path must name a folder on the NVMe disk to offload to")
         for key, ours in _OWNED.items():

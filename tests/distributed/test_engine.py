@@ -106,6 +106,13 @@ def test_every_stage_and_place_trains_alike(results: Results, name: str) -> None
     assert on_average(results.weights(name), results.weights("stage 3 both")) < 0.05
 
 
+def test_where_gradients_are_summed_changes_no_bit(results: Results) -> None:
+    ours, theirs = "stage 3 sums on the device", "stage 3 both"
+    assert results.column(ours, "loss") == results.column(theirs, "loss")
+    for name, tensor in results.weights(theirs).items():
+        assert torch.equal(results.weights(ours)[name], tensor), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_export_is_the_master(results: Results, dtype: torch.dtype) -> None:
     folder = results.folder / "fp32" / ("export_fp32" if dtype == torch.float32 else "export_bf16")

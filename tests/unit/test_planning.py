@@ -23,7 +23,13 @@ WIDTH = 4096
 
 
 def engine(**changes: Any) -> EngineConfig:
-    values = {"stage": 3, "offload_optimizer": "none", "offload_parameters": "none", "nvme_path": "disk"}
+    values = {
+        "stage": 3,
+        "offload_optimizer": "none",
+        "offload_parameters": "none",
+        "nvme_path": "disk",
+        "accumulate_on": "optimizer",
+    }
     values |= {"precision": "bf16", "activation_checkpointing": "none", "deepspeed": {}}
     return EngineConfig(**(values | changes))  # type: ignore[arg-type]
 
@@ -109,6 +115,8 @@ def test_activations_are_those_autograd_keeps(degree: Degree) -> None:
         ({}, "GPU", 18),
         ({"offload_optimizer": "cpu"}, "host", 12 + 4 + 4),
         ({"offload_optimizer": "cpu", "offload_parameters": "cpu"}, "host", 2 + 12 + 4 + 4),
+        ({"offload_optimizer": "cpu", "accumulate_on": "gpu"}, "host", 12 + 4),
+        ({"offload_optimizer": "cpu", "accumulate_on": "gpu"}, "GPU", 2 + 4),
         ({"offload_optimizer": "nvme", "offload_parameters": "nvme"}, "NVMe", 2 + 12),
         ({"offload_optimizer": "nvme", "offload_parameters": "nvme"}, "host", 4 + 4),
     ],
