@@ -41,6 +41,7 @@ def work(width: int, length: int, steps: int) -> None:
             offload_optimizer="cpu",
             offload_parameters="cpu",
             nvme_path=None,
+            accumulate_on="optimizer",
             activation_checkpointing="none",
             deepspeed={},
         ),
