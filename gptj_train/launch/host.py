@@ -25,13 +25,10 @@ def prepare_environment() -> None:
     if not torch.accelerator.is_available():
         # Otherwise DeepSpeed warns that it finds no GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # torch asks for huge pages for its large buffers on the host. A step frees and allocates many: 4 KiB at a time the
-    # kernel would spend as long on them as the step on its matrix products (benchmarks/page_faults.py).
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     # torch's allocator of page-locked memory rounds each block up to a power of two, and keeps freed ones: for 6B with
     # the optimizer on the host it would take 10 to 30 GB more. torch below 2.13 does not know these settings.
     settings = os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
-    if not settings and torch.torch_version.TorchVersion(torch.__version__) >= (2, 13):
+    if not settings and torch.torch_version.TorchVersion(torch.__version__) >= "2.13":
         os.environ["PYTORCH_ALLOC_CONF"] = "pinned_max_round_threshold_mb:64,pinned_max_cached_size_mb:64"
     if sys.prefix != sys.base_prefix and os.access(sys.prefix, os.W_OK):
         # The CPU optimizer is compiled at first use: once per virtual environment, whose bin has ninja.

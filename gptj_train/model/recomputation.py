@@ -18,11 +18,14 @@ two tensors of inner size is kept. block: everything; only a block's input is ke
 
 def recompute(model: nn.Module, degree: Degree) -> None:
     """Set what the trunk of a model recomputes in training mode."""
+    of_mlp = degree if degree in ("gelu", "mlp") else "none"
+    # Any: to a type checker every attribute of a Module is a tensor or a module.
+    module: Any
     for module in model.modules():
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = degree == "block"
         if hasattr(module, "recomputes"):
-            module.recomputes = degree if degree in ("gelu", "mlp") else "none"
+            module.recomputes = of_mlp
 
 
 def recomputed(function: Callable[..., Any], *args: Any, draws: bool) -> Any:
