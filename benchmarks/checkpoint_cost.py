@@ -43,7 +43,7 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     config = GPTJConfig(n_embd=width, n_layer=layers, n_positions=LENGTH, n_head=16, rotary_dim=16, vocab_size=8192)
     overrides = [f"output_dir={folder}", "init_from=null", "data.train=unused", "max_steps=3"]
     overrides += [f"sequence_length={LENGTH}", "global_batch_size=1", "micro_batch_size=1"]
-    overrides += ["engine=zero3_offload", "engine.activation_checkpointing=false"]
+    overrides += ["engine=zero3_offload", "engine.activation_checkpointing=none"]
     cfg = compose("clm", overrides, ClmConfig)
     engine = Engine(
         build=lambda: GPTJForCausalLM(config),

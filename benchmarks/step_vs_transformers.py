@@ -85,7 +85,8 @@ def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dic
         offload_optimizer="cpu",
         offload_parameters="cpu",
         nvme_path=None,
-        activation_checkpointing=False,
+        accumulate_on="optimizer",
+        activation_checkpointing="none",
         deepspeed={},
     )
     config = deepspeed_config(

@@ -98,8 +98,22 @@ class RunPlan:
         if engine.offload_optimizer == "none":
             held["GPU"] += accumulated + _GRADIENT_BYTES * min(copied, zero["sub_group_size"])
         else:
-            held["host"] += accumulated + _GRADIENT_BYTES * copied
+            held["GPU" if engine.accumulate_on == "gpu" else "host"] += accumulated
+            held["host"] += _GRADIENT_BYTES * copied
         return held
+
+    def page_locked(self, ranks: int) -> float:
+        """Return the bytes of the host that each rank locks for copies to its GPU, on stage 3; part of ``memory``."""
+        engine = self.cfg.engine
+        trained = _count(self.trained) / ranks
+        locked = 0.0
+        if engine.offload_parameters == "cpu":
+            locked += _BYTES[engine.precision] * trained
+        if engine.offload_optimizer != "none":
+            locked += _GRADIENT_BYTES * trained
+            if engine.accumulate_on == "optimizer":
+                locked += _GRADIENT_BYTES * trained
+        return locked
 
     def activations(self) -> float:
         """Return the bytes that the forward of a micro-batch keeps for the backward, and those of the loss."""
@@ -112,10 +126,15 @@ class RunPlan:
         # MLP, what goes into the activation and what comes out.
         block = 6 * hidden + 2 * inner
         layers = self.model_config.n_layer
-        kept = layers * block
-        if cfg.engine.activation_checkpointing:
-            # The input of every block, and one block whole while it is recomputed.
-            kept = layers * hidden + block
+        kept_of_block = {
+            "none": block,
+            "gelu": block - inner,
+            "mlp": block - 2 * inner,
+            "block": hidden,
+        }
+        degree = cfg.engine.activation_checkpointing
+        # What one block does not keep exists once more, while the backward recomputes it.
+        kept = layers * kept_of_block[degree] + (block - kept_of_block[degree])
         return kept + self._loss_memory(element, tokens)
 
     def _loss_memory(self, element: int, tokens: int) -> float:
@@ -164,8 +183,10 @@ class RunPlan:
         trains_matrices = _count(self.trained) > _count(matrices) / 2
         passes = 3 if trains_matrices else 2
         recomputed = 0
-        if cfg.engine.activation_checkpointing:
+        if cfg.engine.activation_checkpointing == "block":
             recomputed = forward - 2 * _count(not_recomputed)
+        elif cfg.engine.activation_checkpointing == "mlp":
+            recomputed = 2 * _count({name: shape for name, shape in matrices.items() if "fc_in.weight" in name})
         tokens = cfg.global_batch_size * cfg.sequence_length
         return tokens * (passes * forward + recomputed)
 

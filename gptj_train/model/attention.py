@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gptj_train.errors import UserError
+from gptj_train.model.batch_facts import BatchFacts
 from gptj_train.model.document_positions import document_lengths, document_starts
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.kv_cache import KVCache, TrimmedCache
@@ -41,6 +42,7 @@ def attention_pattern(
     attention_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     eager: bool = False,
+    facts: BatchFacts | None = None,
 ) -> AttentionPattern:
     """Build the attention pattern of one forward: the cheapest that masks what must be masked.
 
@@ -51,6 +53,7 @@ def attention_pattern(
             bool (True = attend) or additive.
         document_ids: (B, T); tokens attend only within their run of equal ids.
         eager: ask for eager attention, for its weights or to scale heads.
+        facts: of the batch; without them the host waits for the device to read masks and documents.
 
     Raises:
         UserError: shapes that do not match, or documents together with a cache.
@@ -63,12 +66,14 @@ def attention_pattern(
         # A complete mask is the caller's: causality and documents are not added to it, as in Transformers.
         return _masked(_additive(attention_mask, hidden.dtype), eager)
     if attention_mask is not None:
-        attention_mask = _without_padding_is_none(attention_mask, (batch, total))
+        attention_mask = _without_padding_is_none(attention_mask, (batch, total), facts)
     if attention_mask is None and not eager:
         # The two patterns that the fused kernels know without a dense mask, which would cost them their speed.
         # A compiled graph must not depend on the values of a tensor, so it isolates documents by a mask.
         if document_ids is not None and not torch.compiler.is_compiling():
-            lengths = document_lengths(document_ids)
+            lengths = None if facts is None else facts.document_lengths
+            if lengths is None:
+                lengths = document_lengths(document_ids)
             one_per_row = len(lengths) == batch
             return AttentionPattern() if one_per_row else AttentionPattern(lengths=lengths)
         if document_ids is None and (past_length == 0 or length == 1):
@@ -82,7 +87,9 @@ def attention_pattern(
         # Numbered runs, not the ids: an id that returns later in a row names another document.
         runs = document_starts(document_ids).cumsum(dim=1)
         attends = attends & (runs[:, None, :, None] == runs[:, None, None, :])
-    return _masked(_additive(attends, hidden.dtype), eager)
+    # The first token of a row is seen by all of its queries, unless documents hide it.
+    seen = facts is not None and facts.starts_real is True and document_ids is None
+    return _masked(_additive(attends, hidden.dtype), eager, every_query_sees_a_key=seen)
 
 
 def _check_documents(document_ids: Tensor, shape: tuple[int, int], past_length: int) -> None:
@@ -92,13 +99,20 @@ def _check_documents(document_ids: Tensor, shape: tuple[int, int], past_length: 
         raise UserError(f"document_ids must be {shape}, got {tuple(document_ids.shape)}")
 
 
-def _without_padding_is_none(attention_mask: Tensor, shape: tuple[int, int]) -> Tensor | None:
+def _without_padding_is_none(
+    attention_mask: Tensor,
+    shape: tuple[int, int],
+    facts: BatchFacts | None,
+) -> Tensor | None:
     """Return None for a mask without padding, which masks nothing that causality does not."""
     if attention_mask.shape != shape:
         raise UserError(f"attention_mask must be {shape}, got {tuple(attention_mask.shape)}")
     if torch.compiler.is_compiling():
         return attention_mask
-    return None if attention_mask.all() else attention_mask
+    padded = None if facts is None else facts.padded
+    if padded is None:
+        padded = not bool(attention_mask.all())
+    return attention_mask if padded else None
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,10 +126,10 @@ def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return zeros.masked_fill_(~mask, lowest)
 
 
-def _masked(mask: Tensor, eager: bool) -> AttentionPattern:
+def _masked(mask: Tensor, eager: bool, every_query_sees_a_key: bool = False) -> AttentionPattern:
     # The fused kernels' backward recomputes the softmax from its saved log-sum-exp. In a fully masked row that
     # sum is lowest + log(S), which rounds to lowest, so every weight would come back as 1 instead of 1 / S.
-    if not eager and torch.is_grad_enabled():
+    if not eager and not every_query_sees_a_key and torch.is_grad_enabled():
         # A compiled graph cannot look for such rows, so it takes the way that is right for them.
         eager = torch.compiler.is_compiling() or has_fully_masked_rows(mask)
     return AttentionPattern(mask=mask, eager=eager)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from gptj_train.errors import UserError
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.attention import AttentionPattern, GPTJAttention, attention_pattern
+from gptj_train.model.batch_facts import BatchFacts
 from gptj_train.model.document_positions import documents_from_positions, positions_in_documents
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.kv_cache import KVCache, TrimmedCache, past_length_of
 from gptj_train.model.layers import Embedding, Linear
 from gptj_train.model.outputs import BaseModelOutput
 from gptj_train.model.pretrained import PreTrained
+from gptj_train.model.recomputation import Degree, has_dropout, recomputed
 from gptj_train.model.rotary import rotary_angles
 
 
@@ -30,11 +31,26 @@ class GPTJMLP(nn.Module):
         self.fc_out = Linear(config.inner_size, config.n_embd, config.initializer_range)
         self.activation = ACTIVATIONS[config.activation_function]
         self.resid_pdrop = config.resid_pdrop
+        self.recomputes: Degree = "none"
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        inner = self.activation(self.fc_in(hidden))
-        return F.dropout(self.fc_out(inner), self.resid_pdrop, self.training)
+        if not self.training or self.recomputes == "none":
+            out = self._out_of_hidden(hidden)
+        elif self.recomputes == "mlp":
+            draws = has_dropout(self.fc_in) or has_dropout(self.fc_out)
+            out = recomputed(self._out_of_hidden, hidden, draws=draws)
+        else:
+            out = recomputed(self._out_of_inner, self.fc_in(hidden), draws=has_dropout(self.fc_out))
+        return F.dropout(out, self.resid_pdrop, self.training)
+
+    def _out_of_hidden(self, hidden: Tensor) -> Tensor:
+        return self._out_of_inner(self.fc_in(hidden))
+
+    def _out_of_inner(self, inner: Tensor) -> Tensor:
+        # Recomputation ends before the product: its result is no input of a gradient.
+        out: Tensor = self.fc_out(self.activation(inner))
+        return out
 
 
 class GPTJBlock(nn.Module):
@@ -87,6 +103,7 @@ class GPTJModel(PreTrained):
         return_dict: bool | None = None,
         cache_position: Tensor | None = None,
         document_ids: Tensor | None = None,
+        facts: BatchFacts | None = None,
     ) -> BaseModelOutput | tuple[Any, ...]:
         """Compute the hidden states of a batch. Arguments that are None take the config's value.
 
@@ -106,6 +123,7 @@ class GPTJModel(PreTrained):
             return_dict: return a ``BaseModelOutput``, else a tuple.
             cache_position: (T) positions of the new tokens.
             document_ids: (B, T); tokens attend only within their run of equal ids, positions restart in it.
+            facts: of the batch, so that the forward reads nothing from the device.
 
         Raises:
             UserError: both or neither of the inputs, positions outside 0 to ``n_positions``, shapes that do not match.
@@ -142,6 +160,7 @@ class GPTJModel(PreTrained):
             attention_mask=attention_mask,
             document_ids=document_ids,
             eager=output_attentions or head_mask is not None,
+            facts=facts,
         )
         hidden, all_hidden, all_weights = self._run_blocks(
             hidden,
@@ -179,12 +198,14 @@ class GPTJModel(PreTrained):
         """
         all_hidden: list[Tensor] = []
         all_weights: list[Tensor | None] = []
+        # All blocks are alike, adapters included.
+        draws = self._recomputes_blocks and has_dropout(self.h[0])
         for layer, block in enumerate(self.h):
             if keep_hidden:
                 all_hidden.append(hidden)
             arguments = (hidden, *shared, _layer_head_mask(head_mask, layer, hidden.dtype))
             if self._recomputes_blocks:
-                hidden, weights = checkpoint(block, *arguments, use_reentrant=False)
+                hidden, weights = recomputed(block, *arguments, draws=draws)
             else:
                 hidden, weights = block(*arguments)
             if keep_weights:
@@ -212,7 +233,7 @@ class GPTJModel(PreTrained):
         limit = self.config.n_positions
         # On a GPU, and in a compiled graph, the lookup itself asserts; reading values would wait for the device.
         lowest = 0
-        if highest is None and not (position_ids.is_cuda or torch.compiler.is_compiling()):
+        if highest is None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
             lowest, highest = (int(value) for value in position_ids.aminmax())
         if position_ids.shape[1] > limit or (highest is not None and highest >= limit):
             raise UserError(f"the sequence is longer than the model's n_positions ({limit})")

@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gptj_train.errors import UserError
+from gptj_train.model.batch_facts import BatchFacts
 from gptj_train.model.generation import GenerationMixin
 from gptj_train.model.generation_config import GenerationConfig
 from gptj_train.model.gptj import GPTJModel
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
-from gptj_train.model.loss import IGNORE, linear_cross_entropy, next_token_targets
+from gptj_train.model.lm_head import LMHead
+from gptj_train.model.loss import IGNORE, next_token_targets
 from gptj_train.model.outputs import CausalLMOutput, QuestionAnsweringOutput, SequenceClassifierOutput
 from gptj_train.model.pretrained import PreTrained
 from gptj_train.model.signatures import with_arguments_of
@@ -33,23 +35,6 @@ class GPTJWithHead(PreTrained):
     def __init__(self, config: GPTJConfig) -> None:
         super().__init__(config)
         self.transformer = GPTJModel(config)
-
-
-class LMHead(Linear):
-    """Hidden states -> logits, or -> the summed loss at given targets without storing the logits.
-
-    Both go through this module's forward, because ZeRO-3 gathers a module's weights only there.
-    """
-
-    def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
-        """(B, T, D) -> (B, T, V); with targets (B, T) -> scalar fp32, the sum of their losses."""
-        if targets is None:
-            return super().forward(hidden)
-        if torch.compiler.is_compiling():
-            # The chunked loss leaves out positions without target. A graph of fixed shapes takes all of them.
-            logits = super().forward(hidden).flatten(0, -2).float()
-            return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE, reduction="sum")
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, self.bias, targets.flatten())
 
 
 class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
@@ -80,6 +65,7 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
         logits_to_keep: int = 0,
         skip_logits: bool | None = None,
         return_dict: bool | None = None,
+        facts: BatchFacts | None = None,
         **inputs: Any,
     ) -> CausalLMOutput | tuple[Any, ...]:
         """Compute logits, and with labels the next-token loss.
@@ -97,7 +83,7 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
         Raises:
             UserError: ``skip_logits`` without labels, and as ``GPTJModel.forward``.
         """
-        base = self.transformer(input_ids, document_ids=document_ids, return_dict=True, **inputs)
+        base = self.transformer(input_ids, document_ids=document_ids, return_dict=True, facts=facts, **inputs)
         hidden = base.last_hidden_state
         loss = None
         if labels is not None:
@@ -105,7 +91,8 @@ class GPTJForCausalLM(GenerationMixin, GPTJWithHead):
             count = num_items_in_batch
             if count is None:
                 count = (targets != IGNORE).sum()
-            loss = self.lm_head(hidden, targets) / count
+            target_index = None if facts is None else facts.target_index
+            loss = self.lm_head(hidden, targets, target_index) / count
         # The loss needs no stored logits: for 8 x 2048 tokens they would take 1.65 GB in bf16 and a second product
         # with the largest matrix. A caller that counts the items of a batch runs a training or evaluation loop,
         # which reads the loss alone; any other caller expects logits beside the loss, as Transformers returns them.
@@ -147,6 +134,7 @@ class GPTJForSequenceClassification(GPTJWithHead):
         loss_weights: Tensor | None = None,
         num_items_in_batch: int | float | Tensor | None = None,
         return_dict: bool | None = None,
+        facts: BatchFacts | None = None,
         **inputs: Any,
     ) -> SequenceClassifierOutput | tuple[Any, ...]:
         """Compute label logits, and with labels their loss.
@@ -163,7 +151,12 @@ class GPTJForSequenceClassification(GPTJWithHead):
         Raises:
             UserError: several rows without a mask or pad id to find their ends by; and as ``GPTJModel.forward``.
         """
-        base = self.transformer(input_ids, attention_mask=attention_mask, return_dict=True, **inputs)
+        # Causality hides padding on the right from every real token, and only real tokens are read below. Without
+        # the mask the fused kernels stay fast; the hidden states of padding differ.
+        hides = attention_mask
+        if facts is not None and facts.right_padded:
+            hides = None
+        base = self.transformer(input_ids, attention_mask=hides, return_dict=True, facts=facts, **inputs)
         hidden = base.last_hidden_state
         rows = torch.arange(len(hidden), device=hidden.device)
         last = self._last_tokens(input_ids, attention_mask, hidden)

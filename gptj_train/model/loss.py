@@ -17,11 +17,12 @@ from gptj_train.model.document_positions import document_starts
 IGNORE = -100
 """Label of a token that is no target (torch's ``ignore_index``)."""
 
-CHUNK = 512
+CHUNK = 1024
 """Tokens in a chunk.
 
-A chunk's fp32 logits take 103 MB at GPT-J's vocabulary. Larger chunks take memory in proportion. Smaller ones take
-time: each chunk adds to the head's whole fp32 gradient (V, D), however few its tokens.
+A chunk's fp32 logits take 206 MB at GPT-J's vocabulary. Larger chunks take memory in proportion. Smaller ones take
+time: each chunk but the first adds to the head's whole fp32 gradient (V, D), however few its tokens.
+benchmarks/NOTES.md has the times.
 """
 
 
@@ -35,7 +36,13 @@ def next_token_targets(labels: Tensor, document_ids: Tensor | None = None) -> Te
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    target_index: Tensor | None = None,
+) -> Tensor:
     """Sum cross_entropy(hidden @ weight.T + bias, targets) over the targets, in chunks of tokens.
 
     Values and gradients equal those of all logits in the input's dtype with an fp32 softmax, as Transformers
@@ -47,18 +54,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, ta
         weight: (V, D).
         bias: (V) or None.
         targets: (M) int64 token ids, or IGNORE.
+        target_index: (N) int64 positions of the targets that are not IGNORE; by default they are searched, for
+            which the host waits for the device.
 
     Returns:
         Scalar fp32; exactly 0 without any target.
     """
     # Prompts and padding are no targets; their logits are not computed at all.
-    is_target = targets != IGNORE
+    if target_index is None:
+        target_index = (targets != IGNORE).nonzero().flatten()
     # Grad mode is passed on because it is always off within an autograd Function.
     return _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call,no-any-return]
-        hidden[is_target],
+        hidden[target_index],
         weight,
         bias,
-        targets[is_target],
+        targets[target_index],
         torch.is_grad_enabled(),
     )
 
@@ -74,39 +84,36 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_enabled: bool,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = None
+        needs_any = grad_enabled and (needs_hidden or needs_weight or needs_bias)
+        # A token's gradient is written once, in the input's dtype.
+        grad_hidden = torch.empty_like(hidden) if grad_enabled and needs_hidden else None
         grad_weight = None
         grad_bias = None
-        # A token's gradient is written once, in the input's dtype. Those of weight and bias are sums over chunks,
-        # kept in fp32: bf16 sums would lose the small terms.
-        if grad_enabled and needs_hidden:
-            grad_hidden = torch.empty_like(hidden)
-        if grad_enabled and needs_weight:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        if grad_enabled and needs_bias and bias is not None:
-            grad_bias = torch.zeros_like(bias, dtype=torch.float32)
-        needs_any = grad_enabled and (needs_hidden or needs_weight or needs_bias)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(targets), CHUNK):
+        # At least one chunk: without any target it is empty, and its gradients are zeros.
+        for start in range(0, max(len(targets), 1), CHUNK):
             rows = slice(start, start + CHUNK)
             target = targets[rows, None]
             logits = F.linear(hidden[rows], weight, bias).float()
-            log_sum_exp = logits.logsumexp(dim=-1, keepdim=True)
-            loss += (log_sum_exp - logits.gather(1, target)).sum()
+            # Softmax in the logits' own memory, with a single exp. Without the maximum exp would overflow.
+            logits.sub_(logits.amax(dim=-1, keepdim=True))
+            target_logit = logits.gather(1, target)
+            sums = logits.exp_().sum(dim=-1, keepdim=True)
+            loss += (sums.log() - target_logit).sum()
             if not needs_any:
                 continue
-            # d loss / d logits = softmax - one_hot(target), in the logits' own memory.
-            grad_logits = logits.sub_(log_sum_exp).exp_()
+            # d loss / d logits = softmax - one_hot(target).
+            grad_logits = logits.div_(sums)
             minus_one = torch.full_like(target, -1, dtype=grad_logits.dtype)
             grad_logits.scatter_add_(1, target, minus_one)
-            if grad_bias is not None:
-                grad_bias += grad_logits.sum(dim=0)
+            if needs_bias:
+                grad_bias = _add(grad_bias, grad_logits.sum(dim=0))
             # The products run in the input's dtype, as autograd's would.
             grad_logits = grad_logits.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(grad_logits, weight, out=grad_hidden[rows])
-            if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, hidden[rows])
+            if needs_weight:
+                grad_weight = _add_product(grad_weight, grad_logits.T, hidden[rows])
         ctx.gradients = (grad_hidden, grad_weight, grad_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         return loss
@@ -123,10 +130,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *scaled, None, None
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to an fp32 total in place."""
-    if right.dtype == total.dtype:
+def _add(total: Tensor | None, term: Tensor) -> Tensor:
+    """Add a chunk's term to the total, in fp32 from the second chunk on: bf16 sums would lose the small terms.
+
+    The first term is the total: filling a tensor of the weight's size with zeros and adding to it would take as long
+    as the softmax.
+    """
+    if total is None:
+        return term
+    return total.float().add_(term)
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """Add left @ right to the total, as ``_add`` does."""
+    if total is not None and left.dtype == total.dtype == torch.float32:
         # Without a temporary of the total's size; addmm_ takes no bf16 factors for an fp32 total.
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+        return total.addmm_(left, right)
+    return _add(total, left @ right)

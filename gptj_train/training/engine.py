@@ -22,10 +22,14 @@ from gptj_train.launch import host
 
 host.prepare_environment()
 import deepspeed
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
+from gptj_train.model.batch_facts import inputs_on
+from gptj_train.model.recomputation import recompute
 from gptj_train.training import deepspeed_internals
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned
+from gptj_train.training.gradient_buffers import spread_non_finite, sums_on
 from gptj_train.training.initial_weights import InitialWeights, open_initial_weights
 from gptj_train.training.optimizer import OptimConfig, decay_groups
 from gptj_train.training.zero_config import EngineConfig, check_accepted, deepspeed_config
@@ -125,9 +129,10 @@ class Engine:
             model = self._build(build, seed, config)
             if initial is not None:
                 initial.fill_frozen(model, self.rank)
-            if engine.activation_checkpointing:
-                model.gradient_checkpointing_enable()  # type: ignore[operator]
+            recompute(model, engine.activation_checkpointing)
             groups = decay_groups(model, optim.weight_decay)
+            sums_device = self.device if engine.accumulate_on == "gpu" else None
+            stack.enter_context(sums_on(DeepSpeedZeroOptimizer_Stage3, sums_device))
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
             self._fill_optimizer(initial)
 
@@ -165,15 +170,14 @@ class Engine:
 
     def forward(self, batch: dict[str, Tensor], targets: float) -> Any:
         """Return the module's output for a batch; its loss is the sum over the batch's targets / ``targets``."""
-        moved = {name: tensor.to(self.device, non_blocking=True) for name, tensor in batch.items()}
-        return self._engine(**moved, use_cache=False, num_items_in_batch=targets)
+        return self._engine(**inputs_on(self.device, batch), use_cache=False, num_items_in_batch=targets)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of one micro-batch. Gradients are averaged over ranks, not over micro-batches.
 
         A non-finite loss makes all of them NaN.
         """
-        self._engine.backward(_spread_non_finite(loss), scale_wrt_gas=False)
+        self._engine.backward(spread_non_finite(loss), scale_wrt_gas=False)
 
     def step(self, lr: float) -> None:
         """End a micro-batch; after the last one of the accumulation clip and update with ``lr``.
@@ -289,12 +293,3 @@ class Engine:
             bits[start : start + part.numel()] = part.view(torch.int32).to(self.device)
         dist.all_reduce(bits)
         return bits.view(torch.float32).view(shape)
-
-
-def _spread_non_finite(loss: Tensor) -> Tensor:
-    """Return the loss, with a graph that turns every gradient into NaN if the loss is non-finite.
-
-    DeepSpeed looks for non-finite gradients only, and an infinite loss can have finite ones: its update would count.
-    The factor is exactly 1 for a finite loss, and NaN for others.
-    """
-    return loss * (1 + 0 * loss.detach())

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BeforeValidator, ValidationError
 
 from gptj_train.errors import UserError
+from gptj_train.model.recomputation import Degree
 from gptj_train.schema import schema
 from gptj_train.training.optimizer import OptimConfig
 
@@ -56,6 +57,13 @@ _READ_BY_DEEPSPEED = {
 }
 
 
+def _degree(value: Any) -> Any:
+    """Return a degree for the values that the key had when recomputation was all or nothing."""
+    if isinstance(value, bool):
+        return "block" if value else "none"
+    return value
+
+
 @schema
 class EngineConfig:
     """Where the training state lives. ``deepspeed`` holds further settings in DeepSpeed's own spelling."""
@@ -64,8 +72,9 @@ class EngineConfig:
     offload_optimizer: Literal["none", "cpu", "nvme"]
     offload_parameters: Literal["none", "cpu", "nvme"]
     nvme_path: str | None
+    accumulate_on: Literal["optimizer", "gpu"]
     precision: Literal["bf16", "fp16", "fp32"]
-    activation_checkpointing: bool
+    activation_checkpointing: Annotated[Degree, BeforeValidator(_degree)]
     deepspeed: dict[str, Any]
 
     def __post_init__(self) -> None:
@@ -75,6 +84,8 @@ class EngineConfig:
             raise UserError("engine.offload_optimizer=cpu needs engine.stage=1, 2 or 3")
         if self.offload_optimizer == "nvme" and self.stage != 3:
             raise UserError("engine.offload_optimizer=nvme needs engine.stage=3")
+        if self.accumulate_on == "gpu" and self.offload_optimizer != "none" and self.stage != 3:
+            raise UserError("engine.accumulate_on=gpu with an offloaded optimizer needs engine.stage=3")
         if "nvme" in (self.offload_optimizer, self.offload_parameters) and not self.nvme_path:
             raise UserError("engine.nvme_path must name a folder on the NVMe disk to offload to")
         for key, ours in _OWNED.items():
@@ -164,6 +175,8 @@ def deepspeed_config(
         "data_types": {"grad_accum_dtype": _accumulation_type(engine)},
         "zero_optimization": zero,
         "steps_per_print": 10**9,
+        # It waits for the device twice a micro-batch, and the trainer times the steps itself.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merged(ours, engine.deepspeed)
 

@@ -89,9 +89,11 @@ def test_resumed_equals_straight_bit_for_bit(results: Results) -> None:
         assert torch.equal(resumed[name], tensor), name
 
 
-def test_recomputed_activations_change_nothing(results: Results) -> None:
-    assert results.column("recomputed", "loss") == pytest.approx(results.column("fp32", "loss"), rel=1e-6)
-    assert furthest(results.weights("recomputed"), results.weights("fp32")) < 0.02
+@pytest.mark.parametrize("degree", ["gelu", "mlp", "block"])
+def test_recomputed_activations_change_nothing(results: Results, degree: str) -> None:
+    name = f"recomputed {degree}"
+    assert results.column(name, "loss") == pytest.approx(results.column("fp32", "loss"), rel=1e-6)
+    assert furthest(results.weights(name), results.weights("fp32")) < 0.02
 
 
 STAGES = [f"stage {stage}{place}" for stage in range(4) for place in ("", " cpu") if (stage, place) != (0, " cpu")]
@@ -102,6 +104,13 @@ def test_every_stage_and_place_trains_alike(results: Results, name: str) -> None
     """bf16 on every stage; they differ in where and when gradients are rounded and summed."""
     assert results.column(name, "loss") == pytest.approx(results.column("stage 3 both", "loss"), rel=2e-3)
     assert on_average(results.weights(name), results.weights("stage 3 both")) < 0.05
+
+
+def test_where_gradients_are_summed_changes_no_bit(results: Results) -> None:
+    ours, theirs = "stage 3 sums on the device", "stage 3 both"
+    assert results.column(ours, "loss") == results.column(theirs, "loss")
+    for name, tensor in results.weights(theirs).items():
+        assert torch.equal(results.weights(ours)[name], tensor), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

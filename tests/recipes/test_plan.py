@@ -12,6 +12,15 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HOST = {"gptj_6b_zero3_offload": 133.1, "gptj_6b_lora": 12.2, "gptj_6b_qa": 133.1}  # GB in all
 
+# GPUs, GB of each, GB of host memory beside what libraries and the page cache need (128 GiB are 137 GB)
+FITS = {
+    "gptj_6b_1x80gb": (1, 80, 105),
+    "gptj_6b_1x141gb": (1, 141, 0),
+    "gptj_6b_1x24gb": (1, 24, 125),
+    "gptj_6b_8x24gb": (8, 24, 105),
+    "gptj_6b_8x80gb": (8, 80, 0),
+    "gptj_6b_lora_24gb": (1, 24, 0),
+}
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -46,6 +55,16 @@ def test_a_preset_of_any_task(plan: Command, preset: str, host: float) -> None:
     assert all(float(row[3]) >= size + 2 for row, size in zip(table, sizes, strict=True))
     assert float(table[0][5]) == host
     assert not list(ROOT.glob("runs/planned*")), "a plan writes nothing"
+
+
+@pytest.mark.parametrize("preset", FITS)
+def test_a_preset_fits_the_machine_of_its_name(plan: Command, preset: str) -> None:
+    gpus, gpu, host = FITS[preset]
+    code, printed, _ = plan(f"+config={preset}")
+    assert code == 0
+    (row,) = (row for row in rows(printed) if row[0] == str(gpus))
+    assert float(row[2]) + 2 < gpu
+    assert float(row[5]) <= host
 
 
 def test_a_batch_that_divides_on_no_number_of_gpus(plan: Command) -> None:

@@ -27,6 +27,9 @@ USED = {
         *("_swappable_optimizer_subgroup", "_optimizer_states_and_gradient_swap_in", "_release_swap_buffers"),
         *("_optimizer_states_and_gradient_swap_out", "_reassign_or_swap_out_partitioned_parameters"),
         *("checkpoint_event_prologue", "checkpoint_event_epilogue", "loss_scaler"),
+        # of gradient_buffers.py
+        *("initialize_optimizer_states", "device", "offload_optimizer_pin_memory", "grad_partitions_flat_buffer"),
+        *("inf_or_nan_tracker", "has_overflow"),
     ],
     ("runtime/zero/stage_1_and_2.py", "DeepSpeedZeroOptimizer"): [
         *("optimizer", "bit16_groups", "single_partition_of_fp32_groups", "_global_grad_norm", "overflow"),

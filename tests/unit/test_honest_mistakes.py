@@ -96,9 +96,9 @@ MISTAKES = [
     ("clm some words", "'some' is no setting; write key=value, and see the keys with --help"),
     ("generate checkpoint=x prompt=Hello, world", "quote a value with spaces, 'prompt=Hello, world'"),
     ("clm +config=quikstart", "no config named 'quikstart'; there are: classification_quickstart"),
-    ("clm +config=gptj_6b_classification", "is a preset of recipes/classification.py; choose one of gptj_6b_lora"),
+    ("clm +config=gptj_6b_classification", "is a preset of recipes/classification.py; choose one of gptj_6b_1x141gb"),
     ("classification +config=gptj_6b_qa", "is a preset of recipes/qa.py; choose one of classification_quickstart"),
-    ("qa +config=quickstart", "is a preset of recipes/clm.py; choose one of gptj_6b_lora, gptj_6b_qa"),
+    ("qa +config=quickstart", "is a preset of recipes/clm.py; choose one of gptj_6b_1x141gb"),
     ("clm model=EleutherAI/gpt-j-6B", "there are: gptj_6b, gptj_tiny. These are shapes; weights are init_from=..."),
     # --- names of other trainers ---
     ("clm lr=1e-4", "did you mean 'optim.lr'?"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -186,6 +187,34 @@ def test_logits_of_all_tokens_never_exist(monkeypatch: pytest.MonkeyPatch, dtype
     with LargestTensor() as control:  # The instrument detects logits where they exist.
         F.cross_entropy(F.linear(hidden, weight, bias).float(), targets).backward()
     assert control.numel["float32"] == tokens * vocab
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts the elements that each operation returns, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.elements[func.overloadpacket.__name__] += leaf.numel()
+        return result
+
+
+@pytest.mark.parametrize(("chunk", "chunks"), [(TOKENS, 1), (25, 2)])
+def test_one_exp_and_no_sum_for_the_first_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int, chunks: int) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK", chunk)
+    given = operands(torch.bfloat16, bias=False)
+    with CountedOperations() as counted:
+        chunked_loss(given, random_targets(ignored=0))
+    assert counted.elements["exp_"] == TOKENS * VOCAB
+    assert counted.elements["exp"] == 0
+    # Only the chunks after the first add to the weight's gradient, and only they need it in fp32.
+    assert counted.elements["add_"] == chunks + (chunks - 1) * VOCAB * SIZE
+    assert counted.elements["_to_copy"] == TOKENS * VOCAB * 2 + (chunks - 1) * VOCAB * SIZE
 
 
 @pytest.mark.parametrize("arguments", [{"num_items_in_batch": 46.0}, {"skip_logits": True}], ids=["counted", "skipped"])

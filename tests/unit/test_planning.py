@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.model.lora import LoraConfig, with_lora
+from gptj_train.model.recomputation import Degree, recompute
 from gptj_train.planning import RunPlan
 from gptj_train.training.retention import disk_needed
 from gptj_train.training.zero_config import EngineConfig
@@ -23,8 +24,14 @@ WIDTH = 4096
 
 
 def engine(**changes: Any) -> EngineConfig:
-    values = {"stage": 3, "offload_optimizer": "none", "offload_parameters": "none", "nvme_path": "disk"}
-    values |= {"precision": "bf16", "activation_checkpointing": False, "deepspeed": {}}
+    values = {
+        "stage": 3,
+        "offload_optimizer": "none",
+        "offload_parameters": "none",
+        "nvme_path": "disk",
+        "accumulate_on": "optimizer",
+    }
+    values |= {"precision": "bf16", "activation_checkpointing": "none", "deepspeed": {}}
     return EngineConfig(**(values | changes))  # type: ignore[arg-type]
 
 
@@ -41,7 +48,7 @@ def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
         adapters = LoraConfig(rank=lora, alpha=32, dropout=0, targets=["q_proj", "v_proj"])
         model = with_lora(GPTJForCausalLM(shape), adapters)
     cfg = SimpleNamespace(
-        engine=engine(**({"activation_checkpointing": True} | changes)),
+        engine=engine(**({"activation_checkpointing": "block"} | changes)),
         global_batch_size=32,
         micro_batch_size=1,
         sequence_length=2048,
@@ -54,29 +61,27 @@ def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
     return RunPlan.of(model, shape, cfg)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
+@pytest.mark.parametrize("degree", ["none", "gelu", "mlp", "block"])
 @pytest.mark.parametrize("lora", [0, 4])
-def test_operations_are_those_torch_counts(recomputed: bool, lora: int) -> None:
+def test_operations_are_those_torch_counts(degree: Degree, lora: int) -> None:
     """Torch does not count attention on the CPU; the last token of each row is no target of the head."""
     model = with_lora(GPTJForCausalLM(SMALL), LoraConfig(rank=lora, alpha=8, dropout=0, targets=["q_proj"])).bfloat16()
-    if recomputed:
-        model.gradient_checkpointing_enable()
+    recompute(model, degree)
     ids = torch.randint(SMALL.vocab_size, (BATCH, LENGTH))
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, skip_logits=True, use_cache=False).loss.backward()
-    planned = small(model, activation_checkpointing=recomputed)
-    passes = (2 if lora else 3) + recomputed
+    planned = small(model, activation_checkpointing=degree)
+    passes = (2 if lora else 3) + (degree == "block")
     # With adapters, nothing asks for the gradients of what is before the first block's.
     attention = passes * 2 * SMALL.n_embd * LENGTH * SMALL.n_layer * BATCH * LENGTH
     assert planned.flops() - attention == pytest.approx(counter.get_total_flops(), rel=0.06 if lora else 0.01)
 
 
-def kept_by_autograd(layers: int, recomputed: bool) -> tuple[int, float]:
+def kept_by_autograd(layers: int, degree: Degree) -> tuple[int, float]:
     """Bytes that one forward leaves beside the weights, and what the plan says."""
     config = GPTJConfig(n_embd=128, n_layer=layers, n_head=4, rotary_dim=16, vocab_size=300, n_positions=LENGTH)
     model = GPTJForCausalLM(config).bfloat16()
-    if recomputed:
-        model.gradient_checkpointing_enable()
+    recompute(model, degree)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -92,15 +97,15 @@ def kept_by_autograd(layers: int, recomputed: bool) -> tuple[int, float]:
         output = model(ids, labels=ids, skip_logits=True, use_cache=False)
     assert output.loss.requires_grad
     cfg = SimpleNamespace(
-        engine=engine(activation_checkpointing=recomputed), micro_batch_size=BATCH, sequence_length=LENGTH
+        engine=engine(activation_checkpointing=degree), micro_batch_size=BATCH, sequence_length=LENGTH
     )
     return sum(sizes.values()), RunPlan.of(model, config, cfg).activations()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_activations_are_those_autograd_keeps(recomputed: bool) -> None:
+@pytest.mark.parametrize("degree", ["none", "gelu", "mlp", "block"])
+def test_activations_are_those_autograd_keeps(degree: Degree) -> None:
     """Of three blocks: the difference of a deep and a shallow model."""
-    (deep, planned_deep), (shallow, planned_shallow) = (kept_by_autograd(layers, recomputed) for layers in (4, 1))
+    (deep, planned_deep), (shallow, planned_shallow) = (kept_by_autograd(layers, degree) for layers in (4, 1))
     assert planned_deep - planned_shallow == pytest.approx(deep - shallow, rel=0.02)
 
 
@@ -111,6 +116,8 @@ def test_activations_are_those_autograd_keeps(recomputed: bool) -> None:
         ({}, "GPU", 18),
         ({"offload_optimizer": "cpu"}, "host", 12 + 4 + 4),
         ({"offload_optimizer": "cpu", "offload_parameters": "cpu"}, "host", 2 + 12 + 4 + 4),
+        ({"offload_optimizer": "cpu", "accumulate_on": "gpu"}, "host", 12 + 4),
+        ({"offload_optimizer": "cpu", "accumulate_on": "gpu"}, "GPU", 2 + 4),
         ({"offload_optimizer": "nvme", "offload_parameters": "nvme"}, "NVMe", 2 + 12),
         ({"offload_optimizer": "nvme", "offload_parameters": "nvme"}, "host", 4 + 4),
     ],
@@ -155,11 +162,11 @@ def test_disk_and_time() -> None:
     assert plan.disk() == (12 * N, 2, 2 * N)
     speed = SimpleNamespace(gpus_per_node=8, tflops_per_gpu=400, host_gb_per_second=100, nvme_gb_per_second=5)
     # 36.47 GFLOP a token by hand, without recomputation
-    without = of_6b(activation_checkpointing=False)
+    without = of_6b(activation_checkpointing="none")
     assert without.flops() / (32 * 2048) == pytest.approx(36.47e9, rel=1e-3)
     assert without.step_seconds(8, speed) == pytest.approx(32 * 2048 * 36.47e9 / 3200e12, rel=1e-3)  # type: ignore[arg-type]
     times = {
-        place: of_6b(activation_checkpointing=False, offload_optimizer=place).step_seconds(16, speed)  # type: ignore[arg-type]
+        place: of_6b(activation_checkpointing="none", offload_optimizer=place).step_seconds(16, speed)  # type: ignore[arg-type]
         for place in ("none", "cpu", "nvme")
     }
     assert times["cpu"] - times["none"] == pytest.approx(42 * N / 2 / 100e9)
