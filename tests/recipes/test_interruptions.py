@@ -127,6 +127,8 @@ def assert_stopped(run: Run, stderr: str, why: str) -> None:
         "metrics.jsonl",
         "STOP",
         "status.json",
+        "environment.json",
+        "report.html",
         ".lock",
     }
     assert json.loads((run.folder / "status.json").read_text())["state"] == "stopped"
