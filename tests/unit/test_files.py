@@ -269,7 +269,7 @@ def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
 def test_a_near_name_is_offered(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "train.jsonl", "x")
     with pytest.raises(UserError, match=rf"did you mean '{file}'\?"):
-        find_files(str(tmp_path / "trian.jsonl"), "data.train")
+        find_files(str(tmp_path / "train.jsonk"), "data.train")
     with pytest.raises(UserError, match="correct the path") as caught:
         find_files(str(tmp_path / "other"), "data.train")
     assert "did you mean" not in str(caught.value)
