@@ -110,7 +110,7 @@ class Finetune:
             sample_prompt: text that the exported model continues at the end; None generates no sample.
 
         Raises:
-            Preempted: the run was stopped early, with its state saved.
+            Preempted: the run was stopped early; the message says whether its state was saved.
             UserError: weights, checkpoints or data that cannot be used.
         """
         self._folder.create()

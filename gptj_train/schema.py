@@ -199,12 +199,12 @@ def text_keys(cls: type, prefix: str = "") -> set[str]:
 
 
 def list_keys(cls: type) -> set[str]:
-    """Return the names of the keys whose value is a list of texts, which must be at the top level."""
+    """Return the names of the keys whose value is a list of texts; only top-level keys are looked at."""
     return {name for name, hint in get_type_hints(cls).items() if hint == list[str]}
 
 
 def plain_text_keys(cls: type) -> set[str]:
-    """Return the names of the keys of type ``PlainText``, which must be at the top level."""
+    """Return the names of the keys of type ``PlainText``; only top-level keys are looked at."""
     keys = set()
     for name, hint in get_type_hints(cls, include_extras=True).items():
         if hint == PlainText or PlainText in get_args(hint):  # PlainText | None

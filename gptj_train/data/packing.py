@@ -94,7 +94,8 @@ def _documents_of(store: TokenStore, component: str | None) -> np.ndarray:
         return np.full(len(store.ends), True)
     if component not in store.names:
         return np.full(len(store.ends), False)
-    return np.asarray(store.components) == store.names.index(component)
+    own: np.ndarray = np.asarray(store.components) == store.names.index(component)
+    return own
 
 
 class Windows(ABC):

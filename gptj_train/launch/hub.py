@@ -50,7 +50,7 @@ def with_local_folders(config: T, *, weights: bool) -> T:
     """
     if not isinstance(config, HubKeys):
         return config
-    return replace(config, **_local_folders(config, weights=weights))  # type: ignore[type-var]
+    return replace(config, **_local_folders(config, weights=weights))
 
 
 def _local_folders(config: HubKeys, *, weights: bool) -> dict[str, str]:

@@ -109,7 +109,7 @@ def field_values(config_class: type, given: Mapping[str, Any]) -> dict[str, Any]
     Raises:
         UserError: a name that no GPT-J config has, with the nearest one that it has; labels that contradict.
     """
-    known = {entry.name for entry in fields(config_class)}  # type: ignore[arg-type]
+    known = {entry.name for entry in fields(config_class)}
     values: dict[str, Any] = {}
     kept: dict[str, Any] = {}
     for key, value in given.items():

@@ -149,7 +149,8 @@ class GPTJForSequenceClassification(GPTJWithHead):
             **inputs: other arguments of ``GPTJModel.forward``.
 
         Raises:
-            UserError: several rows without a mask or pad id to find their ends by; and as ``GPTJModel.forward``.
+            UserError: several rows of ``input_ids`` without a mask or pad id to find their ends by; and as
+                ``GPTJModel.forward``.
         """
         # Causality hides padding on the right from every real token, and only real tokens are read below. Without
         # the mask the fused kernels stay fast; the hidden states of padding differ.

@@ -233,4 +233,5 @@ def _bytes_of(size: int | str) -> int:
         raise UserError(f"max_shard_size must be a number of bytes or a size such as '5GB', got {size!r}")
     number, unit, binary = found.groups()
     base = 1024 if binary else 1000
-    return int(number) * base ** " KMG".index(unit.upper() or " ")
+    power = " KMG".index(unit.upper() or " ")
+    return int(number) * int(base**power)

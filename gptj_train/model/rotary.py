@@ -12,7 +12,7 @@ _BASE = 10000
 
 
 # A constant of compiled graphs: tracing it would compute the table anew in every forward.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _table(n_positions: int, rotary_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return _kept_table(n_positions, rotary_size, device)
 

@@ -80,7 +80,7 @@ def why_incomplete(folder: Path) -> str:
 
 def _is_good(folder: Path) -> bool:
     try:
-        return Manifest.read(folder).state.get("skipped_in_a_row", 0) == 0
+        return bool(Manifest.read(folder).state.get("skipped_in_a_row", 0) == 0)
     except (OSError, ValueError):
         return False
 

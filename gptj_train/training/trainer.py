@@ -148,7 +148,7 @@ class Trainer:
             [sum(task.targets(batch) for batch in batches), sum(count_tokens(batch) for batch in batches)]
         )
         if not targets:
-            raise UserError(f"step {step}: no token of the global batch is a training target; check the data")
+            raise UserError(f"step {step + 1}: no token of the global batch is a training target; check the data")
 
         # Learning rate and dropout are functions of the step: a resumed run restores no random state.
         lr = lr_at(step, self.config.max_steps, self.config.optim)
