@@ -102,6 +102,8 @@ class Wandb:
     @property
     def url(self) -> str | None:
         """Where the run can be seen; None offline."""
+        if self._run.settings.mode == "offline":
+            return None  # asking for it would warn
         return self._run.url or None
 
     def log(self, charts: Mapping[str, float], step: int) -> None:

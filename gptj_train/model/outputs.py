@@ -65,7 +65,11 @@ class ModelOutput(OrderedDict[str, Any]):
         if value is None:
             self.pop(key, None)
             return
+        was_present = key in self
         super().__setitem__(key, value)
+        if was_present:
+            # It keeps its place. DeepSpeed's hooks assign to the keys while they iterate over them.
+            return
         # A value that was absent is now the last one; those behind it in the annotated order move behind it.
         for name in self.names[self.names.index(key) + 1 :]:
             if name in self:

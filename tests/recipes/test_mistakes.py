@@ -102,7 +102,7 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
 def test_without_a_mistake_it_starts(clm: Command, place: Path) -> None:
     with pytest.raises(StartedError):
         clm()
-    assert not (place / "run").exists()
+    assert not (place / "run" / "checkpoints").exists()
 
 
 MISTAKES = {
@@ -259,7 +259,7 @@ def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], ca
 
 def test_a_signal_before_training_ends_the_run_at_once(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGUSR1))
-    assert clm() == (85, "")
+    assert clm() == (85, "stopped: SIGUSR1 outside the training loop; rerun the same command\n")
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir [{}]", "python/name:os.mkdir", "python/module:os"])
@@ -304,4 +304,5 @@ def test_two_ranks_report_it_once(place: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: {place}/weightless: no model.safetensors")
     assert done.stderr.count("\n") == 1
-    assert not (place / "run").exists()
+    assert json.loads((place / "run" / "status.json").read_text())["state"] == "failed"
+    assert not (place / "run" / "checkpoints").exists()
