@@ -127,7 +127,7 @@ def test_the_model_cards_function_answers_as_we_do(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train([" ".join(WORDS) + "\nWhere is it?"] * 3, 300)
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 319}
     shape = {"vocab_size": 320, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 8}
-    read = read_files([tmp_path / "validation.jsonl"])
+    read = read_files([tmp_path / "validation.jsonl"], "data.validation", bad_records="error", max_bad_share=0)
     answered = 0
     for number, copies in enumerate((False, True)):
         torch.manual_seed(number)
