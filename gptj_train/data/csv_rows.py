@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from gptj_train.data.files import LONGEST_LINE
-from gptj_train.data.records import BadRecordError
+from gptj_train.data.parsing import BadRecordError
 from gptj_train.errors import UserError
 
 

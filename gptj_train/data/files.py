@@ -18,8 +18,11 @@ from gptj_train.data.remote_files import fetched, is_url
 from gptj_train.errors import UserError
 from gptj_train.failed_download import LFS_POINTER, what_it_is
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
-SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
+_PACKED = ("", ".zst", ".gz")
+_OF_RECORDS = (".jsonl", ".json", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow")
+RECORD_SUFFIXES = (*(text + packed for text in _OF_RECORDS for packed in _PACKED), *_TABLES)
+SUFFIXES = (*(text + packed for text in (*_OF_RECORDS, ".txt") for packed in _PACKED), *_TABLES)
 
 _NO_DATA = re.compile(r"dataset_info\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
 """What ``datasets`` writes beside the files of a saved dataset."""
