@@ -11,8 +11,8 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "block_size": ("sequence_length",),
     "checkpoint_path": ("checkpoint", "init_from"),
     "context_length": ("sequence_length",),
-    "dataset": ("data.train", "data.validation"),
-    "dataset_name": ("data.train", "data.validation"),
+    "dataset_config_name": ("data.subset",),
+    "dataset_name": ("data.dataset",),
     "device_batch_size": ("micro_batch_size", "batch_size"),
     "early_stopping_patience": ("patience",),
     "epoch": ("epochs", "max_steps"),
@@ -64,7 +64,6 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "training_steps": ("max_steps",),
     "valid_file": ("data.validation",),
     "validation_file": ("data.validation",),
-    "validation_split": ("validation_share",),
 }
 """Another name -> our keys of that meaning, of which a recipe has some."""
 

@@ -14,13 +14,14 @@ from gptj_train.data.formats import say
 from gptj_train.data.parsing import BadRecordError, parse_record
 from gptj_train.data.record_files import read_records
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import DatasetKeys
 from gptj_train.schema import schema
 
 _FIELDS = {"id", "question", "context", "answers", "is_impossible"}
 
 
 @schema
-class QADataConfig:
+class QADataConfig(DatasetKeys):
     """Questions to train on and to hold out: SQuAD's .json or flat .jsonl. Files, folders or globs, one or a list."""
 
     train: str | list[str]

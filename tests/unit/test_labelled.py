@@ -18,6 +18,7 @@ from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+NO_DATASET = {"dataset": None, "subset": None, "split": "train", "validation_split": None, "revision": None}
 ROWS: list[dict[str, Any]] = [
     {"text": "12", "label": "None"},
     {"text": "a cat, a dog\nand more", "label": "animal"},
@@ -52,7 +53,7 @@ def read(
     **fields: Any,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
     given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"}
-    given |= {"bad_records": "error", "max_bad_share": 0.01} | fields
+    given |= {"bad_records": "error", "max_bad_share": 0.01, **NO_DATASET} | fields
     data = LabelledDataConfig(train=train, **given)
     return prepare_labelled(data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length)
 
@@ -187,8 +188,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None
     both = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in ("test", "train")})
     both.save_to_disk(str(tmp_path / "both"))
     with pytest.raises(UserError, match=r"several splits; name one of them: .*both/test, .*both/train"):
-        read(tokenizer, str(tmp_path / "both"))
-    assert len(read(tokenizer, str(tmp_path / "both/train"))[0]) == len(ROWS)
+        read(tokenizer, str(tmp_path / "both"), validation=str(tmp_path / "both"))
+    for train in ("both", "both/train"):
+        assert len(read(tokenizer, str(tmp_path / train), validation=str(tmp_path / "both/test"))[0]) == len(ROWS)
 
 
 def test_rows_are_truncated_to_the_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
