@@ -52,12 +52,12 @@ def make_room(composed: DictConfig, given: set[str]) -> None:
     if OmegaConf.select(composed, "data.dataset") is None:
         return
     data = composed.data
-    has_split = {"train": True, "validation": data.get("validation_split") is not None}
-    for name, replaced in has_split.items():
-        is_missing = OmegaConf.is_missing(data, name)
-        is_of_preset = not is_missing and data.get(name) is not None and f"data.{name}" not in given
-        if is_missing or (replaced and is_of_preset):
-            data[name] = []
+    # Evaluation has data.train=null, and its dataset is for data.validation.
+    trains = OmegaConf.is_missing(data, "train") or data.train is not None
+    if trains and "data.train" not in given:
+        data.train = []
+    if data.validation_split is not None and "data.validation" not in given:
+        data.validation = []
 
 
 def with_dataset_files(config: T) -> T:

@@ -136,11 +136,7 @@ def test_a_readme_cannot_name_files_elsewhere(folder: Path, tmp_path: Path) -> N
 # --- the hub, a small server on loopback ---
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
-FILES = {
-    "README.md": README,
-    "parts/0.jsonl": '{"text": "one", "label": "2021-05-01"}\n',
-    "test.jsonl": "text\ntwo\n",
-}
+FILES = {"README.md": README, "parts/0.jsonl": '{"text": "2021-05-01"}\n', "test.jsonl": '{"text": "two"}\n'}
 
 
 class Hub(BaseHTTPRequestHandler):
