@@ -14,6 +14,7 @@ import torch
 
 from gptj_train.atomic_write import remove_folder
 from gptj_train.errors import UserError
+from gptj_train.near_name import near_name
 from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
 
 
@@ -40,7 +41,7 @@ def resume_candidates(output_dir: str | Path, resume: str) -> list[Path]:
         reason = why_incomplete(Path(resume))
         if reason:
             raise UserError(
-                f"resume={resume}: no complete checkpoint there; "
+                f"resume={resume}: {near_name(resume)}no complete checkpoint there; "
                 f"give a checkpoints/step_... folder, or resume=auto ({reason})"
             )
         return [Path(resume)]
@@ -66,7 +67,7 @@ def newest_complete(run: str | Path) -> Path:
         reason = why_incomplete(folder)
         if not reason:
             return folder
-    raise UserError(f"{run}: {reason}")
+    raise UserError(f"{run}: {near_name(run)}{reason}")
 
 
 def why_incomplete(folder: Path) -> str:
