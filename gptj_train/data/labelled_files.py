@@ -11,7 +11,7 @@ from typing import Any, Literal
 from gptj_train.data.bad_records import check_share
 from gptj_train.data.files import RECORD_SUFFIXES, find_files
 from gptj_train.data.formats import say_unread
-from gptj_train.data.parsing import BadRecordError, parse_record
+from gptj_train.data.parsing import BadRecordError, parse_record, value_of, with_outermost
 from gptj_train.data.record_files import first_records, read_records
 from gptj_train.data.records import checked_text
 from gptj_train.errors import UserError
@@ -61,7 +61,7 @@ def read_labelled(paths: str | list[str], key: str, fields: LabelledFields) -> l
         UserError: no file, a file that cannot be read, a row without text or label, named, or too many of those.
     """
     files = find_files(paths, key, RECORD_SUFFIXES)
-    columns = {*fields.text_fields, *fields.label_fields}
+    columns = with_outermost([*fields.text_fields, *fields.label_fields])
     records: list[LabelledRecord] = []
     skipped = Counter[str]()
     for file in files:
@@ -96,7 +96,7 @@ def _record(row: dict[str, Any], where: str, fields: LabelledFields) -> Labelled
     filled = ", ".join(name for name, value in row.items() if not _is_missing(value))
     texts = []
     for field in fields.text_fields:
-        text = row.get(field)
+        text = value_of(row, field)
         # The second text of a pair may be empty, such as a title: what is missing is null or has no field.
         may_be_empty = field != fields.text_field
         if not isinstance(text, str) or not (text or may_be_empty):
@@ -104,7 +104,7 @@ def _record(row: dict[str, Any], where: str, fields: LabelledFields) -> Labelled
             advice = f"the fields with a value are {filled}; set {key} or fix it"
             raise BadRecordError(f"no text in {field!r}", advice)
         texts.append(checked_text(text))
-    labels = [row.get(field) for field in fields.label_fields]
+    labels = [value_of(row, field) for field in fields.label_fields]
     if any(_is_missing(label) for label in labels):
         advice = f"the fields with a value are {filled}; set data.label_field or fix it"
         raise BadRecordError(f"no {fields.label_field!r}", advice)

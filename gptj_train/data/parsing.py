@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -33,6 +34,22 @@ def parse_record(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise BadRecordError("not a record", "write a JSON object with a text in it")
     return record
+
+
+def value_of(record: dict[str, Any], field: str) -> Any:
+    """Return the value of a field, or of one inside another, such as "meta.pile_set_name"; None if it is not there."""
+    if field in record:
+        return record[field]
+    value: Any = record
+    for name in field.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def with_outermost(fields: Iterable[str]) -> set[str]:
+    """Return these fields and, for those inside others, the names under which a table has them."""
+    fields = set(fields)
+    return fields | {field.partition(".")[0] for field in fields}
 
 
 def unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import re
 from typing import Any, NamedTuple
 
 from gptj_train.data.chat_template import ASSISTANT, DEFAULT, TemplateFailedError, is_jinja, render, special_tokens_of
-from gptj_train.data.parsing import BadRecordError, parse_record
+from gptj_train.data.parsing import BadRecordError, parse_record, value_of
 from gptj_train.data.text_config import DataConfig
 
 _ROLE = re.compile(r"[\w -]+")
@@ -51,7 +51,7 @@ def document_of(record: Any, data: DataConfig, *, default_component: str) -> lis
     record = parse_record(record)
     component = _component_of(record, data.component_field) or default_component
     if data.kind == "chat":
-        return _chat(record.get(data.messages_field), component, data)
+        return _chat(value_of(record, data.messages_field), component, data)
     if data.kind == "completion":
         prompt = _prompt_of(record, data.prompt_field)
         response = _text_of(record, data.response_field, "data.response_field")
@@ -75,10 +75,8 @@ def checked_text(text: str) -> str:
 
 
 def _component_of(record: dict[str, Any], field: str) -> str:
-    """Return what a field such as "meta.pile_set_name" contains; empty if the record lacks it."""
-    value: Any = record
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    """Return what the field contains; empty if the record lacks it."""
+    value = value_of(record, field)
     if not isinstance(value, str):
         return ""
     if not checked_text(value).isprintable():
@@ -88,7 +86,7 @@ def _component_of(record: dict[str, Any], field: str) -> str:
 
 
 def _text_of(record: dict[str, Any], field: str, key: str) -> str:
-    text = record.get(field)
+    text = value_of(record, field)
     if not isinstance(text, str) or not text:
         advice = f"set {key} or correct the record"
         if isinstance(record.get("messages"), list):
@@ -119,7 +117,7 @@ def _prompt_of(record: dict[str, Any], prompt_field: str | list[str]) -> str:
         return _text_of(record, prompt_field, "data.prompt_field")
     texts = {}
     for name in names:
-        text = record.get(name)
+        text = value_of(record, name)
         if text is not None and not isinstance(text, str):
             raise BadRecordError(f"no text in field {name!r}", "set data.prompt_field or correct the record")
         texts[name] = checked_text(text or "")

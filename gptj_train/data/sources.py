@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, kind_of
-from gptj_train.data.parsing import BadRecordError
+from gptj_train.data.parsing import BadRecordError, with_outermost
 from gptj_train.data.record_files import read_records
 from gptj_train.data.records import Segment, checked_text, document_of, prompt_fields
 from gptj_train.data.text_config import DataConfig
@@ -66,13 +66,14 @@ def _without_suffix(file: Path) -> str:
 
 
 def columns_of(data: DataConfig) -> set[str]:
-    """Return the fields of a record that are read."""
-    component, _, _ = data.component_field.partition(".")
+    """Return the fields of a record that are read, and the outermost names of those inside others."""
     if data.kind == "chat":
-        return {component, data.messages_field}
-    if data.kind == "completion":
-        return {component, *prompt_fields(data.prompt_field), data.response_field}
-    return {component, data.text_field}
+        read = [data.messages_field]
+    elif data.kind == "completion":
+        read = [*prompt_fields(data.prompt_field), data.response_field]
+    else:
+        read = [data.text_field]
+    return with_outermost([*read, data.component_field])
 
 
 def _read_txt(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:

@@ -303,6 +303,16 @@ def test_files_as_people_have_them(tmp_path: Path, tokenizer: Tokenizer, name: s
         assert [tokenizer.decode(ids.tolist()) for ids in rows.token_ids] == ["a cat", "a dog"]
 
 
+def test_fields_inside_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"review": {"body": f"a {label}"}, "meta.label": label} for label in ("cat", "dog")]
+    source = lines(tmp_path / "a.jsonl", *rows)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for file in (source, str(tmp_path / "a.parquet")):
+        found, _, names = read(tokenizer, file, text_field="review.body", label_field="meta.label")
+        assert (names, found.labels.tolist()) == (["cat", "dog"], [0, 1])
+        assert tokenizer.decode(found.token_ids[1].tolist()) == "a dog"
+
+
 def test_texts_keep_every_line_separator(tmp_path: Path, tokenizer: Tokenizer) -> None:
     text = "a\u2028b\u0085c\x0cd\re"
     (tmp_path / "a.csv").write_bytes(f'text,label\n"{text}",x\nb,y\n'.encode())
