@@ -110,6 +110,8 @@ def _files_at(path: Path, key: str, suffixes: tuple[str, ...]) -> list[Path]:
             names = ", ".join(map(str, splits))
             raise UserError(f"{path}: contains several splits; name one of them: {names}")
         path /= split
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{key}: the split {split!r} of {path.parent}", flush=True)
     if (path / "state.json").is_file():
         return _files_saved(path)
     files = []
