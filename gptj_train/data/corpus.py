@@ -12,7 +12,8 @@ import numpy as np
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
-from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
+from gptj_train.data.packed import open_packing
+from gptj_train.data.packing import LENGTHS, Method, Windows
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
 from gptj_train.data.text_config import DataConfig
@@ -21,8 +22,6 @@ from gptj_train.errors import UserError
 
 FORGETTING = "forgetting"
 """Name of the held-out set that is not part of ``data.validation``."""
-
-_LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)  # upper limits, in tokens, of the histogram of document lengths
 
 
 @dataclass
@@ -47,9 +46,9 @@ class Split:
         """Describe what was read and what was packed, as rows of a table that accounts for every token."""
         documents = size = tokens = windows = positions = padding = 0
         for component in self.windows.values():
-            documents += len(component.documents)
-            size += component.documents.bytes
-            tokens += component.tokens
+            documents += component.facts.documents
+            size += component.facts.bytes
+            tokens += component.facts.tokens
             windows += len(component)
             positions += len(component) * component.length
             padding += component.padding
@@ -69,21 +68,18 @@ class Split:
 
     def _document_lengths(self) -> str:
         """Write the histogram of document lengths; empty bins are left out."""
-        lengths = np.concatenate([component.documents.lengths for component in self.windows.values()])
-        # A length that equals a limit falls into the bin below it.
-        bins = np.searchsorted(_LENGTHS, lengths)
-        counts = np.bincount(bins, minlength=len(_LENGTHS) + 1)
+        counts = np.sum([component.facts.length_counts for component in self.windows.values()], axis=0)
         shares = []
         for number, count in enumerate(counts):
             if count:
-                name = f"up to {_LENGTHS[number]:,}" if number < len(_LENGTHS) else f"above {_LENGTHS[-1]:,}"
-                shares.append(f"{name}: {count / len(lengths):.0%}")
+                name = f"up to {LENGTHS[number]:,}" if number < len(LENGTHS) else f"above {LENGTHS[-1]:,}"
+                shares.append(f"{name}: {count / counts.sum():.0%}")
         return ", ".join(shares)
 
     def _component_shares(self, tokens: int) -> str:
         """Write each component's share of the tokens, the largest first."""
-        by_size = sorted(self.windows.items(), key=lambda item: -item[1].tokens)
-        return ", ".join(f"{name} {component.tokens / tokens:.1%}" for name, component in by_size)
+        by_size = sorted(self.windows.items(), key=lambda item: -item[1].facts.tokens)
+        return ", ".join(f"{name} {component.facts.tokens / tokens:.1%}" for name, component in by_size)
 
 
 @dataclass
@@ -195,14 +191,14 @@ def _pack(
     stores: list[TokenStore], data: DataConfig, tokenizer: Tokenizer, *, length: int, components: list[str]
 ) -> Split:
     """Pack each of the components into its own windows; without components, everything together."""
+    method: Method = "contiguous" if data.packing == "contiguous" else "text"
+    if data.has_examples:
+        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
+        method = "examples"
     windows: dict[str, Windows] = {}
     for name in components or [""]:
-        documents = Documents(stores, name or None)
-        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
-        if not data.has_examples and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
-        else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.has_examples)
+        packing = open_packing(stores, name or None, cache=Path(data.cache_dir), method=method, length=length)
+        windows[name] = Windows(stores, packing, length=length, fill=tokenizer.eos_id)
     skipped = Counter[str]()
     special_tokens = Counter[str]()
     for store in stores:
@@ -235,5 +231,5 @@ def _dropped_text(components: Iterable[Windows]) -> str:
     """Write the dropped tokens by reason, each preceded by a comma; nothing where none are dropped."""
     dropped = Counter[str]()
     for windows in components:
-        dropped.update(windows.dropped)
+        dropped.update(windows.facts.dropped)
     return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)

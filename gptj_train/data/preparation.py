@@ -95,7 +95,7 @@ def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> Non
     documents = 0
     for store in stores:
         skipped.update(store.skipped)
-        documents += len(store.ends)
+        documents += len(store)
     share = skipped.total() / max(skipped.total() + documents, 1)
     if share > data.max_bad_share:
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.most_common())

@@ -49,8 +49,8 @@ def opened(cache: Path, tokenizer: Tokenizer) -> Any:
 
 
 def folders(cache: Path) -> list[Path]:
-    """Also those that are no stores yet."""
-    return sorted(path for path in cache.iterdir() if path.is_dir())
+    """Stores, also those that are not complete yet."""
+    return sorted(path for path in cache.iterdir() if path.is_dir() and not path.name.startswith("packed_"))
 
 
 def contents(cache: Path) -> dict[str, bytes]:
