@@ -129,10 +129,12 @@ def _contiguous(documents: np.ndarray, length: int) -> tuple[np.ndarray, np.ndar
     # Where each document ends in the concatenation.
     ends = documents["length"].cumsum(dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0
-    # A piece ends where a document or a window does. Empty documents, which end where they begin, are passed over.
-    piece_ends = np.union1d(ends, np.arange(length, total, length))
-    piece_ends = piece_ends[piece_ends > 0]
-    piece_starts = np.concatenate(([0], piece_ends[:-1])) if total else piece_ends
+    # A piece ends where a document or a window does. Inserting keeps the order, without a sort.
+    borders = np.arange(length, total, length)
+    piece_ends = np.insert(ends, np.searchsorted(ends, borders), borders)
+    # A document may end where a window does, and an empty one ends where it begins.
+    piece_ends = piece_ends[np.diff(piece_ends, prepend=0) > 0]
+    piece_starts = np.concatenate(([0], piece_ends))[:-1]
     owner = np.searchsorted(ends, piece_starts, side="right")
     pieces = documents[owner]
     document_starts = ends[owner] - pieces["length"]
