@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 from gptj_train.atomic_write import new_folder
+from gptj_train.data.claims import lock_of
 from gptj_train.data.packing import PIECE, DocumentFacts, Method, Packing, pack
 from gptj_train.data.store import TokenStore, mapped
 from gptj_train.data.workers import cannot_write
@@ -47,7 +47,7 @@ def open_packing(
     folder = _folder(stores, component, cache=cache, method=method, length=length)
     if not (folder / _FACTS).exists():
         try:
-            with FileLock(folder.with_suffix(".lock")):
+            with lock_of(folder):
                 # Look again: while this process waited for the lock, another one may have packed.
                 if not (folder / _FACTS).exists():
                     _write(folder, pack(stores, component, method=method, length=length))

@@ -200,7 +200,7 @@ def _encode(batch: list[Segment], tokenizer: Tokenizer, special_tokens: str) -> 
         yield tokenizer.encode(segment.text) if segment.template else next(ids_of_data)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=128)
 def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
     """Map a file of the cache, which never changes, into memory.
 

@@ -110,16 +110,16 @@ def test_a_disk_that_cannot_be_written_is_one_line(
 def few_descriptors() -> Iterator[None]:
     mapped.cache_clear()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.mark.usefixtures("few_descriptors")
 def test_more_files_than_descriptors(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    files = [jsonl(tmp_path / f"{number}.jsonl", f"text {number} " * 3) for number in range(450)]
+    files = [jsonl(tmp_path / f"{number}.jsonl", f"text {number} " * 3) for number in range(220)]
     stores = open_stores(files, text_data(cache_dir=str(tmp_path / "cache")), tokenizer)
     packing = open_packing(stores, None, cache=tmp_path / "cache", method="text", length=LENGTH)
     windows = Windows(stores, packing, length=LENGTH, fill=tokenizer.eos_id)
     read = "".join(tokenizer.decode_all(windows[index].tokens.tolist()) for index in range(len(windows)))
-    assert all(f"text {number} " in read for number in range(450))
+    assert all(f"text {number} " in read for number in range(220))
