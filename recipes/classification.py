@@ -22,6 +22,7 @@ def main(cfg: ClassificationConfig) -> None:
         labels=labels,
         tokenizer=run.tokenizer,
         length=cfg.sequence_length,
+        held_out=cfg.held_out,
     )
     task = Classification(
         train=train,

@@ -11,7 +11,7 @@ from gptj_train.tasks.clm import CausalLM
 @recipe(ClmConfig, primary="clm")
 def main(cfg: ClmConfig) -> None:
     run = Finetune(cfg)
-    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length, cfg.held_out)
     run.tokenizer.chat_template = data.chat_template or run.tokenizer.chat_template
     components = data.train.windows
     task = CausalLM(

@@ -10,7 +10,7 @@ from gptj_train.launch.recipe import recipe
 @recipe(PrepareDataConfig, primary="prepare_data", one_process=True)
 def main(cfg: PrepareDataConfig) -> None:
     tokenizer, _, _ = build_vocabulary(cfg)
-    data = prepare(cfg.data, tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, tokenizer, cfg.sequence_length, cfg.held_out)
     for name, split in data.splits.items():
         print(name)
         for fact, value in split.facts():

@@ -13,7 +13,7 @@ from gptj_train.tasks.question_answering import QuestionAnswering, build_feature
 @recipe(QAConfig, primary="qa")
 def main(cfg: QAConfig) -> None:
     run = Finetune(cfg)
-    train_questions, held_out_questions = read_questions(cfg.data)
+    train_questions, held_out_questions = read_questions(cfg.data, cfg.held_out)
     train = build_features(train_questions, run.tokenizer, cfg.sequence_length, cfg.task)
     validation = build_features(held_out_questions, run.tokenizer, cfg.sequence_length, cfg.task)
     task = QuestionAnswering(

@@ -12,6 +12,7 @@ import numpy as np
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
@@ -120,8 +121,11 @@ class TextData:
         return held_out
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
+def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldOutShare | None = None) -> TextData:
     """Tokenize and pack all files of the config into windows of ``length`` tokens.
+
+    Args:
+        held_out: the part of ``data.train`` that becomes the validation split; None: training is not the purpose.
 
     Raises:
         UserError: see ``find_files`` and ``open_stores``; or a weight of a component that does not exist, or a split
@@ -131,6 +135,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
         raise UserError(f"sequence_length must be at least 2, got {length}")
     weights = list(data.weights.values()) if data.weights else None
     chat_template = None
+    if held_out is not None:
+        held_out.check(data.validation)
     # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
     files = _find_all_files(data)
     splits = {}
@@ -141,15 +147,25 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
             split_data, chat_template = _with_chat_template(split_data, tokenizer)
         stores = open_stores(found, split_data, tokenizer)
         known = component_names(stores)
-        if name == "validation" and FORGETTING in known:
-            raise UserError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
+        part = None
+        if name == "validation":
+            _check_component_names(known, "data.validation")
+        if name == "train" and held_out is not None and held_out.share is not None:
+            _check_component_names(known, "data.train")
+            held, part = _divided(stores, held_out)
+            # Of a mixture only what is learned is held out.
+            components = list(data.weights or known)
+            validation = _pack(stores, split_data, tokenizer, length=length, components=components, part=held)
+            _check_not_empty("validation", validation, known)
+            # Skipped records and special tokens are counted once, with the training part.
+            splits["validation"] = replace(validation, skipped=Counter(), special_tokens=Counter())
         if name == "train":
             components = list(data.weights or ())
         elif name == "validation":
             components = known
         else:
             components = []
-        splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components)
+        splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components, part=part)
         _check_not_empty(name, splits[name], known)
         if splits[name].special_tokens:
             how = "their single ids" if data.special_tokens == "tokens" else "plain text"
@@ -157,6 +173,19 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
             counts = _counted(splits[name].special_tokens)
             say(f"data.{name}: spells special tokens, read as {how} ({counts}); data.special_tokens={other} changes it")
     return TextData(splits, weights, data.isolate, chat_template)
+
+
+def _divided(stores: list[TokenStore], held_out: HeldOutShare) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the held-out documents of each store and the others, as masks (D) bool."""
+    mask = held_out.split(np.concatenate([store.hashes for store in stores]))
+    ends = np.cumsum([len(store.hashes) for store in stores])
+    held = np.split(mask, ends[:-1])
+    return held, [~one for one in held]
+
+
+def _check_component_names(names: list[str], key: str) -> None:
+    if FORGETTING in names:
+        raise UserError(f"{key}: no component can be named {FORGETTING!r}; give it as data.forgetting")
 
 
 def _with_chat_template(data: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, str]:
@@ -192,12 +221,22 @@ def _find_all_files(data: DataConfig) -> dict[str, list[Path]]:
 
 
 def _pack(
-    stores: list[TokenStore], data: DataConfig, tokenizer: Tokenizer, *, length: int, components: list[str]
+    stores: list[TokenStore],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    components: list[str],
+    part: list[np.ndarray] | None,
 ) -> Split:
-    """Pack each of the components into its own windows; without components, everything together."""
+    """Pack each of the components into its own windows; without components, everything together.
+
+    Args:
+        part: the documents of each store to pack, as a mask; None packs all.
+    """
     windows: dict[str, Windows] = {}
     for name in components or [""]:
-        documents = Documents(stores, name or None)
+        documents = Documents(stores, name or None, part)
         # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
         if not data.has_examples and data.packing == "contiguous":
             windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)

@@ -39,15 +39,22 @@ class Piece(NamedTuple):
 
 
 class Documents:
-    """The documents of several stores in order, or only those of one component.
+    """The documents of several stores in order, or a part of them.
 
     Attributes:
         lengths: (D) int64, tokens of each document.
         bytes: UTF-8 bytes of all documents.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], component: str | None = None) -> None:
-        """``component``: its name; None selects all documents."""
+    def __init__(
+        self, stores: Sequence[TokenStore], component: str | None = None, part: Sequence[np.ndarray] | None = None
+    ) -> None:
+        """Select documents.
+
+        Args:
+            component: name of the only component; None selects all.
+            part: a mask (D) bool for each store; None selects all.
+        """
         self._stores = list(stores)
         self.bytes = 0
         starts, lengths, owners = [], [], []
@@ -56,6 +63,8 @@ class Documents:
             document_starts = np.zeros_like(document_ends)
             document_starts[1:] = document_ends[:-1]
             selected = _documents_of(store, component)
+            if part is not None:
+                selected = selected & part[number]
             starts.append(document_starts[selected])
             lengths.append((document_ends - document_starts)[selected])
             owners.append(np.full(np.count_nonzero(selected), number, dtype=np.int32))
