@@ -25,7 +25,8 @@ def main(cfg: ClmConfig) -> None:
     tokens = cfg.global_batch_size * cfg.sequence_length
     facts = {
         **dict(data.train.facts()),
-        "batch": f"{run.batch_facts('windows')}; {tokens:,} tokens a step",
+        "held out": data.held_out_fact,
+        "batch": f"{run.batch_facts('window')}; {tokens:,} tokens a step",
         "epochs": task.epochs(cfg.max_steps),
     }
     run.train(GPTJForCausalLM, task, facts, sample_prompt=cfg.sample_prompt)

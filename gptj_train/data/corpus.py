@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
@@ -55,14 +56,18 @@ class Split:
             positions += len(component) * component.length
             padding += component.padding
         full = 1 - padding / max(positions, 1)
-        packed = f"{tokens:,} tokens{_dropped_text(self.windows.values())} in {windows:,} windows, {full:.2%} full"
+        dropped = _dropped_text(self.windows.values())
+        packed = f"{counted(tokens, 'token')}{dropped} in {counted(windows, 'window')}, {full:.2%} full"
         without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
-        yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}{without}"
+        yield "data", f"{counted(documents, 'document')}, {size / 1e6:,.1f} MB, {packed}{without}"
         yield "records", self.records
         if self.special_tokens:
             yield "special tokens", f"{_counted(self.special_tokens)} in the data"
         if self.skipped:
-            yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
+            yield (
+                "skipped",
+                ", ".join(f"{counted(count, 'record')}: {reason}" for reason, count in self.skipped.most_common()),
+            )
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
         yield "tokens a document", self._document_lengths()
         if len(self.windows) > 1:
@@ -108,6 +113,13 @@ class TextData:
         if "train" not in self.splits:
             raise UserError("data.train is null; give files to train on")
         return self.splits["train"]
+
+    @property
+    def held_out_fact(self) -> str:
+        """Describe the validation split in a few words."""
+        if "validation" not in self.splits:
+            return "none"
+        return dict(self.splits["validation"].facts())["data"]
 
     @property
     def held_out(self) -> dict[str, Windows]:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.formats import say
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
@@ -71,12 +72,12 @@ class HeldOutShare:
                 "hold out a part of data.train"
             )
 
-    def divide(self, records: list[T], content: Callable[[T], str], name: str) -> tuple[list[T], list[T]]:
+    def divide(self, records: list[T], content: Callable[[T], str], noun: str) -> tuple[list[T], list[T]]:
         """Return the records to train on and those to hold out; without a share, all of them and none.
 
         Args:
             content: returns the text of a record; all records of one text share a side.
-            name: what to call them in messages.
+            noun: what to call one of them in messages.
 
         Raises:
             UserError: as ``split``.
@@ -84,19 +85,19 @@ class HeldOutShare:
         if self.share is None:
             return records, []
         hashes = [hash_number(content_hasher(content(record))) for record in records]
-        mask = self.split(np.array(hashes, dtype=np.uint64), name)
+        mask = self.split(np.array(hashes, dtype=np.uint64), noun)
         train: list[T] = []
         held: list[T] = []
         for record, is_held in zip(records, mask, strict=True):
             (held if is_held else train).append(record)
         return train, held
 
-    def split(self, hashes: np.ndarray, documents: str = "documents") -> np.ndarray:
+    def split(self, hashes: np.ndarray, noun: str = "document") -> np.ndarray:
         """Return a mask (D) bool of the documents to hold out, and print how many there are.
 
         Args:
             hashes: (D) uint64, ``hash_number`` of each document.
-            documents: what to call them in messages.
+            noun: what to call one of them in messages.
 
         Raises:
             UserError: fewer than two different documents.
@@ -106,7 +107,7 @@ class HeldOutShare:
         distinct, content_of = np.unique(hashes, return_inverse=True)
         if len(distinct) < 2:
             raise UserError(
-                f"validation_share={self.share:g}: data.train holds a single one of the {documents} to divide (a .txt "
+                f"validation_share={self.share:g}: data.train holds a single {noun}, which cannot be divided (a .txt "
                 "file is one document); give held-out text as data.validation=FILE, or write .jsonl with a text a line"
             )
         count = round(self.share * len(distinct))
@@ -118,7 +119,7 @@ class HeldOutShare:
         mask: np.ndarray = is_drawn[content_of.reshape(-1)]
         held = int(mask.sum())
         say(
-            f"held out: {held:,} of {len(mask):,} {documents} of data.train, {held / len(mask):.1%} "
+            f"held out: {held:,} of {counted(len(mask), noun)} of data.train, {held / len(mask):.1%} "
             f"(validation_share={self.share:g}, seed={self.seed})"
         )
         return mask

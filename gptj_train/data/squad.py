@@ -62,7 +62,7 @@ def read_questions(data: QADataConfig, held_out: HeldOutShare) -> tuple[list[Que
     policy, share = data.bad_records, data.max_bad_share
     questions = read_files(train, "data.train", bad_records=policy, max_bad_share=share)
     if not validation:
-        return held_out.divide(questions, lambda question: question.context, "questions")
+        return held_out.divide(questions, lambda question: question.context, "question")
     return questions, read_files(validation, "data.validation", bad_records=policy, max_bad_share=share)
 
 
@@ -102,7 +102,7 @@ def read_files(files: list[Path], key: str, *, bad_records: str, max_bad_share: 
         names = ", ".join(str(file) for file in files[:3])
         raise UserError(f"{names}: the data contain no question")
     if numbered:
-        say(f"{key}: {numbered:,} questions have no id; their numbers are taken for it")
+        say(f"{key}: questions without an id: {numbered:,}; their numbers are taken for it")
     return list(questions.values())
 
 

@@ -81,9 +81,9 @@ def test_another_process_holds_out_the_same(tmp_path: Path) -> None:
     """Ranks decide on their own: Python's hash(), which differs between processes, must not take part."""
     code = (
         "from gptj_train.data.held_out_share import HeldOutShare as H; "
-        "print(H(0.1, 7).divide([str(n) for n in range(50)], lambda text: text, 'texts')[1])"
+        "print(H(0.1, 7).divide([str(n) for n in range(50)], lambda text: text, 'text')[1])"
     )
-    _, held = HeldOutShare(0.1, 7).divide([str(number) for number in range(50)], lambda text: text, "texts")
+    _, held = HeldOutShare(0.1, 7).divide([str(number) for number in range(50)], lambda text: text, "text")
     assert len(held) == 5
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert done.stdout.splitlines()[-1] == str(held)
