@@ -41,7 +41,7 @@ from gptj_train.tracking_services import (
 
 _SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
 # With the metrics of a step this fits a terminal of 80 columns up to a million steps.
-_BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}{postfix} {remaining} left"
+_BAR = "|{bar:8}| {n}/{total}{postfix} {remaining} left"
 
 
 @schema
@@ -229,7 +229,7 @@ class Tracker:
 
 
 def _short(metrics: Mapping[str, float]) -> str:
-    """Return the metrics of a step for the progress bar, in about 40 characters."""
+    """Return the metrics of a step for the progress bar, in at most 40 characters."""
     speed = metrics["tokens_per_second"]
-    rate = f"{speed / 1000:.1f}k" if speed >= 10_000 else f"{speed:.0f}"
-    return f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.1f}G"
+    rate = f"{speed / 1000:.3g}k" if speed >= 10_000 else f"{speed:.0f}"
+    return f"loss {metrics['loss']:#.4g} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.3g}G"

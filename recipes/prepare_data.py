@@ -11,7 +11,7 @@ from gptj_train.launch.recipe import recipe
 @recipe(PrepareDataConfig, primary="prepare_data")
 def main(cfg: PrepareDataConfig) -> None:
     tokenizer, _, _ = build_vocabulary(cfg)
-    data = prepare(cfg.data, tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, tokenizer, cfg.sequence_length, cfg.held_out)
     if rank() != 0:
         # On other hosts: they have prepared their share of the files.
         return

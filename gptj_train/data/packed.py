@@ -14,11 +14,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from gptj_train.atomic_write import new_folder
 from gptj_train.data.claims import lock_of
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.packing import PIECE, DocumentFacts, Method, Packing, pack
 from gptj_train.data.store import TokenStore, mapped
 from gptj_train.data.workers import cannot_write
@@ -30,8 +32,21 @@ FORMAT = 1
 _FACTS = "packing.json"
 
 
+class Part(NamedTuple):
+    """A side of the documents: those that are held out by a rule, or the others."""
+
+    rule: HeldOutShare
+    held: bool
+
+
 def open_packing(
-    stores: Sequence[TokenStore], component: str | None, *, cache: Path, method: Method, length: int
+    stores: Sequence[TokenStore],
+    component: str | None,
+    *,
+    cache: Path,
+    method: Method,
+    length: int,
+    part: Part | None = None,
 ) -> Packing:
     """Return the packing of some stores in memory-mapped files; a missing one is made first.
 
@@ -40,17 +55,23 @@ def open_packing(
     Args:
         stores: whose folders are in ``cache``.
         component: see ``pack``, as ``method`` and ``length``.
+        part: the documents to pack; None packs all.
 
     Raises:
         UserError: a full or read-only disk.
     """
-    folder = _folder(stores, component, cache=cache, method=method, length=length)
+    # A store's name stands for its content.
+    names = [store.folder.name for store in stores]
+    side = None if part is None else [part.rule.share, part.rule.seed, part.held]
+    key = json.dumps([FORMAT, component, method, length, side, *names])
+    folder = cache / f"packed_{hashlib.sha256(key.encode()).hexdigest()[:24]}"
     if not (folder / _FACTS).exists():
         try:
             with lock_of(folder):
                 # Look again: while this process waited for the lock, another one may have packed.
                 if not (folder / _FACTS).exists():
-                    _write(folder, pack(stores, component, method=method, length=length))
+                    own = None if part is None else _documents_of(part, stores)
+                    _write(folder, pack(stores, component, method=method, length=length, own=own))
         except OSError as error:
             raise UserError(cannot_write(cache, error)) from None
     facts = DocumentFacts(**json.loads((folder / _FACTS).read_text()))
@@ -59,12 +80,9 @@ def open_packing(
     return Packing(pieces, first_piece, facts)
 
 
-def _folder(stores: Sequence[TokenStore], component: str | None, *, cache: Path, method: Method, length: int) -> Path:
-    # A store's name stands for its content.
-    names = [store.folder.name for store in stores]
-    key = json.dumps([FORMAT, component, method, length, *names])
-    digest = hashlib.sha256(key.encode()).hexdigest()
-    return cache / f"packed_{digest[:24]}"
+def _documents_of(part: Part, stores: Sequence[TokenStore]) -> np.ndarray:
+    held = part.rule.split(np.concatenate([store.hashes for store in stores]))
+    return held if part.held else ~held
 
 
 def _write(folder: Path, packing: Packing) -> None:

@@ -73,15 +73,23 @@ class DocumentFacts:
     dropped: dict[str, int]
 
 
-def pack(stores: Sequence[TokenStore], component: str | None, *, method: Method, length: int) -> Packing:
+def pack(
+    stores: Sequence[TokenStore],
+    component: str | None,
+    *,
+    method: Method,
+    length: int,
+    own: np.ndarray | None = None,
+) -> Packing:
     """Pack the documents of some stores in order.
 
     Args:
         component: name of the component whose documents are packed; None: all documents.
         method: "contiguous" for text in a row, "text" for whole texts, "examples" for prompts and chats.
         length: T, tokens of a window.
+        own: mask (D) bool over the documents of all stores; the others are left out. None: no other is left out.
     """
-    documents, size = _documents_of(stores, component)
+    documents, size = _documents_of(stores, component, own)
     lengths = documents["length"]
     dropped: dict[str, int] = {}
     if method == "contiguous":
@@ -97,23 +105,29 @@ def pack(stores: Sequence[TokenStore], component: str | None, *, method: Method,
     return Packing(pieces, first_piece, facts)
 
 
-def _documents_of(stores: Sequence[TokenStore], component: str | None) -> tuple[np.ndarray, int]:
-    """Return the documents of a component as (D) PIECE, and their UTF-8 bytes."""
+def _documents_of(
+    stores: Sequence[TokenStore], component: str | None, own: np.ndarray | None
+) -> tuple[np.ndarray, int]:
+    """Return the documents to pack as (D) PIECE, and their UTF-8 bytes."""
     documents = []
     size = 0
+    before = 0  # documents of earlier stores
     for number, store in enumerate(stores):
         ends = np.asarray(store.ends)
-        own = np.full(len(ends), True)
+        starts = np.concatenate(([0], ends))[: len(ends)]
+        chosen = np.full(len(ends), True)
         if component is not None:
-            number_of_component = store.names.index(component) if component in store.names else -1
-            own = np.asarray(store.components) == number_of_component
-        starts = np.concatenate(([0], ends[:-1]))[: len(ends)]
-        found = np.empty(np.count_nonzero(own), dtype=PIECE)
+            known = component in store.names
+            chosen = np.asarray(store.components) == (store.names.index(component) if known else -1)
+        if own is not None:
+            chosen &= own[before : before + len(ends)]
+        before += len(ends)
+        found = np.empty(np.count_nonzero(chosen), dtype=PIECE)
         found["store"] = number
-        found["start"] = starts[own]
-        found["length"] = (ends - starts)[own]
+        found["start"] = starts[chosen]
+        found["length"] = (ends - starts)[chosen]
         documents.append(found)
-        size += int(store.bytes[own].sum())
+        size += int(store.bytes[chosen].sum())
     return np.concatenate(documents), size
 
 

@@ -4,7 +4,8 @@ A store is a folder of
 
 * ``tokens.bin``: the token ids of all documents, concatenated; uint16 where they fit, else uint32;
 * ``targets.bin``: a byte for each token, 1 if it is to be predicted; absent if all are;
-* ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
+* ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component, a hash of
+  its text;
 * ``store.json``: dtype, component names, skipped records, spelt special tokens and file sizes. It is written last: a
   folder without it is not a store.
 """
@@ -20,15 +21,16 @@ from typing import Any
 
 import numpy as np
 
+from gptj_train.data.held_out_share import content_hasher, hash_number
 from gptj_train.data.joint_encoding import encode_joined
 from gptj_train.data.records import Segment
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """Part of every store's name: raise it if reading or tokenizing changes, so that no old store is reused."""
 
-_DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16)])
+_DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16), ("hash", np.uint64)])
 _MOST_COMPONENTS = 2**16  # what uint16 can count
 # Enough text to keep all cores busy; a few times as many bytes of memory.
 _CHARACTERS_AT_ONCE = 4_000_000
@@ -44,6 +46,7 @@ class TokenStore:
         ends: (D) int64, one past the last token of each document.
         bytes: (D) int64, UTF-8 bytes of each document's text.
         components: (D) uint16, index of each document's component in ``names``.
+        hashes: (D) uint64, of each document's text, template included.
         names: of the components, in the order of their first documents.
         skipped: reason -> number of records left out.
         special_tokens: special token -> how often the data spell it.
@@ -83,6 +86,10 @@ class TokenStore:
     @property
     def components(self) -> np.ndarray:
         return self._column("component")
+
+    @property
+    def hashes(self) -> np.ndarray:
+        return self._column("hash")
 
     def _column(self, name: str) -> np.ndarray:
         column: np.ndarray = mapped(self.folder / "documents.bin", _DOCUMENT)[name]
@@ -136,6 +143,7 @@ def write_store(
     ):
         end = 0  # of the tokens so far
         size = 0  # bytes of the current document so far
+        content = content_hasher()  # of the current document so far
         for batch in _batches(segments):
             documents = []
             for segment in batch:
@@ -148,11 +156,14 @@ def write_store(
                 if not all_targets:
                     np.full(len(ids), segment.target).tofile(target_file)
                 end += len(ids)
-                size += len(segment.text.encode())
+                text = segment.text.encode()
+                size += len(text)
+                content.update(text)
                 if segment.last:
                     component = components.setdefault(segment.component, len(components))
-                    documents.append((end, size, component))
+                    documents.append((end, size, component, hash_number(content)))
                     size = 0
+                    content = content_hasher()
             if len(components) > _MOST_COMPONENTS:
                 raise UserError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
             np.array(documents, dtype=_DOCUMENT).tofile(document_file)

@@ -142,7 +142,7 @@ def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: T
     with (folder / "train.jsonl").open("a") as lines:
         lines.write("broken\n")
     facts = dict(prepared(weights={"A": 1, "B": 1}, bad_records="skip", max_bad_share=0.1).train.facts())
-    assert facts["skipped"] == "1 records: not a line of JSON"
+    assert facts["skipped"] == "1 record: not a line of JSON"
     of_b = sum(len(ids) + 1 for ids in tokenizer.encode_texts(texts[2::3])) / tokens
     assert facts["components"] == f"A {1 - of_b:.1%}, B {of_b:.1%}"
 

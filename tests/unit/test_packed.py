@@ -13,7 +13,8 @@ import pytest
 from text_data import jsonl, text_data
 
 from gptj_train.data import packed
-from gptj_train.data.packed import open_packing
+from gptj_train.data.held_out_share import HeldOutShare
+from gptj_train.data.packed import Part, open_packing
 from gptj_train.data.packing import Method, Packing, Windows, pack
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore, mapped
@@ -75,6 +76,17 @@ def test_a_packing_is_made_once(stores: list[TokenStore], tmp_path: Path, monkey
     open_it(length=LENGTH + 1)
     open_it(stores=stores[::-1])
     assert len(made) == 3
+
+
+def test_the_sides_of_a_held_out_share_are_packings_of_their_own(stores: list[TokenStore], tmp_path: Path) -> None:
+    rule = HeldOutShare(0.2, 3)
+    mask = rule.split(np.concatenate([store.hashes for store in stores]))
+    for held in (True, False, True):
+        part = Part(rule, held)
+        found = open_packing(stores, None, cache=tmp_path / "cache", method="text", length=LENGTH, part=part)
+        own = mask if held else ~mask
+        assert equal(found, pack(stores, None, method="text", length=LENGTH, own=own))
+        assert found.facts.documents == own.sum() == (13 if held else 52)
 
 
 def test_a_packing_cut_short_by_a_kill_is_made_again(
