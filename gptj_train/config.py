@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from omegaconf import DictConfig
 
 from gptj_train.data.evaluation_config import EvaluationDataConfig
+from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
@@ -50,7 +51,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig, HubKeys):
+class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int

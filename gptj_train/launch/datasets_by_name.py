@@ -75,7 +75,7 @@ def with_dataset_files(config: T) -> T:
                 raise UserError(f"data.{name}={getattr(data, name)}: it belongs to data.dataset=NAME")
         return config
     splits = _splits_of(data)
-    files = {}
+    files: dict[str, Any] = {}
     for name, split in data.splits_by_key.items():
         if split is None:
             continue

@@ -19,6 +19,7 @@ from text_data import jsonl
 
 from gptj_train.config import ClassificationConfig, ClmConfig, EvaluateConfig
 from gptj_train.data.corpus import prepare
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.labelled import prepare_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
@@ -77,11 +78,19 @@ def test_a_folder_with_a_readme_is_read_by_all_tasks(
     assert (text.train, text.validation, text.dataset) == (files, [f"{folder}/test.jsonl"], None)
     assert f"data.train: split 'train' of {folder}: {files[0]} and 1 more\n" in capsys.readouterr().out
     data = prepare(text, tokenizer, 16)
-    assert [len(data.train.windows[""].documents), len(data.splits["validation"].windows)] == [2, 1]
+    assert [dict(data.splits[name].facts())["data"].split(",")[0] for name in data.splits] == [
+        "2 documents",
+        "1 document",
+    ]
 
     labelled = config(ClassificationConfig, "classification", *named).data
     train, validation, names = prepare_labelled(
-        labelled, problem_type="single_label_classification", labels=None, tokenizer=tokenizer, length=16
+        labelled,
+        problem_type="single_label_classification",
+        labels=None,
+        tokenizer=tokenizer,
+        length=16,
+        held_out=HeldOutShare(),
     )
     assert names == ["2021-05-01", "2021-05-02"]
     assert validation is not None
