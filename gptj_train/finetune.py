@@ -221,10 +221,11 @@ def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[i
         UserError: no tokenizer, fewer embedding rows than token ids, fewer positions than ``sequence_length``, or
             more added tokens than unused rows.
     """
+    # The model first: its messages for a folder that is no model are better than the tokenizer's.
+    model_config = model_config_of(cfg.model, cfg.init_from)
     tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
     if cfg.tokenizer is not None and cfg.init_from is not None and cfg.tokenizer_mismatch == "error":
         _check_same_ids(tokenizer, cfg.tokenizer, cfg.init_from)
-    model_config = model_config_of(cfg.model, cfg.init_from)
     tokenizer.check_fits(model_config.vocab_size)
     if cfg.sequence_length > model_config.n_positions:
         raise UserError(

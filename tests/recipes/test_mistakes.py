@@ -127,10 +127,10 @@ MISTAKES = {
     ),
     "missing data": (
         ["data.train={}/nowhere/*.jsonl"],
-        ".parquet, .arrow file at '{}/nowhere/*.jsonl' (working directory: ",
+        "data.train: no file at '{}/nowhere/*.jsonl' (working directory: ",
     ),
-    "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
-    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "missing held-out data": (["data.validation={}/gone"], "data.validation: no file at '{}/gone' "),
+    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no file at '{}/gone' "),
     "data of another kind": (
         ["data.train={}/not_a_model/readme"],
         "data.train: {}/not_a_model/readme is none of .jsonl",
