@@ -14,7 +14,8 @@ from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_spec
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
 from gptj_train.data.held_out_share import HeldOutShare
-from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
+from gptj_train.data.packed import Part, open_packing
+from gptj_train.data.packing import LENGTHS, Method, Windows
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
 from gptj_train.data.text_config import DataConfig
@@ -23,8 +24,6 @@ from gptj_train.errors import UserError
 
 FORGETTING = "forgetting"
 """Name of the held-out set that is not part of ``data.validation``."""
-
-_LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)  # upper limits, in tokens, of the histogram of document lengths
 
 
 @dataclass
@@ -45,13 +44,17 @@ class Split:
     records: str
     special_tokens: Counter[str]
 
+    @property
+    def documents(self) -> int:
+        """Number of documents, of all components."""
+        return sum(component.facts.documents for component in self.windows.values())
+
     def facts(self) -> Iterator[tuple[str, str]]:
         """Describe what was read and what was packed, as rows of a table that accounts for every token."""
-        documents = size = tokens = windows = positions = padding = 0
+        size = tokens = windows = positions = padding = 0
         for component in self.windows.values():
-            documents += len(component.documents)
-            size += component.documents.bytes
-            tokens += component.tokens
+            size += component.facts.bytes
+            tokens += component.facts.tokens
             windows += len(component)
             positions += len(component) * component.length
             padding += component.padding
@@ -59,7 +62,7 @@ class Split:
         dropped = _dropped_text(self.windows.values())
         packed = f"{counted(tokens, 'token')}{dropped} in {counted(windows, 'window')}, {full:.2%} full"
         without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
-        yield "data", f"{counted(documents, 'document')}, {size / 1e6:,.1f} MB, {packed}{without}"
+        yield "data", f"{counted(self.documents, 'document')}, {size / 1e6:,.1f} MB, {packed}{without}"
         yield "records", self.records
         if self.special_tokens:
             yield "special tokens", f"{_counted(self.special_tokens)} in the data"
@@ -75,21 +78,18 @@ class Split:
 
     def _document_lengths(self) -> str:
         """Write the histogram of document lengths; empty bins are left out."""
-        lengths = np.concatenate([component.documents.lengths for component in self.windows.values()])
-        # A length that equals a limit falls into the bin below it.
-        bins = np.searchsorted(_LENGTHS, lengths)
-        counts = np.bincount(bins, minlength=len(_LENGTHS) + 1)
+        counts = np.sum([component.facts.length_counts for component in self.windows.values()], axis=0)
         shares = []
         for number, count in enumerate(counts):
             if count:
-                name = f"up to {_LENGTHS[number]:,}" if number < len(_LENGTHS) else f"above {_LENGTHS[-1]:,}"
-                shares.append(f"{name}: {count / len(lengths):.0%}")
+                name = f"up to {LENGTHS[number]:,}" if number < len(LENGTHS) else f"above {LENGTHS[-1]:,}"
+                shares.append(f"{name}: {count / counts.sum():.0%}")
         return ", ".join(shares)
 
     def _component_shares(self, tokens: int) -> str:
         """Write each component's share of the tokens, the largest first."""
-        by_size = sorted(self.windows.items(), key=lambda item: -item[1].tokens)
-        return ", ".join(f"{name} {component.tokens / tokens:.1%}" for name, component in by_size)
+        by_size = sorted(self.windows.items(), key=lambda item: -item[1].facts.tokens)
+        return ", ".join(f"{name} {component.facts.tokens / tokens:.1%}" for name, component in by_size)
 
 
 @dataclass
@@ -164,10 +164,12 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldO
             _check_component_names(known, "data.validation")
         if name == "train" and held_out is not None and held_out.share is not None:
             _check_component_names(known, "data.train")
-            held, part = _divided(stores, held_out)
+            part = Part(held_out, held=False)
             # Of a mixture only what is learned is held out.
             components = list(data.weights or known)
-            validation = _pack(stores, split_data, tokenizer, length=length, components=components, part=held)
+            validation = _pack(
+                stores, split_data, tokenizer, length=length, components=components, part=Part(held_out, held=True)
+            )
             _check_not_empty("validation", validation, known)
             # Skipped records and special tokens are counted once, with the training part.
             splits["validation"] = replace(validation, skipped=Counter(), special_tokens=Counter())
@@ -179,6 +181,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldO
             components = []
         splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components, part=part)
         _check_not_empty(name, splits[name], known)
+        if part is not None:
+            part.rule.announce(splits["validation"].documents, splits["train"].documents)
         if splits[name].special_tokens:
             how = "their single ids" if data.special_tokens == "tokens" else "plain text"
             other = "text" if data.special_tokens == "tokens" else "tokens"
@@ -187,14 +191,6 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldO
     if held_out is not None:
         held_out.warn_if_none(data.validation)
     return TextData(splits, weights, data.isolate, chat_template)
-
-
-def _divided(stores: list[TokenStore], held_out: HeldOutShare) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Return the held-out documents of each store and the others, as masks (D) bool."""
-    mask = held_out.split(np.concatenate([store.hashes for store in stores]))
-    ends = np.cumsum([len(store.hashes) for store in stores])
-    held = np.split(mask, ends[:-1])
-    return held, [~one for one in held]
 
 
 def _check_component_names(names: list[str], key: str) -> None:
@@ -241,21 +237,23 @@ def _pack(
     *,
     length: int,
     components: list[str],
-    part: list[np.ndarray] | None,
+    part: Part | None,
 ) -> Split:
     """Pack each of the components into its own windows; without components, everything together.
 
     Args:
-        part: the documents of each store to pack, as a mask; None packs all.
+        part: side of the held-out share; None packs all documents.
     """
+    method: Method = "contiguous" if data.packing == "contiguous" else "text"
+    if data.has_examples:
+        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
+        method = "examples"
     windows: dict[str, Windows] = {}
     for name in components or [""]:
-        documents = Documents(stores, name or None, part)
-        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
-        if not data.has_examples and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
-        else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.has_examples)
+        packing = open_packing(
+            stores, name or None, cache=Path(data.cache_dir), method=method, length=length, part=part
+        )
+        windows[name] = Windows(stores, packing, length=length, fill=tokenizer.eos_id)
     skipped = Counter[str]()
     special_tokens = Counter[str]()
     for store in stores:
@@ -288,5 +286,5 @@ def _dropped_text(components: Iterable[Windows]) -> str:
     """Write the dropped tokens by reason, each preceded by a comma; nothing where none are dropped."""
     dropped = Counter[str]()
     for windows in components:
-        dropped.update(windows.dropped)
+        dropped.update(windows.facts.dropped)
     return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)

@@ -92,6 +92,8 @@ class HeldOutShare:
             return records, []
         hashes = [hash_number(content_hasher(content(record))) for record in records]
         mask = self.split(np.array(hashes, dtype=np.uint64), noun)
+        held_out = int(mask.sum())
+        self.announce(held_out, len(records) - held_out, noun)
         train: list[T] = []
         held: list[T] = []
         for record, is_held in zip(records, mask, strict=True):
@@ -99,7 +101,7 @@ class HeldOutShare:
         return train, held
 
     def split(self, hashes: np.ndarray, noun: str = "document") -> np.ndarray:
-        """Return a mask (D) bool of the documents to hold out, and print how many there are.
+        """Return a mask (D) bool of the documents to hold out.
 
         Args:
             hashes: (D) uint64, ``hash_number`` of each document.
@@ -123,12 +125,15 @@ class HeldOutShare:
         is_drawn = np.zeros(len(distinct), dtype=bool)
         is_drawn[drawn] = True
         mask: np.ndarray = is_drawn[content_of.reshape(-1)]
-        held = int(mask.sum())
+        return mask
+
+    def announce(self, held: int, others: int, noun: str = "document") -> None:
+        """Print how many documents are held out."""
+        total = held + others
         say(
-            f"held out: {held:,} of {counted(len(mask), noun)} of data.train, {held / len(mask):.1%} "
+            f"held out: {held:,} of {counted(total, noun)} of data.train, {held / total:.1%} "
             f"(validation_share={self.share:g}, seed={self.seed})"
         )
-        return mask
 
 
 def content_hasher(text: str = "") -> hashlib.blake2b:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class TokenStore:
     """The documents of one file.
 
     Attributes:
+        folder: of its files.
         tokens: (N) uint16 or uint32, memory-mapped.
         targets: (N) bool, memory-mapped; None if every token is to be predicted.
         ends: (D) int64, one past the last token of each document.
@@ -52,17 +54,52 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         metadata = json.loads((folder / "store.json").read_text())
+        self.folder = folder
         self.names: list[str] = metadata["components"]
         self.skipped: dict[str, int] = metadata["skipped"]
         self.special_tokens: dict[str, int] = metadata["special_tokens"]
-        self.tokens = _mapped(folder / "tokens.bin", np.dtype(metadata["dtype"]))
-        targets = folder / "targets.bin"
-        self.targets = _mapped(targets, np.dtype(np.bool_)) if targets.exists() else None
-        documents = _mapped(folder / "documents.bin", _DOCUMENT)
-        self.ends = documents["end"]
-        self.bytes = documents["bytes"]
-        self.components = documents["component"]
-        self.hashes = documents["hash"]
+        self._dtype = np.dtype(metadata["dtype"])
+        sizes = metadata["bytes"]
+        self._has_targets = "targets.bin" in sizes
+        self._documents = sizes["documents.bin"] // _DOCUMENT.itemsize
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return int(self._documents)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return mapped(self.folder / "tokens.bin", self._dtype)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        return mapped(self.folder / "targets.bin", np.dtype(np.bool_)) if self._has_targets else None
+
+    @property
+    def ends(self) -> np.ndarray:
+        return self._column("end")
+
+    @property
+    def bytes(self) -> np.ndarray:
+        return self._column("bytes")
+
+    @property
+    def components(self) -> np.ndarray:
+        return self._column("component")
+
+    @property
+    def hashes(self) -> np.ndarray:
+        return self._column("hash")
+
+    def _column(self, name: str) -> np.ndarray:
+        column: np.ndarray = mapped(self.folder / "documents.bin", _DOCUMENT)[name]
+        return column
+
+    def part(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | bool]:
+        """Return token ids and target flags of a run of tokens; the flags are True if all are targets."""
+        span = slice(start, start + length)
+        targets = self.targets
+        return self.tokens[span], True if targets is None else targets[span]
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -174,7 +211,12 @@ def _encode(batch: list[Segment], tokenizer: Tokenizer, special_tokens: str) -> 
         yield tokenizer.encode(segment.text) if segment.template else next(ids_of_data)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+@lru_cache(maxsize=128)
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file of the cache, which never changes, into memory.
+
+    Each mapping keeps a file descriptor, of which a process usually has 1024: those used least recently are closed.
+    """
     if path.stat().st_size == 0:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, "r")

@@ -28,13 +28,14 @@ def prepared(folder: Path, tokenizer: Tokenizer, held_out: HeldOutShare, **chang
 
 
 def texts_of(split: Split, tokenizer: Tokenizer) -> list[str]:
-    """Decode every document of a split."""
+    """Decode every document of a split; windows in a row hold them one after the other, each with its end."""
     found = []
     for windows in split.windows.values():
-        documents = windows.documents
-        for number, length in enumerate(documents.lengths):
-            ids, _ = documents.part(number, 0, int(length))
-            found.append(tokenizer.decode(ids.tolist()))
+        ids: list[int] = []
+        for index in range(len(windows)):
+            window = windows[index]
+            ids += window.tokens[window.document_ids > 0].tolist()
+        found += tokenizer.decode_all(ids).split("<|endoftext|>")[:-1]
     return sorted(found)
 
 
@@ -110,8 +111,8 @@ def test_components_of_a_mixture(tmp_path: Path, tokenizer: Tokenizer) -> None:
     data = prepared(tmp_path, tokenizer, HeldOutShare(0.5), train=train, weights={"B": 1, "A": 2})
     assert list(data.held_out) == ["B", "A"]
     for name in "AB":
-        held = len(data.held_out[name].documents)
-        assert held + len(data.train.windows[name].documents) == 60
+        held = data.held_out[name].facts.documents
+        assert held + data.train.windows[name].facts.documents == 60
         assert 15 < held < 45
 
 
