@@ -152,7 +152,7 @@ def test_nothing_runs_what_it_reads(path: Path) -> None:
         assert given.get("allow_pickle", "False") == "False", where
         if called == "torch.load":
             assert given.get("weights_only") == "True", where
-    assert "_target_" not in path.read_text()
+    assert not re.search(r"\b_target_\b", path.read_text())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "gptj_train" / "configs").rglob("*.yaml")), ids=name)
