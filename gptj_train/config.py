@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
 
+from gptj_train.alternative_keys import choose_alternatives
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
@@ -75,6 +76,7 @@ class FinetuneConfig(TrainerConfig, HubKeys):
     @staticmethod
     def adjust(composed: DictConfig, given: set[str]) -> None:
         """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed."""
+        choose_alternatives(composed, given)
         use_initial_model(composed, given)
 
 

@@ -13,6 +13,7 @@ from math import prod
 from torch import nn
 
 from gptj_train.config import FinetuneConfig, PlanConfig
+from gptj_train.errors import UserError
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
 from gptj_train.training.accumulation import accumulation_steps
@@ -152,8 +153,9 @@ class RunPlan:
         cfg = self.cfg
         checkpoint, most = disk_needed(
             _count(self.trained),
-            steps=range(cfg.max_steps),
+            steps=range(cfg.steps),
             save_every=cfg.save_every,
+            best_every=cfg.saves_best_every,
             keep=cfg.keep_checkpoints,
             keep_every=cfg.keep_every,
         )
@@ -215,8 +217,10 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """Yield the lines that recipes/plan.py prints.
 
     Raises:
-        UserError: a global batch that divides on no number of GPUs.
+        UserError: a run by epochs, or a global batch that divides on no number of GPUs.
     """
+    if cfg.epochs is not None:
+        raise UserError(f"epochs={cfg.epochs:g}: the plan reads no data to count their steps; give max_steps=...")
     checkpoint, most, export = plan.disk()
     tokens = cfg.global_batch_size * cfg.sequence_length
     yield f"model   {_count(plan.shapes):,} parameters, {_count(plan.trained):,} of them trained"
@@ -226,7 +230,7 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     )
     yield (
         f"step    {cfg.global_batch_size} x {cfg.sequence_length} = {tokens:,} tokens; "
-        f"{cfg.max_steps:,} steps: {cfg.max_steps * tokens / 1e6:,.1f} million"
+        f"{cfg.steps:,} steps: {cfg.steps * tokens / 1e6:,.1f} million"
     )
     yield (
         f"disk    {most} checkpoints of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
@@ -251,7 +255,7 @@ def _row(plan: RunPlan, cfg: PlanConfig, ranks: int) -> str:
     """Format a row of the table: this many GPUs."""
     held = plan.memory(ranks)
     seconds = plan.step_seconds(ranks, cfg)
-    hours = seconds * cfg.max_steps / 3600
+    hours = seconds * cfg.steps / 3600
     fitting = [size for size in _GPU_SIZES if size * 1e9 >= held["GPU"] + _LIBRARIES]
     fits_on = f"{fitting[0]} GB" if fitting else "none"
     ranks_on_node = min(ranks, cfg.gpus_per_node)

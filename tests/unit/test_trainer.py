@@ -30,7 +30,7 @@ CONFIG = config(
     "clm",
     ClmConfig,
     *("max_steps=6", "global_batch_size=2", "micro_batch_size=2", "eval_every=2", "save_every=3", "keep_checkpoints=1"),
-    *("max_skipped_steps=3", "hang_timeout=60"),
+    *("max_skipped_steps=3", "hang_timeout=60", "export_of=last"),
 )
 
 
