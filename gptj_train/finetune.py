@@ -120,13 +120,8 @@ class Finetune:
             UserError: weights, checkpoints or data that cannot be used.
         """
         assert self._epochs is not None, "a recipe takes its sampler from this run"
-        facts = dict(facts)
-        steps = self._cfg.max_steps
-        if steps is None:
-            assert self._cfg.epochs is not None
-            steps = self._epochs.steps_of(self._cfg.epochs)
-        facts["epochs"] = self._epochs.describe(steps)
-        cfg = with_steps(self._cfg, steps)
+        cfg = self._resolved(self._epochs, task)
+        facts = {**facts, "epochs": self._epochs.describe(cfg.steps)}
         self._folder.create()
         with RunStatus(self._cfg.output_dir, rank(), asdict(self._cfg)) as status:
             self._train(
@@ -139,6 +134,17 @@ class Finetune:
                 sample_prompt=sample_prompt,
                 status=status,
             )
+
+    def _resolved(self, epochs: Epochs, task: Task) -> FinetuneConfig:
+        """Return the config with what only the data can decide: the steps, and whether there can be a best model."""
+        cfg = self._cfg
+        if cfg.epochs is not None:
+            cfg = with_steps(cfg, epochs.steps_of(cfg.epochs))
+        if any(True for _ in task.evaluation_batches(rank(), world_size())):
+            return cfg
+        if cfg.patience is not None:
+            raise UserError(f"patience={cfg.patience} needs held-out data; give data.validation=..., or patience=null")
+        return replace(cfg, export_of="last")
 
     def _train(
         self,

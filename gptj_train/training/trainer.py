@@ -227,8 +227,6 @@ class Trainer:
         records = self.engine.gathered(records)
         self.state.evaluated = self.state.step
         if not records:
-            if self.config.patience is not None:
-                raise UserError(f"patience={self.config.patience} needs held-out data; give data.validation=...")
             return {}
         metrics = self.task.metrics(records)
         is_best = count_evaluation(self.state, metrics, self.config.best_metric)

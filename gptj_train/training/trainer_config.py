@@ -106,8 +106,6 @@ def with_steps(config: T, steps: int) -> T:
     Raises:
         UserError: too many steps, or a warm-up that is not shorter.
     """
-    if config.max_steps == steps:
-        return config
     if steps > _MOST["max_steps"]:
         raise UserError(f"epochs={config.epochs:g} are {steps:,} steps, more than {_MOST['max_steps']:,}; lower epochs")
     check_warmup(config.optim, steps)
