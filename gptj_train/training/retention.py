@@ -69,6 +69,23 @@ def newest_complete(run: str | Path) -> Path:
     raise UserError(f"{run}: {reason}")
 
 
+def best_complete(run: str | Path) -> Path:
+    """Return the checkpoint of a run's best evaluation, or the newest one if it has no evaluation.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    newest = newest_complete(run)
+    best_step = Manifest.read(newest).state.get("best_step", -1)
+    if best_step < 0 or newest == Path(run):
+        return newest
+    best = step_folder(run, best_step)
+    reason = why_incomplete(best)
+    if reason:
+        raise UserError(f"the best checkpoint cannot be used: {reason}; name another one: {newest}")
+    return best
+
+
 def why_incomplete(folder: Path) -> str:
     """Return why a checkpoint is incomplete; empty if all files have the sizes in its manifest."""
     try:
