@@ -64,7 +64,8 @@ class Finetune:
         step = is_done(cfg.output_dir, asdict(cfg))
         if step is not None and cfg.resume == "auto":
             raise NothingToDo(
-                f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps"
+                f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps or epochs, "
+                "or patience if that ended it"
             )
         self._epochs: Epochs | None = None
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)

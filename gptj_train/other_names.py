@@ -16,7 +16,6 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "device_batch_size": ("micro_batch_size", "batch_size"),
     "early_stopping_patience": ("patience",),
     "epoch": ("epochs", "max_steps"),
-    "epochs": ("max_steps",),
     "eval_file": ("data.validation",),
     "eval_steps": ("eval_every",),
     "eval_strategy": ("eval_every",),

@@ -148,14 +148,18 @@ class RunPlan:
         # The gradient of the head: summed over the chunks in fp32, then copied to the weights' precision.
         return logits + (4 + element) * self.model_config.n_embd * vocabulary
 
-    def disk(self) -> tuple[int, int, int]:
-        """Return the bytes of a checkpoint, the largest number of checkpoints at a time, the bytes of the export."""
+    def disk(self, has_held_out: bool = True) -> tuple[int, int, int]:
+        """Return the bytes of a checkpoint, the largest number of checkpoints at a time, the bytes of the export.
+
+        Args:
+            has_held_out: there is held-out data, whose best evaluation keeps a checkpoint.
+        """
         cfg = self.cfg
         checkpoint, most = disk_needed(
             _count(self.trained),
             steps=range(cfg.steps),
             save_every=cfg.save_every,
-            best_every=cfg.saves_best_every,
+            best_every=cfg.saves_best_every if has_held_out else 0,
             keep=cfg.keep_checkpoints,
             keep_every=cfg.keep_every,
         )
@@ -221,7 +225,8 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """
     if cfg.epochs is not None:
         raise UserError(f"epochs={cfg.epochs:g}: the plan reads no data to count their steps; give max_steps=...")
-    checkpoint, most, export = plan.disk()
+    has_held_out = bool(cfg.data.get("validation") or cfg.data.get("validation_share"))
+    checkpoint, most, export = plan.disk(has_held_out)
     tokens = cfg.global_batch_size * cfg.sequence_length
     yield f"model   {_count(plan.shapes):,} parameters, {_count(plan.trained):,} of them trained"
     yield (

