@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any
 
 from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.identity import data_identity
@@ -203,7 +202,8 @@ class Finetune:
             checkpoints=checkpoints,
             tracker=tracker,
             folder=self._folder,
-            data=self._data_identity(),
+            # On rank 0 only: a thousand ranks need not read every file.
+            data=data_identity(asdict(self._cfg), self.tokenizer.digest) if rank() == 0 else {},
         )
         status.step = lambda: trainer.state.step
         trainer.train(self._resume_from)
@@ -247,15 +247,6 @@ class Finetune:
                 ended=trainer.ended,
             )
         )
-
-    def _data_identity(self) -> dict[str, Any]:
-        """Return what decides the batches of this run, on rank 0."""
-        if rank() != 0:
-            return {}  # a thousand ranks need not read every file
-        cfg = self._cfg
-        groups = asdict(cfg)
-        settings = {name: groups[name] for name in ("seed", "global_batch_size", "sequence_length", "add_tokens")}
-        return data_identity(groups["data"], groups.get("task", {}), self.tokenizer.digest, settings)
 
 
 def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from gptj_train.data.files import local_files
 
+_SETTINGS = ("seed", "global_batch_size", "sequence_length", "add_tokens")
 # Keys of the data group that do not change what is trained on.
 _WITHOUT_EFFECT = ("train", "validation", "forgetting", "cache_dir", "max_bad_share")
 # Bytes at either end of a file that are hashed. Hashing terabytes at every start would take too long: a change
@@ -18,25 +19,22 @@ _WITHOUT_EFFECT = ("train", "validation", "forgetting", "cache_dir", "max_bad_sh
 _HASHED = 2**16
 
 
-def data_identity(
-    data: Mapping[str, Any], task: Mapping[str, Any], tokenizer: str, settings: Mapping[str, Any]
-) -> dict[str, Any]:
+def data_identity(config: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
     """Return names and values, as they come back from JSON.
 
     Args:
-        data: the data group of the config.
-        task: the task group of the config; empty if there is none.
+        config: a fine-tuning config, its groups as dictionaries.
         tokenizer: digest of the tokenizer.
-        settings: further settings, by key.
     """
-    identity: dict[str, Any] = dict(settings)
+    identity = {name: config[name] for name in _SETTINGS}
     identity["tokenizer"] = tokenizer[:12]
-    for name, value in data.items():
+    for name, value in config["data"].items():
         if name not in _WITHOUT_EFFECT:
             identity[f"data.{name}"] = value
-    for name, value in task.items():
+    # Language modeling has no settings of its task.
+    for name, value in config.get("task", {}).items():
         identity[f"task.{name}"] = value
-    for file in local_files(data.get("train")):
+    for file in local_files(config["data"].get("train")):
         identity[f"file {file}"] = _describe(file)
     result: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return result

@@ -102,11 +102,13 @@ def test_what_decides_the_batches(tmp_path: Path) -> None:
     data = {"train": f"{tmp_path}/*.jsonl", "validation": "v", "packing": "best_fit", "weights": None, "cache_dir": "c"}
 
     def identity() -> dict[str, Any]:
-        return data_identity(data, {"doc_stride": 8}, "0123456789abcdef", {"seed": 3})
+        settings = {"seed": 3, "global_batch_size": 8, "sequence_length": 16, "add_tokens": [], "max_steps": 5}
+        return data_identity({**settings, "data": data, "task": {"doc_stride": 8}}, "0123456789abcdef")
 
     first = identity()
     files = [f"file {tmp_path}/{name}" for name in ("a.jsonl", "b.jsonl")]
-    expected = ["seed", "tokenizer", "data.packing", "data.weights", "task.doc_stride", *files]
+    settings = ["seed", "global_batch_size", "sequence_length", "add_tokens", "tokenizer"]
+    expected = [*settings, "data.packing", "data.weights", "task.doc_stride", *files]
     assert list(first) == expected
     assert first[files[0]].startswith("4 bytes, sha256 ")
     (tmp_path / "b.jsonl").write_text("two, which is LONGER\n")  # as long as before
