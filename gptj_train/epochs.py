@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 
+from gptj_train.counted import counted
 from gptj_train.data.sampler import Sampler
 
 _MANY = 20  # passes, after which a model is likely to know its data by heart
@@ -33,14 +34,14 @@ class Epochs:
     def describe(self, steps: int) -> str:
         """Describe how often this number of steps visits the data, or each component of several."""
         counts = [f"{name} {count:.2f}".strip() for name, count in self._counts(steps)]
-        return f"{', '.join(counts)} in {steps:,} steps"
+        return f"{', '.join(counts)} in {counted(steps, 'step')}"
 
     def warnings(self, steps: int) -> Iterator[str]:
         """Yield lines about too little data for this number of steps."""
         total = sum(self._sizes.values())
         if total < self._global_batch_size:
             yield (
-                f"data.train has {total} samples, fewer than global_batch_size={self._global_batch_size}: each step "
+                f"data.train has {counted(total, 'sample')}, fewer than global_batch_size={self._global_batch_size}: each step "
                 "has some of them twice; lower global_batch_size"
             )
         many = [(name, count) for name, count in self._counts(steps) if count > _MANY]

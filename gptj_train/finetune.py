@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 from gptj_train.config import FinetuneConfig, model_config_of
+from gptj_train.counted import counted
 from gptj_train.data.identity import data_identity
 from gptj_train.data.sampler import Sampler
 from gptj_train.data.tokenizer import Tokenizer
@@ -38,7 +39,8 @@ from gptj_train.training.trainer import Trainer
 from gptj_train.training.trainer_config import with_steps
 from gptj_train.weights.hf_writer import parse_size
 
-_SHOWN_AT_START = ("data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
+# Facts that fit on a screen.
+_SHOWN_AT_START = ("data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
 
 
 class Finetune:
@@ -87,15 +89,15 @@ class Finetune:
         self._epochs = Epochs(sizes, sampler, self._cfg.global_batch_size)
         return sampler
 
-    def batch_facts(self, samples: str) -> str:
+    def batch_facts(self, sample: str) -> str:
         """Describe the global batch for screen, report and model card.
 
         Args:
-            samples: name of its elements, such as "windows".
+            sample: what one of its elements is called, such as "window".
         """
         cfg = self._cfg
         return (
-            f"{cfg.global_batch_size} {samples} = {world_size()} ranks x {cfg.micro_batch_size} x "
+            f"{counted(cfg.global_batch_size, sample)} = {counted(world_size(), 'rank')} x {cfg.micro_batch_size} x "
             f"{self._accumulation} accumulated"
         )
 
@@ -143,7 +145,9 @@ class Finetune:
         if any(True for _ in task.evaluation_batches(rank(), world_size())):
             return cfg
         if cfg.patience is not None:
-            raise UserError(f"patience={cfg.patience} needs held-out data; give data.validation=..., or patience=null")
+            raise UserError(
+                f"patience={cfg.patience} needs held-out data; give data.validation=... or validation_share=0.02"
+            )
         return replace(cfg, export_of="last")
 
     def _train(

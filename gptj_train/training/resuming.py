@@ -122,5 +122,5 @@ def _schedules(state: TrainState, config: TrainerConfig) -> tuple[Cycles, Cycles
     now = extended(before, steps, config.steps, config.extend)
     start, end = now[-1]
     if now != before:
-        check_warmup(config.optim, end - start, f"step {start} to {end}")
+        check_warmup(config.optim, end - start, f"the extension (steps {start + 1} to {end})")
     return before, now

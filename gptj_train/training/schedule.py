@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.training.optimizer import OptimConfig
 
@@ -52,8 +53,8 @@ def check_warmup(optim: OptimConfig, max_steps: int, of: str = "the run") -> Non
         return
     name = "warmup_ratio" if optim.warmup_steps is None else "warmup_steps"
     raise UserError(
-        f"optim.{name}={getattr(optim, name)}: {warmup} steps of warm-up are not fewer than the {max_steps} of {of}, "
-        f"which would end at its highest learning rate; lower optim.{name}"
+        f"optim.{name}={getattr(optim, name)}: a warm-up of {counted(warmup, 'step')} is not shorter than {of} of "
+        f"{counted(max_steps, 'step')}, which would end at its highest learning rate; lower optim.{name}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted, StopRequest
 from gptj_train.launch.run_folder import RunFolder
@@ -107,8 +108,8 @@ class Trainer:
         if config.patience is None or state.evaluations_since_best < config.patience or state.step == config.steps:
             return
         self.ended = (
-            f"patience={config.patience}: no better {config.best_metric} in {state.evaluations_since_best} evaluations "
-            f"since step {state.best_step}"
+            f"patience={config.patience}: no better {config.best_metric} in "
+            f"{counted(state.evaluations_since_best, 'evaluation')} since step {state.best_step}"
         )
         self.tracker.note(f"{self.ended}; ended after step {state.step} of {config.steps}")
 

@@ -123,7 +123,7 @@ def test_all_wrong_values_are_reported() -> None:
         ("optim.warmup_ratio=1", "optim: warmup_ratio must be at least 0 and below 1, got 1.0"),
         (
             "optim.warmup_steps=7",
-            "optim.warmup_steps=7: 7 steps of warm-up are not fewer than the 7 of the run, which would end at its "
+            "optim.warmup_steps=7: a warm-up of 7 steps is not shorter than the run of 7 steps, which would end at its "
             "highest learning rate; lower optim.warmup_steps",
         ),
         ("optim.lr=0", "optim: lr must be above 0, got 0.0"),

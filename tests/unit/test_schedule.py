@@ -137,9 +137,11 @@ def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     check_warmup(optim(warmup_steps=12), 13)
     check_warmup(optim(warmup_steps=0), 0)
     check_warmup(optim(warmup_steps=5), 0)  # max_steps=0 exports the initial weights
-    with pytest.raises(UserError, match=r"optim\.warmup_steps=13: 13 steps .* not fewer than the 13 of the run"):
+    with pytest.raises(
+        UserError, match=r"optim\.warmup_steps=13: a warm-up of 13 steps is not shorter than the run of 13 "
+    ):
         check_warmup(optim(warmup_steps=13), 13)
-    with pytest.raises(UserError, match=r"optim\.warmup_ratio=0\.9: 4 steps .* lower optim\.warmup_ratio"):
+    with pytest.raises(UserError, match=r"optim\.warmup_ratio=0\.9: a warm-up of 4 steps .* lower optim\.warmup_ratio"):
         check_warmup(optim(warmup_steps=None, warmup_ratio=0.9), 4)
 
 

@@ -357,7 +357,7 @@ def test_a_step_that_was_skipped_is_not_the_best(tmp_path: Path) -> None:
 def test_patience_ends_a_run_and_saves_it(tmp_path: Path) -> None:
     run = Run(tmp_path, evaluations=[1.0, 2.0, 3.0, 4.0], patience=1, save_every=0)
     run.trainer.train()
-    assert run.trainer.ended == "patience=1: no better eval_loss in 1 evaluations since step 2"
+    assert run.trainer.ended == "patience=1: no better eval_loss in 1 evaluation since step 2"
     assert best_of(run) == [(4, 2, 2.0, 1)]
     again = Run(tmp_path, resumed_from=run, patience=1)
     again.trainer.train()
