@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from gptj_train.alternative_keys import choose_alternatives
 from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
@@ -24,8 +25,6 @@ from gptj_train.tracking import TrackingConfig
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.hf_writer import parse_size
-
-T = TypeVar("T")
 
 
 @schema
@@ -76,6 +75,7 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     @staticmethod
     def adjust(composed: DictConfig, given: set[str]) -> None:
         """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed."""
+        choose_alternatives(composed, given)
         use_initial_model(composed, given)
 
 
