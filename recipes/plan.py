@@ -1,4 +1,4 @@
-"""Does a run fit on a machine, and what would help: python recipes/plan.py +config=NAME [cluster=NAME] [key=value ...]"""
+"""Does a run fit on a machine, and what helps: python recipes/plan.py +config=NAME [cluster=NAME] [key=value ...]"""
 
 from gptj_train.config import PlanConfig, model_config_of
 from gptj_train.launch.machine import described_machine

@@ -11,7 +11,7 @@ from gptj_train.planning.advice import Advice, advise, nodes_needed
 from gptj_train.planning.memory import PLACES, memory_items, peak
 from gptj_train.planning.run_plan import RunPlan, head_of
 from gptj_train.planning.step_time import StepTime, step_time
-from gptj_train.planning.verdict import Need, needs
+from gptj_train.planning.verdict import SYSTEM, Need, needs
 from gptj_train.training.accumulation import accumulation_steps
 
 _GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
@@ -176,7 +176,7 @@ def _row(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> str:
     on_gpu = peak(items, "GPU")
     fitting = [size for size in _GPU_SIZES if size * 1e9 >= on_gpu]
     fits_on = f"{fitting[0]} GB" if fitting else "none"
-    host = machine.ranks_per_node * peak(items, "host")
+    host = machine.ranks_per_node * peak(items, "host") + SYSTEM
     nvme = machine.ranks_per_node * peak(items, "NVMe")
     return (
         f"{machine.ranks:>4}{time.accumulation:>13}{_gb(on_gpu):>10}{fits_on:>9}{_gb(host):>11}{_gb(nvme):>16}"

@@ -29,15 +29,16 @@ OPTIMIZER_BYTES = 12
 FP32 = 4
 
 # Bytes of libraries. A GPU: CUDA context, cuBLAS workspace, the allocator's gaps; not measured. The host of a rank
-# with a GPU: torch's CUDA libraries; not measured. Without a GPU: measured (benchmarks/results/plan_vs_measured.md),
-# with what malloc keeps of freed blocks.
+# with a GPU: torch's CUDA libraries; not measured. Without a GPU: measured (benchmarks/results/plan_vs_measured.md).
 _GPU_LIBRARIES = 2e9
 _HOST_LIBRARIES = 1.5e9
-_CPU_LIBRARIES = 0.9e9
+_CPU_LIBRARIES = 0.45e9
 
 _NVME_OPTIMIZER_BUFFERS = 4  # of a sub-group each: weight, gradient and both moments (offload_optimizer.buffer_count)
 _NVME_WEIGHT_BUFFERS = 5  # of the largest parameter each (offload_param.buffer_count)
 _CACHED_BLOCK = 64 * 2**20  # launch/host.py: page-locked blocks up to this size are rounded up and kept when freed
+
+_LARGEST_KEPT_BLOCK = 32 * 2**20  # larger ones glibc's malloc gives back at once (M_MMAP_THRESHOLD in mallopt(3))
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,11 @@ def memory_items(plan: RunPlan, ranks: int, *, on_gpu: bool) -> list[Item]:
     if on_gpu:
         items += [Item("libraries", "GPU", _GPU_LIBRARIES), Item("libraries", "host", _HOST_LIBRARIES)]
     else:
-        items = [replace(item, place="host") if item.place == "GPU" else item for item in items]
-        items.append(Item("libraries", "host", _CPU_LIBRARIES))
+        items = [_on_host(item) for item in items]
+        items += [
+            Item("freed blocks that malloc keeps", "host", _kept_by_malloc(plan, ranks)),
+            Item("libraries", "host", _CPU_LIBRARIES),
+        ]
     return [item for item in items if item.size > 0]
 
 
@@ -104,6 +108,25 @@ def page_locked(plan: RunPlan, ranks: int) -> float:
     if engine.offload_optimizer != "none" and engine.accumulate_on == "optimizer":
         locked += FP32 * trained
     return locked
+
+
+def _on_host(item: Item) -> Item:
+    """Return an item of a GPU where there is none.
+
+    No part of a step gives its memory to the next: forward and backward run in different threads, each with an arena
+    of malloc, and a block that is freed stays in its arena.
+    """
+    return replace(item, place="host", phases=()) if item.place == "GPU" else item
+
+
+def _kept_by_malloc(plan: RunPlan, ranks: int) -> float:
+    """Return the bytes of trained weights as zero.Init made them, and of their gradients, that malloc does not free."""
+    kept = 0.0
+    for shape in plan.sizes.trained.values():
+        size = plan.element * prod(shape)
+        if size <= _LARGEST_KEPT_BLOCK:
+            kept += size + (size / ranks if plan.cfg.engine.stage == 3 else 0)
+    return kept
 
 
 def _weights(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
@@ -185,7 +208,9 @@ def _gradients(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
         yield Item("sums of gradients", "host" if sums_on_host else "GPU", FP32 * trained / ranks)
         if sums_on_host and on_gpu:
             # The largest parameter's, moved to the GPU to be added to, and the result.
-            yield Item("sums on their way", "GPU", 2 * FP32 * plan.sizes.largest / ranks, ("backward", "reduction"))
+            yield Item(
+                "sums on their way", "GPU", 2 * FP32 * plan.sizes.largest_trained / ranks, ("backward", "reduction")
+            )
 
     # Gradients are reduced in buckets: the buffer, the tensor that it is flattened into, and the result in fp32.
     size = plan.zero("reduce_bucket_size")

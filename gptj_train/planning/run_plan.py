@@ -75,6 +75,10 @@ class ModelSizes:
         return max(prod(shape) for shape in self.shapes.values())
 
     @cached_property
+    def largest_trained(self) -> int:
+        return max(prod(shape) for shape in self.trained.values())
+
+    @cached_property
     def exported_elements(self) -> int:
         """Elements of the exported model, into whose weights adapters are merged."""
         return _count({name: shape for name, shape in self.shapes.items() if not is_adapter(name)})

@@ -45,17 +45,17 @@ def needs(plan: RunPlan, machine: Machine) -> list[Need]:
     if on_nvme:
         found.append(_need("a host's NVMe disk", on_nvme, machine.ranks_per_node, machine.nvme))
     checkpoint, most, export = plan.disk()
-    on_disk = [
-        (f"{most} checkpoints of {checkpoint / 1e9:.1f} GB", float(most * checkpoint)),
-        ("export", float(export)),
-    ]
-    found.append(Need("the disk", sum(size for _, size in on_disk), machine.disk, on_disk))
+    of_checkpoints = (f"{most} checkpoints of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
+    found.append(Need("the disk", most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
     return found
 
 
-def memory_fits(plan: RunPlan, machine: Machine) -> bool:
-    """Return whether memory and NVMe disk suffice; the disk of checkpoints is another matter."""
-    return all(need.fits for need in needs(plan, machine) if need.place != "the disk")
+def memory_fits(plan: RunPlan, machine: Machine, spare: float = 0) -> bool:
+    """Return whether memory and NVMe disk suffice, with a share to spare; the disk of checkpoints is another matter."""
+    for need in needs(plan, machine):
+        if need.place != "the disk" and need.available is not None and need.needed > (1 - spare) * need.available:
+            return False
+    return True
 
 
 def _need(place: str, items: Sequence[Item], ranks: int, available: float | None) -> Need:
