@@ -1,6 +1,6 @@
 """Compare the plan's host memory with the measured peak of real runs on a CPU.
 
-    python benchmarks/plan_vs_measured.py [--sizes 40M 90M 320M] [--ranks 1 2] [--folder DIR]
+    python benchmarks/plan_vs_measured.py [--sizes 40M 90M 320M] [--ranks 1 2] [--steps 8] [--folder DIR]
 
 Each run is recipes/clm.py on random weights for a few steps, with an evaluation, a checkpoint and an export, under
 bf16 with fp32 masters. Every rank is a process whose peak resident memory (ru_maxrss) the kernel reports.
@@ -10,6 +10,7 @@ Written to results/plan_vs_measured.json. Give each run the machine for itself: 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -18,6 +19,11 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from gptj_train.config import ClmConfig, model_config_of
+from gptj_train.launch.command_line import compose
+from gptj_train.planning.memory import at_peak, memory_items
+from gptj_train.planning.run_plan import RunPlan
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "plan_vs_measured.json"
@@ -51,7 +57,6 @@ def arguments(size: str, case: str, folder: Path) -> list[str]:
         "sequence_length=256",
         "global_batch_size=8",
         "micro_batch_size=4",
-        "max_steps=8",
         "engine.activation_checkpointing=none",
     ]
 
@@ -88,7 +93,10 @@ def measured(overrides: list[str], ranks: int) -> list[float]:
 
 def planned(overrides: list[str], ranks: int) -> dict[str, float]:
     """Return the plan's bytes of a rank on the host, by item."""
-    raise NotImplementedError
+    cfg = compose("clm", overrides, ClmConfig)
+    plan = RunPlan.of(cfg, model_config_of(cfg.model, None))
+    items = at_peak(memory_items(plan, ranks, on_gpu=False), "host")
+    return {item.name: item.size for item in items}
 
 
 def main() -> None:
@@ -96,6 +104,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     parser.add_argument("--cases", nargs="+", choices=CASES, default=["offload"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "plan_vs_measured")
     given = parser.parse_args()
     if not (given.folder / "train.jsonl").exists():
@@ -103,24 +112,22 @@ def main() -> None:
     # One document: evaluating 14 takes longer than training a few steps.
     held_out = (given.folder / "validation.jsonl").read_text().splitlines()[0]
     (given.folder / "held_out.jsonl").write_text(held_out + "\n")
-    for size in given.sizes:
-        for case in given.cases:
-            for ranks in given.ranks:
-                shutil.rmtree(given.folder / "run", ignore_errors=True)
-                peaks = measured(arguments(size, case, given.folder), ranks)
-                steps = [json.loads(line) for line in (given.folder / "run" / "metrics.jsonl").read_text().splitlines()]
-                print(
-                    json.dumps(
-                        {
-                            "size": size,
-                            "case": case,
-                            "ranks": ranks,
-                            "peaks_gb": [p / 1e9 for p in peaks],
-                            "steps": [s.get("memory_gib", 0) * 2**30 / 1e9 for s in steps],
-                        }
-                    ),
-                    flush=True,
-                )
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for size, case, ranks in itertools.product(given.sizes, given.cases, given.ranks):
+        shutil.rmtree(given.folder / "run", ignore_errors=True)
+        overrides = [*arguments(size, case, given.folder), f"max_steps={given.steps}"]
+        measured_gb = max(measured(overrides, ranks)) / 1e9
+        items = {name: round(size / 1e9, 3) for name, size in planned(overrides, ranks).items()}
+        planned_gb = sum(items.values())
+        results[f"{size}, {case}, {ranks} ranks"] = {
+            "steps": given.steps,
+            "measured_gb": round(measured_gb, 3),
+            "planned_gb": round(planned_gb, 3),
+            "planned_is_more_by": f"{planned_gb / measured_gb - 1:+.1%}",
+            "items_gb": items,
+        }
+        print(size, case, ranks, json.dumps(results[f"{size}, {case}, {ranks} ranks"]), flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

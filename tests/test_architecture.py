@@ -51,7 +51,7 @@ MAY_IMPORT = {
         *("data", "errors", "initial_model", "launch", "model", "schema", "tasks", "tracking", "training", "weights"),
     },
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
-    "planning": {"config", "model", "training", "weights"},
+    "planning": {"config", "errors", "launch", "model", "training", "weights"},
     "finetune": {
         *("config", "data", "environment", "errors", "export", "inference", "launch", "model", "planning", "report"),
         *("run_summary", "tasks", "tracking", "training", "weights"),

@@ -10,7 +10,6 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-import gptj_train
 from gptj_train.config import FinetuneConfig
 from gptj_train.launch.machine import Machine
 from gptj_train.model.lora import LoraConfig
@@ -25,7 +24,7 @@ _SMALL_BUCKET = 200_000_000  # elements: 40 % of DeepSpeed's default
 _BUCKET = "engine.deepspeed.zero_optimization.reduce_bucket_size"
 _SPARE = 0.05  # share of each memory that advice leaves free, for what a plan does not see
 _WORTH_IT = 0.9  # a change is faster if a step takes less than this share of the time
-_LORA_CHOICES = Path(gptj_train.__file__).parent / "configs" / "lora"
+_LORA_CHOICES = Path(__file__).parents[1] / "configs" / "lora"
 _LORA_LR = 2.0e-4  # as in the presets with adapters: their weights start from 0
 
 Change = dict[str, Any]

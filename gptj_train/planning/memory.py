@@ -32,7 +32,7 @@ FP32 = 4
 # with a GPU: torch's CUDA libraries; not measured. Without a GPU: measured (benchmarks/results/plan_vs_measured.md).
 _GPU_LIBRARIES = 2e9
 _HOST_LIBRARIES = 1.5e9
-_CPU_LIBRARIES = 0.45e9
+_CPU_LIBRARIES = 0.52e9
 
 _NVME_OPTIMIZER_BUFFERS = 4  # of a sub-group each: weight, gradient and both moments (offload_optimizer.buffer_count)
 _NVME_WEIGHT_BUFFERS = 5  # of the largest parameter each (offload_param.buffer_count)
@@ -120,13 +120,11 @@ def _on_host(item: Item) -> Item:
 
 
 def _kept_by_malloc(plan: RunPlan, ranks: int) -> float:
-    """Return the bytes of trained weights as zero.Init made them, and of their gradients, that malloc does not free."""
-    kept = 0.0
-    for shape in plan.sizes.trained.values():
-        size = plan.element * prod(shape)
-        if size <= _LARGEST_KEPT_BLOCK:
-            kept += size + (size / ranks if plan.cfg.engine.stage == 3 else 0)
-    return kept
+    """Return the bytes of zero.Init's parts, which malloc keeps when DeepSpeed has moved them to one buffer."""
+    if plan.cfg.engine.stage != 3:
+        return 0.0
+    parts = [plan.element * prod(shape) / ranks for shape in plan.sizes.trained.values()]
+    return sum(size for size in parts if size <= _LARGEST_KEPT_BLOCK)
 
 
 def _weights(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
@@ -208,9 +206,8 @@ def _gradients(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
         yield Item("sums of gradients", "host" if sums_on_host else "GPU", FP32 * trained / ranks)
         if sums_on_host and on_gpu:
             # The largest parameter's, moved to the GPU to be added to, and the result.
-            yield Item(
-                "sums on their way", "GPU", 2 * FP32 * plan.sizes.largest_trained / ranks, ("backward", "reduction")
-            )
+            largest = FP32 * plan.sizes.largest_trained / ranks
+            yield Item("sums on their way", "GPU", 2 * largest, ("backward", "reduction"))
 
     # Gradients are reduced in buckets: the buffer, the tensor that it is flattened into, and the result in fp32.
     size = plan.zero("reduce_bucket_size")
