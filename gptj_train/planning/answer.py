@@ -12,7 +12,6 @@ from gptj_train.planning.memory import PLACES, memory_items, peak
 from gptj_train.planning.run_plan import RunPlan, head_of
 from gptj_train.planning.step_time import StepTime, step_time
 from gptj_train.planning.verdict import SYSTEM, Need, needs
-from gptj_train.training.accumulation import accumulation_steps
 
 _GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
 _SMALL_ITEM = 0.01  # share of a place below which an item has no line of its own
@@ -152,12 +151,10 @@ def _table_lines(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> Iterator[s
 def possible_ranks(cfg: PlanConfig, gpus_per_node: int) -> list[int]:
     """Return the numbers of GPUs that divide the global batch: parts of a node, and whole nodes."""
     found = []
-    micro_batches = cfg.global_batch_size // cfg.micro_batch_size
-    if cfg.global_batch_size % cfg.micro_batch_size:
-        accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size=1)  # raises, with advice
-    for ranks in range(1, micro_batches + 1):
+    for ranks in range(1, cfg.global_batch_size // cfg.micro_batch_size + 1):
+        divides = cfg.global_batch_size % (cfg.micro_batch_size * ranks) == 0
         whole_nodes = ranks <= gpus_per_node or ranks % gpus_per_node == 0
-        if micro_batches % ranks == 0 and whole_nodes:
+        if divides and whole_nodes:
             found.append(ranks)
     return found
 
