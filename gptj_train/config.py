@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
 
+from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
@@ -53,7 +54,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig, HubKeys):
+class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
@@ -78,10 +79,7 @@ class FinetuneConfig(TrainerConfig, HubKeys):
 
     @staticmethod
     def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:
-        """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed.
-
-        ``given`` are the values by key that the command line itself sets.
-        """
+        """Adjust the composed YAML to ``init_from``, before it is typed; ``given``: the command line's values by key."""
         use_initial_model(composed, set(given))
 
 
@@ -124,10 +122,6 @@ class PlanConfig(FinetuneConfig, MachineKeys):
     sample_prompt: PlainText | None
     data: dict[str, Any]
     task: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        FinetuneConfig.__post_init__(self)
-        MachineKeys.__post_init__(self)
 
     @staticmethod
     def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from gptj_train.errors import UserError
 from gptj_train.launch.host import usable_cores
@@ -19,38 +22,27 @@ _TFLOPS = {
 _TFLOPS_OF_OTHERS = 100.0
 _TFLOPS_OF_CORE = 0.05
 
-_ABOVE_0 = (
-    *("nodes", "gpu_memory", "host_memory", "tflops_per_gpu", "host_gb_per_second", "nvme_gb_per_second"),
-    *("pcie_gb_per_second", "gpu_link_gb_per_second", "network_gb_per_second"),
-)
+_Count = Annotated[int, Field(gt=0)]
+_Positive = Annotated[float, Field(gt=0)]
+_Size = Annotated[float, Field(ge=0)]
 
 
 @schema
 class MachineKeys:
     """Keys that describe machines; null is looked up on this one, or assumed. GB are 10^9 bytes."""
 
-    nodes: int | None
-    gpus_per_node: int | None
-    gpu_memory: float | None
-    host_memory: float | None
-    nvme_gb: float | None
-    disk_gb: float | None
-    tflops_per_gpu: float | None
-    host_gb_per_second: float | None
-    nvme_gb_per_second: float | None
-    pcie_gb_per_second: float | None
-    gpu_link_gb_per_second: float | None
-    network_gb_per_second: float | None
-
-    def __post_init__(self) -> None:
-        for name in _ABOVE_0:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise UserError(f"{name} must be above 0, got {value}")
-        for name in ("gpus_per_node", "nvme_gb", "disk_gb"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise UserError(f"{name} must be 0 or more, got {value}")
+    nodes: _Count | None
+    gpus_per_node: Annotated[int, Field(ge=0)] | None
+    gpu_memory: _Positive | None
+    host_memory: _Positive | None
+    nvme_gb: _Size | None
+    disk_gb: _Size | None
+    tflops_per_gpu: _Positive | None
+    host_gb_per_second: _Positive | None
+    nvme_gb_per_second: _Positive | None
+    pcie_gb_per_second: _Positive | None
+    gpu_link_gb_per_second: _Positive | None
+    network_gb_per_second: _Positive | None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from gptj_train.config import PlanConfig
+from gptj_train.counted import counted
 from gptj_train.launch.machine import Machine
 from gptj_train.planning.advice import Advice, advise, nodes_needed
 from gptj_train.planning.memory import PLACES, memory_items, peak
@@ -43,7 +44,7 @@ def answer_lines(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> Iterator[s
 def _run_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     tokens = cfg.global_batch_size * cfg.sequence_length
     yield (
-        f"model    {head_of(cfg).__name__}, {plan.sizes.all_elements:,} parameters, "
+        f"model    {head_of(cfg).__name__}, {counted(plan.sizes.all_elements, 'parameter')}, "
         f"{plan.sizes.trained_elements:,} of them trained"
     )
     yield (
@@ -51,8 +52,8 @@ def _run_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
         f"{PLACES[cfg.engine.offload_optimizer]}, idle weights on the {PLACES[cfg.engine.offload_parameters]}"
     )
     yield (
-        f"step     {cfg.global_batch_size} x {cfg.sequence_length} = {tokens:,} tokens; "
-        f"{cfg.max_steps:,} steps: {cfg.max_steps * tokens / 1e6:,.1f} million"
+        f"step     {cfg.global_batch_size} x {cfg.sequence_length} = {counted(tokens, 'token')}; "
+        f"{counted(cfg.max_steps, 'step')}: {cfg.max_steps * tokens / 1e6:,.1f} million"
     )
 
 

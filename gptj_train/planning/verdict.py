@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gptj_train.counted import counted
 from gptj_train.launch.machine import Machine
 from gptj_train.planning.memory import Item, at_peak, memory_items
 from gptj_train.planning.run_plan import RunPlan
@@ -45,7 +46,7 @@ def needs(plan: RunPlan, machine: Machine) -> list[Need]:
     if on_nvme:
         found.append(_need("a host's NVMe disk", on_nvme, machine.ranks_per_node, machine.nvme))
     checkpoint, most, export = plan.disk()
-    of_checkpoints = (f"{most} checkpoints of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
+    of_checkpoints = (f"{counted(most, 'checkpoint')} of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
     found.append(Need("the disk", most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
     return found
 

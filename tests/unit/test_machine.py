@@ -97,5 +97,5 @@ def test_gpus_of_unknown_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize(("name", "value"), [("nodes", 0), ("gpu_memory", 0), ("host_memory", -1), ("nvme_gb", -1)])
 def test_impossible_values_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be"):
+    with pytest.raises(ValueError, match=rf"{name}\n  Input should be greater than"):
         described(**{name: value})
