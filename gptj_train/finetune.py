@@ -24,7 +24,8 @@ from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
-from gptj_train.planning import RunPlan
+from gptj_train.planning.preflight import check_machine, memory_line
+from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.report import write_report
 from gptj_train.run_summary import summary
 from gptj_train.tasks.task import Task
@@ -71,6 +72,8 @@ class Finetune:
         self._epochs: Epochs | None = None
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
+        if rank() == 0:
+            check_machine(cfg, self.model_config)
 
     def sampler(self, sizes: Mapping[str, int], weights: list[float] | None = None) -> Sampler:
         """Return the sampler of the training data, of one or several components.
@@ -233,8 +236,8 @@ class Finetune:
         if engine.rank != 0:
             return
 
-        plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
-        report["memory"] = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
+        plan = RunPlan(ModelSizes(engine.shapes, engine.trained), model_config, cfg)
+        report["memory"] = memory_line(plan, engine.world_size, on_gpu=engine.device.type != "cpu")
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:

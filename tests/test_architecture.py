@@ -70,7 +70,7 @@ MAY_IMPORT = {
         *("training", "weights"),
     },
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
-    "planning": {"config", "counted", "errors", "model", "training", "weights"},
+    "planning": {"config", "counted", "errors", "launch", "model", "training", "weights"},
     "finetune": {
         *("config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch", "model"),
         "planning",

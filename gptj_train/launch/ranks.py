@@ -19,6 +19,12 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def ranks_on_host() -> int:
+    """Return the number of ranks on this host; known before torch.distributed starts."""
+    # LOCAL_WORLD_SIZE is set by torchrun and by set_rank_variables under srun, LOCAL_SIZE by the deepspeed launcher.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def set_rank_variables() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not.
 
