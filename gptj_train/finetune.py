@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+from gptj_train.agreement import check_agreement
 from gptj_train.config import FinetuneConfig, model_config_of
 from gptj_train.data.sampler import Sampler
 from gptj_train.data.tokenizer import Tokenizer
@@ -16,6 +17,7 @@ from gptj_train.export.from_engine import export
 from gptj_train.inference.text_generator import sample_from
 from gptj_train.launch.ranks import rank, world_size
 from gptj_train.launch.recipe import NothingToDo
+from gptj_train.launch.rendezvous import wait_for_ranks
 from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.model.gptj_config import GPTJConfig
@@ -28,7 +30,7 @@ from gptj_train.tasks.task import Task
 from gptj_train.tracking import Tracker
 from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.checkpoint import Checkpoints
-from gptj_train.training.engine import Engine
+from gptj_train.training.engine import Engine, join_process_group
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
@@ -61,6 +63,7 @@ class Finetune:
             raise NothingToDo(
                 f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps"
             )
+        self._status = RunStatus(cfg.output_dir, rank(), asdict(cfg))
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
         self._steps_per_epoch: float | None = None
@@ -114,14 +117,13 @@ class Finetune:
             UserError: weights, checkpoints or data that cannot be used.
         """
         self._folder.create()
-        with RunStatus(self._cfg.output_dir, rank(), asdict(self._cfg)) as status:
+        with self._status:
             self._train(
                 model_class,
                 task,
                 facts,
                 model_config=model_config or self.model_config,
                 sample_prompt=sample_prompt,
-                status=status,
             )
 
     def _train(
@@ -132,9 +134,11 @@ class Finetune:
         *,
         model_config: GPTJConfig,
         sample_prompt: str | None,
-        status: RunStatus,
     ) -> None:
         cfg = self._cfg
+        if world_size() > 1:
+            # Before the model is loaded, which takes minutes.
+            self._meet(task, facts)
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
@@ -161,6 +165,10 @@ class Finetune:
             mean_rows=self._mean_rows,
         )
         environment = describe_environment(engine.gathered([describe_host()]))
+        hosts = ", ".join(host["host"] for host in environment["hosts"])
+        tracker.note(
+            f"attempt   {self._status.attempt}, {environment['started']}, {engine.world_size} ranks on {hosts}"
+        )
         parameters = {
             "parameters": sum(shape.numel() for shape in engine.shapes.values()),
             "trained_parameters": sum(shape.numel() for shape in engine.trained.values()),
@@ -173,7 +181,8 @@ class Finetune:
         trainer = Trainer(
             config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker, folder=self._folder
         )
-        status.step = lambda: trainer.state.step
+        self._status.step = lambda: trainer.state.step
+        self._status.progressed = lambda: checkpoints.has_saved
         trainer.train(self._resume_from)
 
         export_folder = export(
@@ -199,6 +208,18 @@ class Finetune:
             sample = sample_from(export_folder, sample_prompt, cfg.seed)
             write_report(cfg.output_dir, report, sample)
         print(summary(cfg.output_dir, model_class.__name__, sample))
+
+    def _meet(self, task: Task, facts: Mapping[str, str]) -> None:
+        """Connect the ranks, and check that they are about to run the same job. Collective.
+
+        Raises:
+            UserError: ranks are missing, or they differ; on all ranks.
+        """
+        cfg = self._cfg
+        store = wait_for_ranks(cfg.rendezvous_timeout)
+        join_process_group()
+        del store  # The process group holds a connection of its own by now.
+        check_agreement(asdict(cfg), tokenizer=self.tokenizer.digest, task=task, facts=facts, max_steps=cfg.max_steps)
 
 
 def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:

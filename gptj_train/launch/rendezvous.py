@@ -23,7 +23,7 @@ _ONE_ATTEMPT = 5.0
 _SHORTEST_POLL, _LONGEST_POLL = 0.02, 1.0  # seconds
 
 
-def wait_for_ranks(limit: float) -> dist.Store | None:
+def wait_for_ranks(limit: float) -> dist.Store:
     """Return when every rank has come here. Call it on all ranks before they join a process group.
 
     Rank 0 counts the others at MASTER_ADDR:MASTER_PORT and prints every 30 seconds who is missing; a rank that cannot
@@ -33,13 +33,11 @@ def wait_for_ranks(limit: float) -> dist.Store | None:
         limit: seconds to wait.
 
     Returns:
-        The store at that address, which the process group uses too: keep it until the group exists. None for one rank.
+        The store at that address, which the process group uses too: keep it until the group exists.
 
     Raises:
         UserError: ranks are missing after the limit, rank 0 cannot be reached, or its port is taken.
     """
-    if world_size() == 1:
-        return None
     deadline = time.monotonic() + limit
     store = _host_store() if _hosts_store() else _reach_store(deadline, limit)
     # torchrun keeps its store when it restarts the ranks: those of the last start must not be counted.

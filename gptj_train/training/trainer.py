@@ -266,7 +266,7 @@ class Trainer:
             with self._watchdog.paused():
                 folder = self.checkpoints.save(self.engine, state)
         except SaveFailedError as error:
-            if self.config.failed_save == "stop":
+            if self.config.failed_save == "stop" or self._saved is None:  # the first one: this disk may take none
                 raise
             self.tracker.note(f"step {state.step} was not saved: {error}; continuing, earlier checkpoints are intact")
             return

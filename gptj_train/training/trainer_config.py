@@ -37,6 +37,7 @@ class TrainerConfig:
     max_hours: float | None
     max_skipped_steps: int
     hang_timeout: float
+    rendezvous_timeout: float
     optim: OptimConfig
 
     def __post_init__(self) -> None:
@@ -57,6 +58,8 @@ class TrainerConfig:
         for name, most in _MOST.items():
             if getattr(self, name) > most:
                 raise UserError(f"{name} must be at most {most}, got {getattr(self, name)}")
+        if self.rendezvous_timeout <= 0:
+            raise UserError(f"rendezvous_timeout must be above 0 seconds, got {self.rendezvous_timeout}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
 
