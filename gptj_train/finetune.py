@@ -219,7 +219,7 @@ class Finetune:
         store = wait_for_ranks(cfg.rendezvous_timeout)
         join_process_group()
         del store  # The process group holds a connection of its own by now.
-        check_agreement(asdict(cfg), tokenizer=self.tokenizer.digest, task=task, facts=facts, max_steps=cfg.max_steps)
+        check_agreement(asdict(cfg), tokenizer=self.tokenizer.digest, task=task, facts=facts)
 
 
 def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
