@@ -60,7 +60,7 @@ def check_agreement(config: Mapping[str, Any], *, tokenizer: str, task: Task, fa
         UserError: on all ranks, with one line that names the hosts and what differs.
     """
     values = _flat(config)
-    values |= {f"the data's {name}": text for name, text in facts.items()}
+    values |= facts
     values["training and held-out batches"] = _batches(task)
     values["the tokenizer"] = tokenizer
     if config["init_from"] is not None:

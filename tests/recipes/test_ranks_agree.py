@@ -73,7 +73,8 @@ def test_other_settings_on_one_host(place: Path) -> None:
 def test_other_data_on_one_host(place: Path) -> None:
     outcomes = run(place, [[], []], f"{place}/data", "train.jsonl")
     assert [code for code, _ in outcomes] == [2, 2]
-    assert "error: the ranks do not run the same job. training and held-out batches: " in outcomes[0][1]
+    assert outcomes[0][1].startswith("error: the ranks do not run the same job. data: 1 documents, ")
+    assert "training and held-out batches: " in outcomes[0][1]
 
 
 def test_an_output_dir_that_each_host_has_for_itself(place: Path) -> None:
