@@ -51,7 +51,6 @@ ReturnToService=2
 SlurmdTimeout=20
 SlurmdParameters=config_overrides
 SchedulerParameters=sched_interval=5,bf_interval=5
-RequeueExit=0
 KillWait=60
 MinJobAge=3600
 PreemptType=preempt/partition_prio
