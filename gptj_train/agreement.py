@@ -93,7 +93,7 @@ def find_difference(ranks: Sequence[RankFacts]) -> str:
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return dotted key -> value, without paths."""
-    flat = {}
+    flat: dict[str, str] = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
             flat |= _flat(value, f"{prefix}{key}.")

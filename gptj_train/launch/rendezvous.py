@@ -84,10 +84,10 @@ def _hosts_store() -> bool:
     return rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _host_store() -> dist.TCPStore:
+def _host_store() -> dist.Store:
     try:
         # multi_tenant: torch's own rendezvous opens the port once more in this process, and shares it.
-        return dist.TCPStore(
+        return dist.TCPStore(  # type: ignore[attr-defined]
             host_name=os.environ["MASTER_ADDR"],
             port=int(os.environ["MASTER_PORT"]),
             is_master=True,
@@ -102,7 +102,7 @@ def _host_store() -> dist.TCPStore:
         ) from None
 
 
-def _reach_store(deadline: float, limit: float) -> dist.TCPStore:
+def _reach_store(deadline: float, limit: float) -> dist.Store:
     next_report = time.monotonic() + REPORT_EVERY
     while True:
         now = time.monotonic()
@@ -119,7 +119,7 @@ def _reach_store(deadline: float, limit: float) -> dist.TCPStore:
         # A plain connection first: where there is no store, torch prints a C++ stack at each attempt.
         if not _is_refused():
             with contextlib.suppress(dist.DistError):
-                return dist.TCPStore(
+                return dist.TCPStore(  # type: ignore[attr-defined]
                     host_name=os.environ["MASTER_ADDR"],
                     port=int(os.environ["MASTER_PORT"]),
                     is_master=False,
@@ -139,7 +139,7 @@ def _is_refused() -> bool:
     return False
 
 
-def _count_ranks(store: dist.TCPStore, prefix: str, deadline: float, limit: float) -> str:
+def _count_ranks(store: dist.Store, prefix: str, deadline: float, limit: float) -> str:
     """Return "" once all ranks are here, or, after the limit, who is missing."""
     missing = list(range(world_size()))
     next_report = time.monotonic() + REPORT_EVERY
@@ -163,7 +163,7 @@ def _count_ranks(store: dist.TCPStore, prefix: str, deadline: float, limit: floa
         poll = min(2 * poll, _LONGEST_POLL)
 
 
-def _hosts(store: dist.TCPStore, prefix: str, missing: Sequence[int]) -> str:
+def _hosts(store: dist.Store, prefix: str, missing: Sequence[int]) -> str:
     """Name the hosts of the ranks that are here."""
     hosts: dict[str, None] = {}
     for number in range(world_size()):
@@ -172,7 +172,7 @@ def _hosts(store: dist.TCPStore, prefix: str, missing: Sequence[int]) -> str:
     return ", ".join(hosts)
 
 
-def _outcome(store: dist.TCPStore, key: str) -> str:
+def _outcome(store: dist.Store, key: str) -> str:
     """Wait until rank 0 has counted all ranks, or has given up; return why it gave up, or ""."""
     poll = _SHORTEST_POLL
     while True:

@@ -203,7 +203,11 @@ class Job:
         ends = time.monotonic() + LONGEST
         while not until():
             assert time.monotonic() < ends, f"waited for {what}; {self.state}; log:\n{self.log[-5000:]}"
-            time.sleep(0.2)
+            if self.facts()["Reason"] == "BeginTime":
+                # Slurm holds a requeued job for two minutes.
+                update = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
+                self.cluster.command(*update, check=False)
+            time.sleep(0.3)
 
     def end(self) -> str:
         """Wait until the job is over and no process of it is left; return its final state."""

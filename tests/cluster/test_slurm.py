@@ -85,8 +85,6 @@ def test_a_job_that_makes_progress_is_queued_again_until_it_is_done(
         wait_for_steps(job, tmp_path)
         job.signal_batch("USR1")
         job.wait_for(lambda: job.restarts == restart + 1, "its requeue")  # noqa: B023
-        # Slurm holds a requeued job for two minutes.
-        cluster.command("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     assert job.end() == "COMPLETED", job.log
     assert losses(tmp_path / "run") == undisturbed
     lines = reasons(job)
@@ -108,7 +106,6 @@ def test_a_job_without_progress_ends_after_three_attempts(
         job.signal_batch("USR1")
         if attempt < 3:
             job.wait_for(lambda: job.restarts == attempt, "its requeue")  # noqa: B023
-            cluster.command("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     assert job.end() == "FAILED"
     assert job.exit_code() == 2
     assert "error: attempt 3 is the last of 3 in a row that saved no new checkpoint" in job.log
@@ -192,7 +189,6 @@ def test_a_warning_to_the_batch_script_saves_whatever_killwait_is(
     wait_for_steps(job, tmp_path)
     (tmp_path / "run" / "STOP").touch()
     job.wait_for(lambda: job.restarts == 1, "its requeue")
-    cluster.command("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     assert job.end() == "FAILED"
     assert (job.exit_code(), status(tmp_path)["state"]) == (2, "stopped")
     outcomes.add("a STOP file", "saved, queued again once, then refused until the file is removed (code 2)")
@@ -221,7 +217,6 @@ def test_a_node_that_goes_down_and_comes_back(
     job.wait_for(lambda: job.restarts == 1 or job.state == "FAILED", "what Slurm does")
     assert job.restarts == 1, job.log
     cluster.start_node("node2")
-    cluster.command("scontrol", "update", f"JobId={job.number}", "StartTime=now")
     assert job.end() == "COMPLETED", job.log
     assert losses(tmp_path / "run") == undisturbed
     outcomes.add("a node down", "queued again by Slurm, resumed when the node was back; losses as undisturbed")
@@ -238,7 +233,6 @@ def test_preemption_by_a_partition_of_higher_priority(
     other = cluster.submit(tmp_path / "urgent.log", script=str(urgent), options=options)
     assert other.end() == "COMPLETED"
     job.wait_for(lambda: job.restarts == 1, "its requeue")
-    cluster.command("scontrol", "update", f"JobId={job.number}", "StartTime=now", check=False)
     assert job.end() == "COMPLETED", job.log
     assert "preempted after step" in job.log
     assert losses(tmp_path / "run") == undisturbed
