@@ -171,7 +171,10 @@ def _leave(code: int) -> NoReturn:
 def _mistake(message: str) -> int:
     number = os.environ.get("RANK", "0")
     if number != "0":
-        # Most mistakes occur on every rank. Then rank 0 prints the line and the launcher kills this process meanwhile.
+        # Most mistakes occur on every rank. Then rank 0 prints the line and the launcher kills this process meanwhile,
+        # whose code must not be higher than that of the mistake: srun returns the highest.
+        for signal_number in SIGNALS:
+            signal.signal(signal_number, lambda *_: os._exit(EXIT_MISTAKE))
         time.sleep(_LAUNCHER_KILLS_WITHIN)
         message = f"[rank {number}] {message}"
     one_line = " ".join(message.split())

@@ -9,11 +9,16 @@ import sys
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from gptj_train.errors import UserError
 from gptj_train.launch.ranks import rank, world_size
+
+if TYPE_CHECKING:
+    # torch.distributed has it without exporting it, as mypy sees it.
+    from torch._C._distributed_c10d import Store
 
 REPORT_EVERY = 30.0
 """Seconds between the lines of a rank that waits."""
@@ -23,7 +28,7 @@ _ONE_ATTEMPT = 5.0
 _SHORTEST_POLL, _LONGEST_POLL = 0.02, 1.0  # seconds
 
 
-def wait_for_ranks(limit: float) -> dist.Store:
+def wait_for_ranks(limit: float) -> Store:
     """Return when every rank has come here. Call it on all ranks before they join a process group.
 
     Rank 0 counts the others at MASTER_ADDR:MASTER_PORT and prints every 30 seconds who is missing; a rank that cannot
@@ -84,7 +89,7 @@ def _hosts_store() -> bool:
     return rank() == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
 
-def _host_store() -> dist.Store:
+def _host_store() -> Store:
     try:
         # multi_tenant: torch's own rendezvous opens the port once more in this process, and shares it.
         return dist.TCPStore(  # type: ignore[attr-defined]
@@ -102,7 +107,7 @@ def _host_store() -> dist.Store:
         ) from None
 
 
-def _reach_store(deadline: float, limit: float) -> dist.Store:
+def _reach_store(deadline: float, limit: float) -> Store:
     next_report = time.monotonic() + REPORT_EVERY
     while True:
         now = time.monotonic()
@@ -139,7 +144,7 @@ def _is_refused() -> bool:
     return False
 
 
-def _count_ranks(store: dist.Store, prefix: str, deadline: float, limit: float) -> str:
+def _count_ranks(store: Store, prefix: str, deadline: float, limit: float) -> str:
     """Return "" once all ranks are here, or, after the limit, who is missing."""
     missing = list(range(world_size()))
     next_report = time.monotonic() + REPORT_EVERY
@@ -163,7 +168,7 @@ def _count_ranks(store: dist.Store, prefix: str, deadline: float, limit: float) 
         poll = min(2 * poll, _LONGEST_POLL)
 
 
-def _hosts(store: dist.Store, prefix: str, missing: Sequence[int]) -> str:
+def _hosts(store: Store, prefix: str, missing: Sequence[int]) -> str:
     """Name the hosts of the ranks that are here."""
     hosts: dict[str, None] = {}
     for number in range(world_size()):
@@ -172,7 +177,7 @@ def _hosts(store: dist.Store, prefix: str, missing: Sequence[int]) -> str:
     return ", ".join(hosts)
 
 
-def _outcome(store: dist.Store, key: str) -> str:
+def _outcome(store: Store, key: str) -> str:
     """Wait until rank 0 has counted all ranks, or has given up; return why it gave up, or ""."""
     poll = _SHORTEST_POLL
     while True:
