@@ -106,8 +106,8 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
 def _end_now(number: int, frame: FrameType | None) -> NoReturn:
     """End a job that is not in its training loop: it prepares data, loads or exports, and a rerun does that again.
 
-    Before training only SIGUSR1, a scheduler's warning, asks for a rerun. SIGTERM may come because another rank has
-    failed, and then the code of that rank must decide, not this one's.
+    Before training, or after it has failed, only SIGUSR1, a scheduler's warning, asks for a rerun. SIGTERM may come
+    because another rank has failed, and then that is no preemption.
     """
     name = signal.Signals(number).name
     code = EXIT_PREEMPTED if number == signal.SIGUSR1 or StopRequest.has_trained else 128 + number
@@ -115,7 +115,7 @@ def _end_now(number: int, frame: FrameType | None) -> NoReturn:
         if code == EXIT_PREEMPTED:
             line = f"stopped: {name} outside the training loop; rerun the same command"
         else:
-            line = f"ended by {name} before training, nothing was saved"
+            line = f"ended by {name} outside the training loop, nothing was saved"
         print(line, file=sys.stderr, flush=True)
     _ignore_signals()
     sys.exit(code)

@@ -88,7 +88,9 @@ def test_a_job_that_makes_progress_is_queued_again_until_it_is_done(
     assert job.end() == "COMPLETED", job.log
     assert losses(tmp_path / "run") == undisturbed
     lines = reasons(job)
-    assert [line for line in lines if "queued again" in line] == [f"{number}: queued again" for number in (1, 2, 3)]
+    assert [line for line in lines if "queued again" in line] == [
+        f"{number}: queued again: preempted" for number in (1, 2, 3)
+    ]
     assert lines[-1] == "4: done"
     outcomes.add("warned before the time limit three times", "saved, queued again each time; losses as undisturbed")
 
@@ -212,14 +214,17 @@ def test_a_node_that_goes_down_and_comes_back(
 ) -> None:
     job = start(cluster, inputs, tmp_path, "save_every=20")
     job.wait_for(lambda: list((tmp_path / "run" / "checkpoints").glob("step_*")), "a checkpoint")
-    # All of the node at once, as in a power cut; Slurm itself queues the job again.
+    # All of the node at once. The other rank's connection breaks before Slurm notices.
     cluster.stop("node2", hard=True)
-    job.wait_for(lambda: job.restarts == 1 or job.state == "FAILED", "what Slurm does")
-    assert job.restarts == 1, job.log
-    cluster.start_node("node2")
+    try:
+        job.wait_for(lambda: job.restarts == 1 or job.state == "FAILED", "what Slurm does")
+        assert job.restarts == 1, job.log
+    finally:
+        cluster.start_node("node2")
+    assert "1: queued again: a node does not answer" in reasons(job)
     assert job.end() == "COMPLETED", job.log
     assert losses(tmp_path / "run") == undisturbed
-    outcomes.add("a node down", "queued again by Slurm, resumed when the node was back; losses as undisturbed")
+    outcomes.add("a node down", "queued again, resumed when the node was back; losses as undisturbed")
 
 
 def test_preemption_by_a_partition_of_higher_priority(

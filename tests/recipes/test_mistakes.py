@@ -277,7 +277,7 @@ def test_sigterm_before_training_is_not_a_preemption(clm: Command, monkeypatch: 
     """It comes to the others when one rank fails, and then that rank's exit code must decide."""
     monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
     monkeypatch.setattr(StopRequest, "has_trained", False)
-    assert clm() == (143, "ended by SIGTERM before training, nothing was saved\n")
+    assert clm() == (143, "ended by SIGTERM outside the training loop, nothing was saved\n")
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir [{}]", "python/name:os.mkdir", "python/module:os"])
