@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "tracking": {"atomic_write", "metrics_file", "schema", "tracking_services"},
     "tracking_services": {"errors"},
     "environment": {"launch"},
+    "agreement": {"data", "environment", "errors", "launch", "tasks", "weights"},
     "report": {"atomic_write", "counted", "metric_order", "metrics_file", "report_charts"},
     "report_charts": set(),
     "run_summary": {"counted", "metric_order", "metrics_file"},
@@ -70,11 +71,11 @@ MAY_IMPORT = {
         *("training", "weights"),
     },
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
+    "vocabulary": {"config", "data", "errors", "model"},
     "planning": {"config", "counted", "errors", "launch", "model", "training", "weights"},
     "finetune": {
-        *("config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch", "model"),
-        "planning",
-        *("report", "run_summary", "tasks", "tracking", "training", "weights"),
+        *("agreement", "config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch"),
+        *("model", "planning", "report", "run_summary", "tasks", "tracking", "training", "vocabulary", "weights"),
     },
     "__init__": {"model"},
 }
@@ -237,8 +238,11 @@ def test_every_choice_of_every_group_has_keys_of_a_schema() -> None:
 FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "task")}
 """recipes/plan.py takes the presets of all tasks, whose keys these are; the plan depends on none of them."""
 
-READ_ELSEWHERE = {("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")}
-"""The trainer gets its batches from the task and the engine, which take plain numbers."""
+READ_ELSEWHERE = {
+    *(("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")),
+    ("TrainerConfig", "rendezvous_timeout"),
+}
+"""The trainer gets its batches from the task and the engine, which take plain numbers; the ranks meet before it."""
 
 
 def all_schemas() -> set[type]:

@@ -61,7 +61,7 @@ def _set_from_slurm(tasks: int) -> None:
     # Every rank must compute the same port, and two jobs on a node different ones.
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
     if "MASTER_ADDR" not in env and env.get("SLURM_NNODES", "1") != "1":
-        raise UserError("srun over several nodes needs MASTER_ADDR; submit the job with scripts/clm.sbatch")
+        raise UserError("srun over several nodes needs MASTER_ADDR; submit the job with scripts/train.sbatch")
 
 
 def _free_port() -> int:
