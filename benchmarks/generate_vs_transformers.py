@@ -72,7 +72,7 @@ def build() -> dict[str, Any]:
     with torch.device("meta"):
         ours = GPTJForCausalLM(GPTJConfig(**SHAPE)).eval()
         theirs = transformers.GPTJForCausalLM(transformers.GPTJConfig(**SHAPE)).eval()
-    # One random block repeated: drawing 800 million numbers would take longer than the benchmark. Its length is a prime,
+    # One random block repeated: drawing 800 million numbers would take longer than the benchmark. Its length is prime,
     # so that no two rows of a matrix are equal.
     block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)) * 0.02
     weights = {}

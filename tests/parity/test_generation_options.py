@@ -10,7 +10,6 @@ import torch
 import transformers
 from pair import assert_close, build_pair, padding_mask, random_ids
 from test_ecosystem import byte_tokenizer
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
