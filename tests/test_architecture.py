@@ -56,7 +56,7 @@ MAY_IMPORT = {
         *("config", "data", "environment", "errors", "export", "inference", "launch", "model", "planning", "report"),
         *("run_summary", "tasks", "tracking", "training", "weights"),
     },
-    "__init__": {"model"},
+    "__init__": {"launch", "model"},
 }
 """Rooms of gptj_train and the rooms whose modules they may import besides their own."""
 

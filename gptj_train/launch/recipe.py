@@ -17,10 +17,12 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from gptj_train.errors import UserError
+from gptj_train.launch.activity import activity
 from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
 from gptj_train.launch.exit_codes import EXIT_DONE, EXIT_MISTAKE, EXIT_PREEMPTED
 from gptj_train.launch.hub import with_local_folders
-from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals, launchers
+from gptj_train.launch.launchers import launcher_has_exited
+from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals
 from gptj_train.launch.ranks import rank, set_rank_variables
 
 T = TypeVar("T")
@@ -101,7 +103,7 @@ def _end_now(number: int, frame: FrameType | None) -> NoReturn:
     """End a job that is not in its training loop: it prepares data, loads or exports, and a rerun does that again."""
     if os.environ.get("RANK", "0") == "0":
         name = signal.Signals(number).name
-        print(f"stopped: {name} outside the training loop; rerun the same command", file=sys.stderr, flush=True)
+        print(f"stopped: {name} {activity(frame)}; rerun the same command", file=sys.stderr, flush=True)
     sys.exit(_preempted())
 
 
@@ -110,8 +112,7 @@ def _watch_launcher() -> None:
 
     Without this, ranks whose launcher was killed while they load would train on unseen.
     """
-    first = launchers()
-    while StopRequest.in_charge or launchers() == first:
+    while StopRequest.in_charge or not launcher_has_exited():
         time.sleep(_LAUNCHER_POLL)
     print("stopped: the launcher has exited outside the training loop; rerun the command", file=sys.stderr, flush=True)
     # Not sys.exit: the main thread may wait in a collective, for ranks that are gone. All files are whole.
