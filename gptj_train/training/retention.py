@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import re
@@ -125,13 +126,26 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     removable = [folder for folder in complete if folder not in good and folder != newest]
     if newest in good:
         removable += good[:-keep]
-        # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
-        removable += [folder for folder in folders if folder.name > newest.name]
+        # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step. None may
+        # keep its name, by which resume=auto would take it for the newest.
+        for folder in folders:
+            if folder.name > newest.name:
+                _set_aside_or_remove(folder, keep_every)
     for folder in removable:
         if not _is_permanent(folder, keep_every):
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
+
+
+def _set_aside_or_remove(folder: Path, keep_every: int) -> None:
+    """Remove a checkpoint of an abandoned run, or rename one that ``keep_every`` keeps."""
+    with contextlib.suppress(OSError):
+        if not _is_permanent(folder, keep_every):
+            remove_folder(folder)
+            return
+        names = (folder.with_name(f"abandoned_{number}_{folder.name}") for number in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
 
 
 # --- disk space ---
