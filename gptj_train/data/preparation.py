@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from filelock import FileLock
 
 from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
 from gptj_train.data.progress import Progress
-from gptj_train.data.store import FORMAT, TokenStore
+from gptj_train.data.store import FORMAT, TokenStore, damage_of
 from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.workers import cannot_write, tokenize_file, tokenize_in_workers
@@ -61,6 +62,7 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
                 missing = {}
                 for folder, file in zip(folders, files, strict=True):
                     if not _is_usable(folder, data):
+                        _announce_damage(folder)
                         missing[folder] = file
                 _make(missing, data, tokenizer)
         except OSError as error:
@@ -88,6 +90,12 @@ def _is_usable(folder: Path, data: DataConfig) -> bool:
     if not TokenStore.exists(folder):
         return False
     return data.bad_records == "skip" or not TokenStore(folder).skipped
+
+
+def _announce_damage(folder: Path) -> None:
+    damage = damage_of(folder)
+    if damage and folder.exists():
+        print(f"{folder}: damaged, {damage}; it is made again", file=sys.stderr, flush=True)
 
 
 def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> None:

@@ -31,6 +31,7 @@ _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's 
 # Faults of a disk, which no code of ours can mend, wherever they occur.
 _DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 
+_LONGEST_MESSAGE = 1500  # characters
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
 _LAUNCHER_POLL = 1.0  # seconds
 
@@ -146,5 +147,8 @@ def _mistake(message: str) -> int:
         time.sleep(_LAUNCHER_KILLS_WITHIN)
         message = f"[rank {number}] {message}"
     one_line = " ".join(message.split())
+    if len(one_line) > _LONGEST_MESSAGE:
+        # A stranger's value in it has no end; the remedy stands at the end of the line.
+        one_line = f"{one_line[:_LONGEST_MESSAGE]} ... {one_line[-200:]}"
     print(f"error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_MISTAKE

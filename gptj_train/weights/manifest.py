@@ -25,7 +25,7 @@ KINDS = ("master", *MOMENTS)
 
 _FORMAT = 1
 _LARGEST_MANIFEST = 100_000_000  # bytes; one of GPT-J on 64 ranks has 100 thousand
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")  # a file system takes 255 bytes
 _COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated")
 _LARGEST_COUNT = 2**62  # of anything; larger ones overflow in arrays
 _HASHING_THREADS = 4  # hashing releases the GIL; beyond four the disk is the limit

@@ -233,7 +233,9 @@ def compare(run: Path, straight: Path) -> None:
     assert contents[0].keys() == contents[1].keys()
     for key in contents[0]:
         assert torch.equal(contents[0][key], contents[1][key]), f"{key} differs"
-    weights = [hashlib.sha256((folder / "export/model.safetensors").read_bytes()).digest() for folder in (run, straight)]
+    weights = [
+        hashlib.sha256((folder / "export/model.safetensors").read_bytes()).digest() for folder in (run, straight)
+    ]
     assert weights[0] == weights[1], "the exports differ"
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     visible = {path.name for path in run.iterdir() if path.name != ".lock"}
