@@ -29,7 +29,8 @@ T = TypeVar("T")
 
 _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's config and tokenizer
 # Faults of a disk, which no code of ours can mend, wherever they occur.
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 
 _LONGEST_MESSAGE = 1500  # characters
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
@@ -94,9 +95,12 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
     except UserError as error:
         return _mistake(str(error))
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
-            raise
-        return _mistake(f"{error.filename or 'the disk'}: {error.strerror}; free the disk, or give another place")
+        place = f"{error.filename or 'the disk'}: {error.strerror}"
+        if error.errno in _FORBIDDEN:
+            return _mistake(f"{place}; correct the permissions, or give another place")
+        if error.errno in _DISK_FAULTS:
+            return _mistake(f"{place}; free or mend the disk, or give another place")
+        raise
     return EXIT_DONE
 
 

@@ -58,6 +58,10 @@ def _check_override(argument: str, previous: str, following: str, cls: type, con
     key, equals, value = argument.partition("=")
     if key == "config" and equals:
         raise UserError(f"{argument}: presets are added with a plus; write +config={value or 'NAME'}")
+    if equals and key != key.strip():
+        raise UserError(
+            f"{argument!r} has a space before the '='; write {shlex.quote(f'{key.strip()}={value.strip()}')}"
+        )
     if equals:
         return
     previous_key, _, previous_value = previous.lstrip("+").partition("=")

@@ -186,9 +186,17 @@ def check_space(
     available = shutil.disk_usage(existing_parent).free + freed
     if most * size > available:
         raise UserError(
-            f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
-            f"{available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
+            f"{output_dir}: {most} checkpoints of {_size_text(size)} need {_size_text(most * size)} of disk, "
+            f"{_size_text(available)} are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
         )
+
+
+def _size_text(size: int) -> str:
+    """Write bytes in the largest unit of which there is at least one."""
+    for unit, count in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= count:
+            return f"{size / count:.1f} {unit}"
+    return f"{size} bytes"
 
 
 def disk_needed(

@@ -54,7 +54,8 @@ VICTIMS = {
     "torchrun": ["a rank", "all ranks", "the launcher", "everything"],
 }
 RECORDED = ("step", "kind", "loss", "grad_norm", "lr", "tokens", "eval_loss")
-RUN_FILES = {"checkpoints", "config.yaml", "environment.json", "export", "metrics.jsonl", "report.html", "status.json"}
+RUN_FILES = {"checkpoints", "export", "config.yaml", "environment.json", "export_report.json", "metrics.jsonl"}
+RUN_FILES |= {"report.html", "status.json"}
 Kill = dict[str, Any]
 
 
