@@ -74,6 +74,8 @@ class RunFolder:
         if self._lock is not None or not self._is_first_rank:
             return
         path = self._path / LOCK_FILE
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path} is not an ordinary file; remove it")
         # Not "w": the content belongs to the holder until the lock is ours. O_NONBLOCK: a pipe of this name must not
         # block.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)

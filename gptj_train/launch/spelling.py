@@ -69,7 +69,7 @@ def _check_override(argument: str, previous: str, following: str, cls: type, con
         # The shell splits at spaces that are not in quotes.
         whole = shlex.quote(f"{previous} {argument}")
         raise UserError(f"{argument!r} stands alone: quote a value with spaces, {whole}")
-    if (configs / "config" / f"{argument}.yaml").is_file():
+    if argument in presets_of("plan", configs):
         raise UserError(f"{argument} is a preset; write +config={argument}")
     if argument in keys_of(cls):
         value = following if "=" not in following else ""
@@ -89,7 +89,7 @@ def _check_preset(argument: str, primary: str, configs: Path) -> None:
     """Raise UserError for a preset that belongs to another recipe."""
     key, _, name = argument.lstrip("+").partition("=")
     own = presets_of(primary, configs)
-    if key == "config" and own and name not in own and (configs / "config" / f"{name}.yaml").is_file():
+    if key == "config" and own and name not in own and name in presets_of("plan", configs):
         raise UserError(f"+config={name} is a preset of recipes/{_owner(name)}.py; choose one of {', '.join(own)}")
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -88,15 +88,24 @@ def _is_good(folder: Path) -> bool:
 
 def last_good(output_dir: str | Path) -> Path | None:
     """Return the newest good checkpoint of a run, or None: complete, and its last step was not skipped."""
+    return next(_good_ones(output_dir), None)
+
+
+def _good_ones(output_dir: str | Path) -> Iterator[Path]:
+    """Yield the good checkpoints of a run, newest first."""
     for folder in _step_folders(Path(output_dir) / "checkpoints")[::-1]:
         if _is_good(folder):
-            return folder
-    return None
+            yield folder
 
 
-def way_back(output_dir: str | Path) -> str:
-    """Return the advice that leads a run with non-finite numbers back to its last good checkpoint."""
-    folder = last_good(output_dir)
+def way_back(output_dir: str | Path, suspect: int | None = None) -> str:
+    """Return the advice that leads a run with non-finite numbers back to its last good checkpoint.
+
+    Args:
+        suspect: step whose finite weights gave the first non-finite loss: an earlier checkpoint is preferred.
+    """
+    earlier = (folder for folder in _good_ones(output_dir) if suspect is None or _step_of(folder) < suspect)
+    folder = next(earlier, None) or last_good(output_dir)
     if folder is None:
         return "no checkpoint is good; resume=never starts over"
     return f"the last good checkpoint is of step {_step_of(folder)}: rerun the same command with resume={folder}"

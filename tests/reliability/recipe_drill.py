@@ -12,12 +12,13 @@ checkpoint, and the bytes of the export; nothing else may be left in the folder.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import random
+import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,7 @@ VICTIMS = {
 RECORDED = ("step", "kind", "loss", "grad_norm", "lr", "tokens", "eval_loss")
 RUN_FILES = {"checkpoints", "export", "config.yaml", "environment.json", "export_report.json", "metrics.jsonl"}
 RUN_FILES |= {"report.html", "status.json"}
+MARK = "GPTJ_TRAIN_DRILL"
 Kill = dict[str, Any]
 
 
@@ -100,6 +103,8 @@ class Life:
         if extensions is not None:
             environment["TORCH_EXTENSIONS_DIR"] = str(extensions)
         self._before = self.step()
+        self._mark = f"{folder} {time.time()}"
+        environment[MARK] = self._mark
         self.output = folder / "output.txt"
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
@@ -115,11 +120,12 @@ class Life:
         return max((line["step"] for line in read_metrics(self.run)), default=0)
 
     def members(self) -> list[psutil.Process]:
-        """All processes of this life, orphans too: a session's number is never given to others while one is left."""
+        """All processes of this life, orphans too: by an environment variable, since torchrun's ranks have sessions."""
         found = []
         for process in psutil.process_iter():
             try:
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                is_member = process.environ().get(MARK) == self._mark
+                if is_member and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except (psutil.Error, OSError):
                 continue
@@ -163,18 +169,20 @@ class Life:
             time.sleep(poll)
         return False
 
-    def kill(self, victim: str) -> None:
+    def kill(self, victim: str) -> bool:
+        """Send SIGKILL; return whether there was somebody to get it."""
         ranks = self.ranks()
-        if victim == "everything":
-            os.killpg(self.process.pid, signal.SIGKILL)
-        elif victim == "the launcher":
-            self.process.kill()
-        elif victim == "launch.py":
-            for child in psutil.Process(self.process.pid).children():
-                child.kill()
-        else:
-            for rank in ranks if victim == "all ranks" else ranks[-1:]:
-                rank.kill()
+        victims = {
+            "everything": self.members,
+            "the launcher": lambda: [psutil.Process(self.process.pid)],
+            "launch.py": lambda: psutil.Process(self.process.pid).children(),
+            "all ranks": lambda: ranks,
+            "a rank": lambda: ranks[-1:],
+        }[victim]()
+        for process in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it went with one before it
+                process.kill()
+        return bool(victims)
 
     def ended(self) -> float:
         """Wait until no process is left; return the seconds that took."""
@@ -182,7 +190,6 @@ class Life:
         while self.process.poll() is None or self.members():
             if time.monotonic() > began + ORPHAN_SECONDS:
                 left = [" ".join(process.cmdline()) for process in self.members()]
-                os.killpg(self.process.pid, signal.SIGKILL)
                 raise AssertionError(f"left: {left}; {self.output.read_text()[-6000:]}")
             time.sleep(0.1)
         return time.monotonic() - began
@@ -195,11 +202,11 @@ def live(folder: Path, launcher: str, kill: Kill | None, extensions: Path | None
     life = Life(folder, launcher, extensions=extensions)
     struck = False
     try:
-        if kill is not None and life.wait_until(lambda: life.has_reached(kill["stage"])):
+        if kill is not None and life.wait_until(partial(life.has_reached, kill["stage"])):
             time.sleep(kill["delay"])
             struck = life.process.poll() is None
             if struck:
-                life.kill(kill["victim"])
+                struck = life.kill(kill["victim"])
         if not struck:
             life.process.wait(LIFE_SECONDS)
         seconds = life.ended()
@@ -289,6 +296,29 @@ def drill(kills: int, seed: int, stages: list[str], launchers: list[str]) -> Ite
             }
 
 
+def explode(place: Path) -> None:
+    """Resume a killed run with a learning rate that explodes; follow the advice; compare with an undisturbed run.
+
+    Raises:
+        AssertionError: the advice did not lead back, or the outcome differs.
+    """
+    make_inputs(place)
+    run, straight = place / "run", place / "straight"
+    for folder in (run, straight):
+        folder.mkdir()
+    live(straight, "python", None)
+    happened = live(run, "python", {"stage": "training", "victim": "a rank", "delay": 0.2})
+    assert happened["struck"]
+    exploding = Life(run, "python", "optim.lr=1e9", "max_skipped_steps=3")
+    assert exploding.process.wait(LIFE_SECONDS) == 2, exploding.output.read_text()
+    text = exploding.output.read_text()
+    advice = re.search(r"^error: .*rerun the same command with (resume=\S+)$", text, re.MULTILINE)
+    assert advice is not None, text
+    back = Life(run, "python", advice[1])
+    assert back.process.wait(LIFE_SECONDS) == 0, back.output.read_text()
+    compare(run / "run", straight / "run")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=6)
@@ -297,7 +327,13 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=everyday)
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--explode", action="store_true", help="a round with a learning rate that explodes, alone")
     given = parser.parse_args()
+    if given.explode:
+        with tempfile.TemporaryDirectory() as scratch:
+            explode(Path(scratch))
+        print("exploded, led back by its message, and ended bitwise equal")
+        return
     for result in drill(given.kills, given.seed, given.stages, given.launchers):
         print({name: value for name, value in result.items() if name != "struck"}, flush=True)
         if given.report:
