@@ -46,6 +46,11 @@ def flip(name: str) -> Callable[[Path], None]:
     return damage
 
 
+def flip_state(run: Path) -> None:
+    status = run / "status.json"
+    status.write_bytes(status.read_bytes().replace(b'"done"', b'"dond"'))
+
+
 def pipe(name: str) -> Callable[[Path], None]:
     def damage(run: Path) -> None:
         (run / name).unlink()
@@ -100,7 +105,7 @@ RUN_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         "resumes from step 10; 1 lines of metrics; done",
     ),
     "status.json missing": (remove("status.json"), "resumes from step 10; 10 lines of metrics; not done"),
-    "status.json, a bit flipped": (flip("status.json"), "resumes from step 10; 10 lines of metrics; not done"),
+    "status.json, a bit flipped": (flip_state, "resumes from step 10; 10 lines of metrics; not done"),
     "status.json a pipe": (pipe("status.json"), "resumes from step 10; 10 lines of metrics; not done"),
     "status.json huge": (write("status.json", b" " * 10**6), "resumes from step 10; 10 lines of metrics; not done"),
     "lock of a run that ended": (lambda run: None, SOUND),
