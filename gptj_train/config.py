@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from gptj_train.alternative_keys import choose_alternatives
+from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
@@ -23,8 +25,6 @@ from gptj_train.tracking import TrackingConfig
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.hf_writer import parse_size
-
-T = TypeVar("T")
 
 
 @schema
@@ -50,7 +50,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig, HubKeys):
+class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
@@ -75,6 +75,7 @@ class FinetuneConfig(TrainerConfig, HubKeys):
     @staticmethod
     def adjust(composed: DictConfig, given: set[str]) -> None:
         """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed."""
+        choose_alternatives(composed, given)
         use_initial_model(composed, given)
 
 

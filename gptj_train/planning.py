@@ -13,10 +13,12 @@ from math import prod
 from torch import nn
 
 from gptj_train.config import FinetuneConfig, PlanConfig
+from gptj_train.counted import counted
+from gptj_train.errors import UserError
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
 from gptj_train.training.accumulation import accumulation_steps
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.weights.stored import is_adapter
 
 _RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -147,13 +149,18 @@ class RunPlan:
         # The gradient of the head: summed over the chunks in fp32, then copied to the weights' precision.
         return logits + (4 + element) * self.model_config.n_embd * vocabulary
 
-    def disk(self) -> tuple[int, int, int]:
-        """Return the bytes of a checkpoint, the largest number of checkpoints at a time, the bytes of the export."""
+    def disk(self, has_held_out: bool = True) -> tuple[int, int, int]:
+        """Return the bytes of a checkpoint, the largest number of checkpoints at a time, the bytes of the export.
+
+        Args:
+            has_held_out: there is held-out data, whose best evaluation keeps a checkpoint.
+        """
         cfg = self.cfg
         checkpoint, most = disk_needed(
             _count(self.trained),
-            steps=range(cfg.max_steps),
+            steps=range(cfg.steps),
             save_every=cfg.save_every,
+            best_every=cfg.saves_best_every if has_held_out else 0,
             keep=cfg.keep_checkpoints,
             keep_every=cfg.keep_every,
         )
@@ -215,21 +222,24 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """Yield the lines that recipes/plan.py prints.
 
     Raises:
-        UserError: a global batch that divides on no number of GPUs.
+        UserError: a run by epochs, or a global batch that divides on no number of GPUs.
     """
-    checkpoint, most, export = plan.disk()
+    if cfg.epochs is not None:
+        raise UserError(f"epochs={cfg.epochs:g}: the plan reads no data to count their steps; give max_steps=...")
+    has_held_out = bool(cfg.data.get("validation") or cfg.data.get("validation_share"))
+    checkpoint, most, export = plan.disk(has_held_out)
     tokens = cfg.global_batch_size * cfg.sequence_length
-    yield f"model   {_count(plan.shapes):,} parameters, {_count(plan.trained):,} of them trained"
+    yield f"model   {counted(_count(plan.shapes), 'parameter')}, {_count(plan.trained):,} of them trained"
     yield (
         f"engine  ZeRO stage {cfg.engine.stage}, {cfg.engine.precision}, optimizer on the "
         f"{_PLACE[cfg.engine.offload_optimizer]}, idle weights on the {_PLACE[cfg.engine.offload_parameters]}"
     )
     yield (
-        f"step    {cfg.global_batch_size} x {cfg.sequence_length} = {tokens:,} tokens; "
-        f"{cfg.max_steps:,} steps: {cfg.max_steps * tokens / 1e6:,.1f} million"
+        f"step    {cfg.global_batch_size} x {cfg.sequence_length} = {counted(tokens, 'token')}; "
+        f"{counted(cfg.steps, 'step')}: {cfg.steps * tokens / 1e6:,.1f} million"
     )
     yield (
-        f"disk    {most} checkpoints of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
+        f"disk    {counted(most, 'checkpoint')} of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
         f"{_gb(most * checkpoint + export)} GB"
     )
     yield ""
@@ -251,7 +261,7 @@ def _row(plan: RunPlan, cfg: PlanConfig, ranks: int) -> str:
     """Format a row of the table: this many GPUs."""
     held = plan.memory(ranks)
     seconds = plan.step_seconds(ranks, cfg)
-    hours = seconds * cfg.max_steps / 3600
+    hours = seconds * cfg.steps / 3600
     fitting = [size for size in _GPU_SIZES if size * 1e9 >= held["GPU"] + _LIBRARIES]
     fits_on = f"{fitting[0]} GB" if fitting else "none"
     ranks_on_node = min(ranks, cfg.gpus_per_node)

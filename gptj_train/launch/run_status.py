@@ -31,6 +31,8 @@ class RunStatus:
         self._request = _hash(request)
         self.step: Callable[[], int] = lambda: 0
         """Returns the optimizer steps done."""
+        self.reason: str | None = None
+        """Why a run that is done ended before its last step."""
 
     def __enter__(self) -> RunStatus:
         self._write("running", None)
@@ -38,7 +40,7 @@ class RunStatus:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
-            self._write("done", None)
+            self._write("done", self.reason)
         elif isinstance(error, Preempted | SystemExit | KeyboardInterrupt):
             self._write("stopped", str(error) if isinstance(error, Preempted) else "before or after training")
         else:

@@ -1,21 +1,17 @@
-"""Find a run's checkpoints, remove the old ones, and check the disk for room."""
+"""Find a run's checkpoints, and remove the old ones."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-
-import torch
 
 from gptj_train.atomic_write import remove_folder
 from gptj_train.errors import UserError
-from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
+from gptj_train.weights.manifest import MANIFEST, Manifest
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
@@ -45,7 +41,7 @@ def resume_candidates(output_dir: str | Path, resume: str) -> list[Path]:
                 f"give a checkpoints/step_... folder, or resume=auto ({reason})"
             )
         return [Path(resume)]
-    newest_first = _step_folders(Path(output_dir) / "checkpoints")[::-1]
+    newest_first = step_folders(Path(output_dir) / "checkpoints")[::-1]
     reasons = [why_incomplete(folder) for folder in newest_first]
     # Starting over by itself would overwrite what may yet be rescued: only the user may decide that.
     if newest_first and all(reasons):
@@ -63,11 +59,28 @@ def newest_complete(run: str | Path) -> Path:
     if (Path(run) / MANIFEST).exists():
         return Path(run)
     reason = "there is no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints"
-    for folder in _step_folders(Path(run) / "checkpoints")[::-1]:
+    for folder in step_folders(Path(run) / "checkpoints")[::-1]:
         reason = why_incomplete(folder)
         if not reason:
             return folder
     raise UserError(f"{run}: {reason}")
+
+
+def best_complete(run: str | Path) -> Path:
+    """Return the checkpoint of a run's best evaluation, or the newest one if it has no evaluation.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    newest = newest_complete(run)
+    best_step = Manifest.read(newest).state.get("best_step", -1)
+    if best_step < 0 or newest == Path(run):
+        return newest
+    best = step_folder(run, best_step)
+    reason = why_incomplete(best)
+    if reason:
+        raise UserError(f"the best checkpoint cannot be used: {reason}; name another one: {newest}")
+    return best
 
 
 def why_incomplete(folder: Path) -> str:
@@ -93,7 +106,7 @@ def last_good(output_dir: str | Path) -> Path | None:
 
 def _good_ones(output_dir: str | Path) -> Iterator[Path]:
     """Yield the good checkpoints of a run, newest first."""
-    for folder in _step_folders(Path(output_dir) / "checkpoints")[::-1]:
+    for folder in step_folders(Path(output_dir) / "checkpoints")[::-1]:
         if _is_good(folder):
             yield folder
 
@@ -113,13 +126,13 @@ def way_back(output_dir: str | Path, suspect: int | None = None) -> str:
 
 def later_than(output_dir: str | Path, step: int) -> list[Path]:
     """Return the checkpoints of later steps, oldest first."""
-    return [folder for folder in _step_folders(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
+    return [folder for folder in step_folders(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
 
 
 # --- remove ---
 
 
-def prune(newest: Path, keep: int, keep_every: int) -> None:
+def prune(newest: Path, keep: int, keep_every: int, best_step: int = -1) -> None:
     """Remove the checkpoints that need not stay beside a new one, which has been verified.
 
     A checkpoint whose last step was skipped removes no good one: its weights may have exploded.
@@ -127,8 +140,9 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     Args:
         keep: newest checkpoints that stay.
         keep_every: checkpoints of every so many steps stay as well; 0 for none.
+        best_step: step of the best evaluation, whose checkpoint stays; -1 for none.
     """
-    folders = _step_folders(newest.parent)
+    folders = step_folders(newest.parent)
     # Only complete ones count: a damaged checkpoint must not push out a good one.
     complete = [folder for folder in folders if folder.name <= newest.name and not why_incomplete(folder)]
     good = [folder for folder in complete if _is_good(folder)]
@@ -141,7 +155,7 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
             if folder.name > newest.name:
                 _set_aside_or_remove(folder, keep_every)
     for folder in removable:
-        if not _is_permanent(folder, keep_every):
+        if not is_permanent(folder, keep_every) and _step_of(folder) != best_step:
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
@@ -150,107 +164,21 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
 def _set_aside_or_remove(folder: Path, keep_every: int) -> None:
     """Remove a checkpoint of an abandoned run, or rename one that ``keep_every`` keeps."""
     with contextlib.suppress(OSError):
-        if not _is_permanent(folder, keep_every):
+        if not is_permanent(folder, keep_every):
             remove_folder(folder)
             return
         names = (folder.with_name(f"abandoned_{number}_{folder.name}") for number in itertools.count(1))
         folder.rename(next(name for name in names if not name.exists()))
 
 
-# --- disk space ---
-
-
-def check_space(
-    output_dir: str | Path,
-    shapes: Mapping[str, torch.Size],
-    *,
-    steps: range,
-    save_every: int,
-    keep: int,
-    keep_every: int,
-) -> None:
-    """Check before a run begins that the disk will hold its checkpoints.
-
-    Args:
-        shapes: of the trained parameters.
-        steps: that are still to be done, counted from 0.
-
-    Raises:
-        UserError: it will not.
-    """
-    folder = Path(output_dir) / "checkpoints"
-    removable = [path for path in _step_folders(folder) if not _is_permanent(path, keep_every)]
-    size, most = disk_needed(
-        sum(shape.numel() for shape in shapes.values()),
-        steps=steps,
-        save_every=save_every,
-        keep=keep,
-        keep_every=keep_every,
-        existing=len(removable),
-    )
-    # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
-    freed = sum(_size_of(path) for path in [*removable, *folder.glob(".step_*")])
-    # The output folder may not exist yet: its nearest parent that does is on the same disk.
-    existing_parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    available = shutil.disk_usage(existing_parent).free + freed
-    if most * size > available:
-        raise UserError(
-            f"{output_dir}: {most} checkpoints of {_size_text(size)} need {_size_text(most * size)} of disk, "
-            f"{_size_text(available)} are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
-        )
-
-
-def _size_text(size: int) -> str:
-    """Write bytes in the largest unit of which there is at least one."""
-    for unit, count in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if size >= count:
-            return f"{size / count:.1f} {unit}"
-    return f"{size} bytes"
-
-
-def disk_needed(
-    trained: int, *, steps: range, save_every: int, keep: int, keep_every: int, existing: int = 0
-) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, and how many checkpoints are on disk at most at a time.
-
-    Args:
-        trained: number of trained parameters.
-        steps: that are still to be done, counted from 0.
-        existing: checkpoints that are there already and may be removed.
-    """
-    size = 4 * len(KINDS) * trained
-    if not steps:
-        return size, 0
-    # By arithmetic, since a long run has millions of steps. The end of a run is always saved.
-    saves = _multiples(save_every, steps)
-    ends_between = not save_every or steps.stop % save_every != 0
-    saves += ends_between
-    permanent = 0
-    if keep_every:
-        if save_every:
-            permanent = _multiples(math.lcm(save_every, keep_every), steps)
-        permanent += ends_between and steps.stop % keep_every == 0
-    # keep + 1: the oldest is removed only after the new one has been verified.
-    return size, min(existing + saves - permanent, keep + 1) + permanent
-
-
-def _multiples(number: int, steps: range) -> int:
-    """Count the multiples of a number among steps that are counted from 1; none for number 0."""
-    return steps.stop // number - steps.start // number if number else 0
-
-
-def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
 # --- step folders ---
 
 
-def _is_permanent(folder: Path, keep_every: int) -> bool:
+def is_permanent(folder: Path, keep_every: int) -> bool:
     return keep_every > 0 and _step_of(folder) % keep_every == 0
 
 
-def _step_folders(checkpoints: Path) -> list[Path]:
+def step_folders(checkpoints: Path) -> list[Path]:
     """Return the step folders, oldest first, complete or not."""
     try:
         names = os.listdir(checkpoints)

@@ -133,15 +133,15 @@ MISTAKES = {
     ),
     "batch that does not divide": (
         ["global_batch_size=30"],
-        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
+        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 rank; "
         "the nearest that does is global_batch_size=32",
     ),
     "missing data": (
         ["data.train={}/nowhere/*.jsonl"],
-        ".parquet, .arrow file at '{}/nowhere/*.jsonl' (working directory: ",
+        "data.train: no file at '{}/nowhere/*.jsonl' (working directory: ",
     ),
-    "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
-    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "missing held-out data": (["data.validation={}/gone"], "data.validation: no file at '{}/gone' "),
+    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no file at '{}/gone' "),
     "data of another kind": (
         ["data.train={}/not_a_model/readme"],
         "data.train: {}/not_a_model/readme is none of .jsonl",

@@ -14,7 +14,7 @@ from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.model.lora import LoraConfig, with_lora
 from gptj_train.model.recomputation import Degree, recompute
 from gptj_train.planning import RunPlan
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
@@ -52,7 +52,8 @@ def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
         global_batch_size=32,
         micro_batch_size=1,
         sequence_length=2048,
-        max_steps=1000,
+        steps=1000,
+        saves_best_every=0,
         save_every=500,
         keep_checkpoints=2,
         keep_every=0,
@@ -183,3 +184,19 @@ def test_counting_checkpoints_is_the_same_as_listing_them(steps: range, save_eve
     expected = min(2 + len(saves - permanent), 4) + len(permanent) if saves else 0
     _, most = disk_needed(1, steps=steps, save_every=save_every, keep=3, keep_every=keep_every, existing=2)
     assert most == expected
+
+
+@pytest.mark.parametrize("steps", [range(0), range(5), range(100), range(7, 100)])
+@pytest.mark.parametrize("best_every", [4, 10, 1000])
+@pytest.mark.parametrize(("save_every", "keep_every"), [(0, 0), (10, 0), (15, 20), (6, 6)])
+def test_the_best_checkpoint_takes_room_beside_the_newest(
+    steps: range, best_every: int, save_every: int, keep_every: int
+) -> None:
+    """Every evaluation may be the best so far, and save."""
+    done = range(steps.start + 1, steps.stop + 1)
+    saves = {step for step in done if step % best_every == 0 or (save_every and step % save_every == 0)}
+    saves |= {steps.stop} if steps else set()
+    permanent = {step for step in saves if keep_every and step % keep_every == 0}
+    expected = min(len(saves - permanent), 5) + len(permanent)
+    settings = {"save_every": save_every, "best_every": best_every, "keep_every": keep_every}
+    assert disk_needed(1, steps=steps, keep=3, **settings)[1] == expected
