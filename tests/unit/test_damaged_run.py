@@ -12,6 +12,7 @@ import pytest
 from fake_ranks import save
 
 from gptj_train.errors import UserError
+from gptj_train.export.from_checkpoint import _settings
 from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.metrics_file import read_metrics
@@ -161,3 +162,21 @@ def test_what_comes_of_a_damaged_run_folder(
     found = outcome_of(run)
     (run / "checkpoints").chmod(0o700) if kind == "checkpoints without permissions" else None
     assert found == expected or (expected == "refused: " and found.startswith(expected))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("- a\n- list\n", "holds no settings; restore the file that the run wrote, or remove it"),
+        ("just text", "holds no settings"),
+        ("a: [1, 2", "cannot be read: "),
+        ("a: ${b}\nb: !!python/object/apply:os.mkdir [x]", "cannot be read: "),
+        ("\x00", "cannot be read: "),
+    ],
+)
+def test_an_export_refuses_a_config_that_is_none(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+    with pytest.raises(UserError) as refused:
+        _settings(tmp_path)
+    assert str(refused.value).startswith(f"{tmp_path}/config.yaml {message}")
+    assert "\n" not in str(refused.value)
