@@ -77,7 +77,7 @@ MAY_IMPORT = {
         *("agreement", "config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch"),
         *("model", "planning", "report", "run_summary", "tasks", "tracking", "training", "vocabulary", "weights"),
     },
-    "__init__": {"model"},
+    "__init__": {"launch", "model"},
 }
 """Rooms of gptj_train and the rooms whose modules they may import besides their own."""
 

@@ -61,6 +61,7 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
+            _check_readable(path, key)
             raise UserError(f"{key}: {_why_none(path, suffixes)}")
         found += files
     if not found:
@@ -113,6 +114,14 @@ def _separate(paths: str | list[str]) -> list[str]:
 def _matches(path: str) -> list[str]:
     # A path that exists is taken as it is, though it may look like a glob: "run[1].jsonl".
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
+def _check_readable(path: str, key: str) -> None:
+    """Raise UserError for the first folder of a path that may not be read: in it no file is seen."""
+    folder = Path(path).absolute()
+    for part in [*reversed(folder.parents), folder]:
+        if part.is_dir() and not os.access(part, os.R_OK | os.X_OK):
+            raise UserError(f"{key}: {part} cannot be read; correct its permissions")
 
 
 def near_name(path: str) -> str:

@@ -138,7 +138,8 @@ def _composed(
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose(primary, overrides=overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises all four
+    # Hydra raises all of them; OSError for the name of a config that is too long for a file.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise UserError(_explain(error, cls)) from None
 
 

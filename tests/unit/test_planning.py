@@ -19,7 +19,7 @@ from gptj_train.planning.memory import Place, at_peak, memory_items, page_locked
 from gptj_train.planning.preflight import memory_line
 from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.planning.step_time import flops, step_time
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
