@@ -9,9 +9,9 @@ from typing import Any, Literal
 from omegaconf import DictConfig
 
 from gptj_train.alternative_keys import choose_alternatives
+from gptj_train.data.evaluation_config import EvaluationDataConfig
 from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
-from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
@@ -129,26 +129,6 @@ class PlanConfig(FinetuneConfig, MachineKeys):
         FinetuneConfig.adjust(composed, given)
         if composed.recipe is None:
             composed.recipe = owner_of(given.get("config", "")) or "clm"
-
-
-@schema
-class EvaluationDataConfig(DataConfig):
-    """Held-out data for the checkpoint's task: text, labelled texts or questions."""
-
-    validation: str | list[str]
-    second_text_field: str | None
-    label_field: str | list[str]
-
-    @property
-    def labelled(self) -> LabelledFields:
-        """The fields of labelled texts."""
-        return LabelledFields(
-            text_field=self.text_field,
-            second_text_field=self.second_text_field,
-            label_field=self.label_field,
-            bad_records=self.bad_records,
-            max_bad_share=self.max_bad_share,
-        )
 
 
 @schema

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from gptj_train.errors import UserError
 from gptj_train.launch.activity import activity
 from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
+from gptj_train.launch.datasets_by_name import with_dataset_files
 from gptj_train.launch.exit_codes import EXIT_DONE, EXIT_MISTAKE, EXIT_PREEMPTED
 from gptj_train.launch.hub import with_local_folders
 from gptj_train.launch.launchers import launcher_has_exited
@@ -86,7 +87,8 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
             run_hydra(script, primary, cls)
         else:
             config = compose(primary, sys.argv[1:], cls)
-            job(with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS))
+            config = with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS)
+            job(with_dataset_files(config))
     except NothingToDo as reason:
         if rank() == 0:
             print(reason, flush=True)
