@@ -65,12 +65,11 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         for match in fetched(path, key, suffixes) if is_url(path) else _matches(path):
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), key, suffixes))
+            if (Path(match) / "dataset_dict.json").is_file() and os.environ.get("RANK", "0") == "0":
+                print(f"{key}: the split {key.rpartition('.')[2]!r} of {match}", flush=True)
         if not files:
-            raise UserError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); "
-                f"{near_name(path)}correct the path; for the corpus of a quickstart run its script first, see the "
-                "preset in configs/config"
-            )
+            _check_readable(path, key)
+            raise UserError(f"{key}: {_why_none(path, suffixes)}")
         found += files
     if not found:
         raise UserError(f"{key} is empty; give files, folders or globs")
@@ -81,6 +80,31 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         if not file.is_file():
             raise UserError(f"{key}: {file} is not a regular file")
     return found
+
+
+def local_files(paths: str | list[str] | None, key: str) -> list[Path]:
+    """Return the files at paths, folders and globs, of any kind and without those at URLs; [] for none."""
+    files: dict[Path, None] = {}
+    for path in _separate(paths or []):
+        if not is_url(path):
+            for match in _matches(path):
+                files |= dict.fromkeys(_files_at(Path(match), key, ("",)))
+    return [file for file in files if file.is_file()]
+
+
+def _why_none(path: str, suffixes: tuple[str, ...]) -> str:
+    """Return why there is no file at a path, and what to do."""
+    if os.path.isdir(path):
+        return f"no {', '.join(suffixes)} file in the folder {path!r}; convert the files, or give another folder"
+    missing = f"no file at {path!r} (working directory: {Path.cwd()}); "
+    near = near_name(path)
+    if near:
+        return missing + near.removesuffix("; ")
+    if path.startswith("data/") and "quickstart" in path:
+        return missing + "make the corpus of the quickstarts first, by the script that the preset names"
+    if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path):
+        return missing + f"correct the path; for a dataset of the Hugging Face hub write data.dataset={path}"
+    return missing + "correct the path"
 
 
 def _separate(paths: str | list[str]) -> list[str]:
@@ -99,6 +123,14 @@ def _matches(path: str) -> list[str]:
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
+def _check_readable(path: str, key: str) -> None:
+    """Raise UserError for the first folder of a path that may not be read: in it no file is seen."""
+    folder = Path(path).absolute()
+    for part in [*reversed(folder.parents), folder]:
+        if part.is_dir() and not os.access(part, os.R_OK | os.X_OK):
+            raise UserError(f"{key}: {part} cannot be read; correct its permissions")
+
+
 def _files_at(path: Path, key: str, suffixes: tuple[str, ...]) -> list[Path]:
     """Return the path itself, or the files of these kinds in a folder, or those of a dataset that was saved there."""
     if not path.is_dir():
@@ -110,8 +142,6 @@ def _files_at(path: Path, key: str, suffixes: tuple[str, ...]) -> list[Path]:
             names = ", ".join(map(str, splits))
             raise UserError(f"{path}: contains several splits; name one of them: {names}")
         path /= split
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{key}: the split {split!r} of {path.parent}", flush=True)
     if (path / "state.json").is_file():
         return _files_saved(path)
     files = []
