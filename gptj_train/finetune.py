@@ -30,11 +30,12 @@ from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine
 from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.quantized_base import check_base, quantized_base_fact
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.weights.hf_writer import parse_size
 
-_SHOWN_AT_START = ("data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
+_SHOWN_AT_START = ("base", "data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
 
 
 class Finetune:
@@ -54,6 +55,7 @@ class Finetune:
 
     def __init__(self, cfg: FinetuneConfig) -> None:
         self._cfg = cfg
+        check_base(cfg.quantize, cfg.init_from)
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
         self._folder = RunFolder(cfg.output_dir, rank())
         step = is_done(cfg.output_dir, asdict(cfg))
@@ -136,6 +138,8 @@ class Finetune:
     ) -> None:
         cfg = self._cfg
         report = dict(facts)
+        if cfg.quantize != "none":
+            facts = report = report | {"base": quantized_base_fact(cfg.quantize)}
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
             cfg.tracking,
@@ -159,6 +163,8 @@ class Finetune:
             accumulation=self._accumulation,
             seed=cfg.seed,
             mean_rows=self._mean_rows,
+            quantize=cfg.quantize,
+            lora=cfg.lora,
         )
         environment = describe_environment(engine.gathered([describe_host()]))
         parameters = {
@@ -185,6 +191,8 @@ class Finetune:
             lora=cfg.lora,
             base=cfg.init_from,
             shard_bytes=parse_size(cfg.export_shard_size),
+            quantize=cfg.quantize,
+            mean_rows=self._mean_rows,
         )
         tracker.finish()
         if engine.rank != 0:

@@ -15,6 +15,7 @@ from torch import nn
 from gptj_train.config import FinetuneConfig, PlanConfig
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
+from gptj_train.model.quantized import stored_bytes
 from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.retention import disk_needed
 from gptj_train.weights.stored import is_adapter
@@ -79,7 +80,8 @@ class RunPlan:
         weight_parts = ranks if engine.stage >= 3 else 1
 
         held = {"GPU": self.activations(), "host": 0.0, "NVMe": 0.0}
-        held[_PLACE[engine.offload_parameters]] += element * parameters / weight_parts
+        weights = stored_bytes(self.shapes, self.cfg.quantize, element)
+        held[_PLACE[engine.offload_parameters]] += weights / weight_parts
         held[_PLACE[engine.offload_optimizer]] += _OPTIMIZER_BYTES * trained / optimizer_parts
         if engine.stage == 3:
             # Weights are gathered whole for use; DeepSpeed keeps at most this many.

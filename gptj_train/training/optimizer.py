@@ -44,15 +44,26 @@ class OptimConfig:
                 raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's parameter groups: weight decay for matrices, none for one-dimensional norms and biases."""
+def decay_groups(model: nn.Module, weight_decay: float, lora_lr_ratio: float = 1.0) -> list[dict[str, Any]]:
+    """Return AdamW's parameter groups: weight decay for matrices, none for one-dimensional norms and biases.
+
+    Args:
+        lora_lr_ratio: learning rate of LoRA's B matrices over that of all others (LoRA+, arXiv 2402.12354). Unless it
+            is 1 they have a group of their own, with ``lr_ratio``, which whoever sets ``lr`` multiplies by.
+    """
     matrices: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
-    for parameter in model.parameters():
+    faster: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if len(full_shape(parameter)) > 1:
+        if lora_lr_ratio != 1 and name.endswith("lora_B.weight"):
+            faster.append(parameter)
+        elif len(full_shape(parameter)) > 1:
             matrices.append(parameter)
         else:
             vectors.append(parameter)
-    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    if faster:
+        groups.append({"params": faster, "weight_decay": weight_decay, "lr_ratio": lora_lr_ratio})
+    return groups

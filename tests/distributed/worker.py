@@ -37,6 +37,7 @@ def do(job: dict[str, Any], out: Path) -> None:
     config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
     model = toy_config(job.get("dropout", 0.0), job.get("width", 32))
     lora = LoraConfig(**from_yaml("lora/none") | {"alpha": 8, "targets": ["q_proj", "fc_out"]} | job.get("lora", {}))
+    mean_rows = {int(row): others for row, others in job.get("mean_rows", {}).items()}
     engine = Engine(
         build=lambda: with_lora(GPTJForCausalLM(model), lora),
         init_from=job.get("init_from"),
@@ -45,7 +46,9 @@ def do(job: dict[str, Any], out: Path) -> None:
         micro_batch_size=micro,
         accumulation=accumulation(micro),
         seed=config.seed,
-        mean_rows={int(row): others for row, others in job.get("mean_rows", {}).items()},
+        mean_rows=mean_rows,
+        quantize=job.get("quantize", "none"),
+        lora=lora,
     )
     task = ToyTask(micro)
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
@@ -73,6 +76,8 @@ def do(job: dict[str, Any], out: Path) -> None:
             facts={},
             lora=lora,
             base=job.get("init_from"),
+            quantize=job.get("quantize", "none"),
+            mean_rows=mean_rows,
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
+from typed_configs import lora_config
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.model.lora import LoraConfig, with_lora
+from gptj_train.model.lora import with_lora
 from gptj_train.model.recomputation import Degree, recompute
 from gptj_train.planning import RunPlan
 from gptj_train.training.retention import disk_needed
@@ -37,7 +39,11 @@ def engine(**changes: Any) -> EngineConfig:
 
 def small(model: GPTJForCausalLM, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
-        engine=engine(**changes), global_batch_size=BATCH, micro_batch_size=BATCH, sequence_length=LENGTH
+        engine=engine(**changes),
+        quantize="none",
+        global_batch_size=BATCH,
+        micro_batch_size=BATCH,
+        sequence_length=LENGTH,
     )
     return RunPlan.of(model, SMALL, cfg)  # type: ignore[arg-type]
 
@@ -45,10 +51,11 @@ def small(model: GPTJForCausalLM, **changes: Any) -> RunPlan:
 def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
     shape = GPTJConfig()
     with torch.device("meta"):
-        adapters = LoraConfig(rank=lora, alpha=32, dropout=0, targets=["q_proj", "v_proj"])
+        adapters = replace(lora_config(), rank=lora, dropout=0, targets=["q_proj", "v_proj"])
         model = with_lora(GPTJForCausalLM(shape), adapters)
     cfg = SimpleNamespace(
         engine=engine(**({"activation_checkpointing": "block"} | changes)),
+        quantize="none",
         global_batch_size=32,
         micro_batch_size=1,
         sequence_length=2048,
@@ -65,7 +72,7 @@ def of_6b(lora: int = 0, **changes: Any) -> RunPlan:
 @pytest.mark.parametrize("lora", [0, 4])
 def test_operations_are_those_torch_counts(degree: Degree, lora: int) -> None:
     """Torch does not count attention on the CPU; the last token of each row is no target of the head."""
-    model = with_lora(GPTJForCausalLM(SMALL), LoraConfig(rank=lora, alpha=8, dropout=0, targets=["q_proj"])).bfloat16()
+    model = with_lora(GPTJForCausalLM(SMALL), replace(lora_config(), rank=lora, targets=["q_proj"])).bfloat16()
     recompute(model, degree)
     ids = torch.randint(SMALL.vocab_size, (BATCH, LENGTH))
     with FlopCounterMode(display=False) as counter:
