@@ -75,6 +75,8 @@ class FinetuneConfig(TrainerConfig, HubKeys):
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
         parse_size(self.export_shard_size)
         check_quantize(self.quantize, self.lora, self.engine)
+        if self.optim.lora_lr_ratio != 1 and not self.lora.rank:
+            raise UserError("optim.lora_lr_ratio needs lora=adapters; without adapters it would do nothing")
 
     @staticmethod
     def adjust(composed: DictConfig, given: set[str]) -> None:

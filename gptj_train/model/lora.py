@@ -37,7 +37,6 @@ class LoraConfig:
     dropout: float
     targets: str | list[str]
     rslora: bool
-    lr_ratio: float
     init_from: str | None
 
     def __post_init__(self) -> None:
@@ -48,8 +47,6 @@ class LoraConfig:
             raise UserError(f"lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
-        if self.lr_ratio <= 0:
-            raise UserError(f"lora.lr_ratio must be above 0, got {self.lr_ratio}")
         if self.rank:
             _check_targets(self.matrices)
 

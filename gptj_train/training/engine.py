@@ -95,7 +95,7 @@ class Engine:
             seed: decides the fresh weights, whatever the number of ranks.
             mean_rows: embedding row -> rows whose mean initializes it.
             quantize: how the frozen matrices of the blocks are stored; needs ``init_from``.
-            lora: the adapters in the module, for their start and their learning rates.
+            lora: the adapters in the module; may name a folder for them to start from.
 
         Raises:
             UserError: weights that are not this model's.
@@ -150,7 +150,7 @@ class Engine:
             if initial is not None:
                 initial.fill_frozen(model, self.rank)
             recompute(model, engine.activation_checkpointing)
-            groups = decay_groups(model, optim.weight_decay, lora.lr_ratio if lora else 1.0)
+            groups = decay_groups(model, optim.weight_decay, optim.lora_lr_ratio)
             sums_device = self.device if engine.accumulate_on == "gpu" else None
             stack.enter_context(sums_on(DeepSpeedZeroOptimizer_Stage3, sums_device))
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)

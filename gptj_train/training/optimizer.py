@@ -23,6 +23,7 @@ class OptimConfig:
     """
 
     lr: float
+    lora_lr_ratio: float
     betas: tuple[float, float]
     eps: float
     weight_decay: float
@@ -35,6 +36,8 @@ class OptimConfig:
     def __post_init__(self) -> None:
         if self.lr <= 0:
             raise UserError(f"lr must be above 0, got {self.lr}")
+        if self.lora_lr_ratio <= 0:
+            raise UserError(f"lora_lr_ratio must be above 0, got {self.lora_lr_ratio}")
         if not all(0 <= beta <= _LARGEST_BETA for beta in self.betas):
             raise UserError(f"betas must be in [0, 1), got {self.betas}")
         if self.eps < _LEAST_EPS:
