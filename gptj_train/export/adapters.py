@@ -89,16 +89,26 @@ class MergedWeights(StoredWeights):
     def tensor(self, name: str) -> Tensor:
         if name in self._heads:
             return self._trained.tensor(name)
-        # Rounded as in training: the adapters were fitted to the rounded base, not to the stored one.
-        tensor = self._base.tensor(name).to(self._precision).float()
+        tensor = self._rounded(self._base.tensor(name))
         module = name.removesuffix(".weight")
         down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
         if down in self._adapters:
-            tensor = tensor.addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
+            tensor = tensor.float().addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
         return tensor
 
     def read(self, name: str, start: int, into: Tensor) -> None:
-        into.copy_(self.tensor(name).view(-1)[start : start + into.numel()])
+        if name in self._heads:
+            self._trained.read(name, start, into)
+        elif f"{name.removesuffix('.weight')}.lora_A.weight" in self._adapters:
+            into.copy_(self.tensor(name).view(-1)[start : start + into.numel()])
+        else:
+            # Without the rest of the tensor: of embedding and head, single rows are read.
+            self._base.read(name, start, into)
+            into.copy_(self._rounded(into))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        """Round as in training: the adapters were fitted to the rounded base, not to the stored one."""
+        return tensor if self._precision == torch.float32 else tensor.to(self._precision)
 
     def close(self) -> None:
         self._base.close()

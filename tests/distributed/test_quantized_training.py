@@ -60,9 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Results:
         job("plain before", engine=FP32, **(common | {"steps": 0, "quantize": "none"})),
         job("new rows", engine=FP32, export=["fp32"], mean_rows={"5": [1, 2]}, **(common | {"steps": 0})),
         job("faster B", engine=FP32, optim={"lora_lr_ratio": 4.0}, **common),
-        job(
-            "continued", engine=FP32, **(common | {"steps": 0, "lora": LORA | {"init_from": f"{folder}/fp32/adapter"}})
-        ),
+        job("continued", engine=FP32, **(common | {"steps": 0, "lora": continued})),
     ]
     launch(2, folder, jobs)
     launch(1, folder, [job("one rank", engine=FP32, **common)])
