@@ -137,9 +137,9 @@ class Finetune:
         status: RunStatus,
     ) -> None:
         cfg = self._cfg
-        report = dict(facts)
         if cfg.quantize != "none":
-            facts = report = report | {"base": quantized_base_fact(cfg.quantize)}
+            facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
+        report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
             cfg.tracking,

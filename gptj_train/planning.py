@@ -15,7 +15,7 @@ from torch import nn
 from gptj_train.config import FinetuneConfig, PlanConfig
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
-from gptj_train.model.quantized import stored_bytes
+from gptj_train.model.quantized import product_bytes, stored_bytes
 from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.retention import disk_needed
 from gptj_train.weights.stored import is_adapter
@@ -82,6 +82,7 @@ class RunPlan:
         held = {"GPU": self.activations(), "host": 0.0, "NVMe": 0.0}
         weights = stored_bytes(self.shapes, self.cfg.quantize, element)
         held[_PLACE[engine.offload_parameters]] += weights / weight_parts
+        held["GPU"] += product_bytes(self.shapes, self.cfg.quantize, element)
         held[_PLACE[engine.offload_optimizer]] += _OPTIMIZER_BYTES * trained / optimizer_parts
         if engine.stage == 3:
             # Weights are gathered whole for use; DeepSpeed keeps at most this many.

@@ -18,7 +18,7 @@ from typed_configs import lora_config
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.errors import UserError
 from gptj_train.model.lora import TARGETS, with_lora
-from gptj_train.model.quantized import QuantizedMatrix, is_quantized, quantize_blocks, stored_bytes
+from gptj_train.model.quantized import QuantizedMatrix, is_quantized, product_bytes, quantize_blocks, stored_bytes
 from gptj_train.weights.stored import is_adapter
 
 KINDS = ["nf4", "int8"]
@@ -210,6 +210,7 @@ def test_six_billion_parameters_in_4_bits_take_less_than_4_gb() -> None:
     assert stored_bytes(shapes, "none", 2) / 1e9 == pytest.approx(12.10, abs=0.01)
     assert stored_bytes(shapes, "nf4", 2) / 1e9 == pytest.approx(3.73, abs=0.01)
     assert stored_bytes(shapes, "int8", 2) / 1e9 == pytest.approx(6.47, abs=0.01)
+    assert product_bytes(shapes, "nf4", 2) == 2 * 4096 * 16384
 
 
 @each_kind
