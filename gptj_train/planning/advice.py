@@ -206,7 +206,7 @@ def _batches(cfg: FinetuneConfig, machine: Machine) -> Iterator[Change]:
 
 
 def _with_adapters(plan: RunPlan) -> Iterator[tuple[RunPlan, Change]]:
-    """Yield the run with LoRA adapters, then beside a quantized base, and what that changes; not what it has already."""
+    """Yield the run with LoRA adapters, then beside a quantized base, each with the change; not what it has already."""
     change: Change = {}
     if not plan.sizes.adapters:
         # As lora=adapters composes it.

@@ -92,11 +92,11 @@ class Engine:
 
         Args:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
-            init_from: HF folder or checkpoint with the weights, and Adam's moments if it has them; None keeps the
-                fresh weights.
+            init_from: HF folder or checkpoint with weights, and Adam's moments if it has them; None: fresh weights.
             accumulation: micro-batches per optimizer step on each rank.
             seed: decides the fresh weights, whatever the number of ranks.
-            mean_rows: embedding row -> rows whose mean initializes it. quantize: how the frozen matrices of the blocks are stored; needs ``init_from``.
+            mean_rows: embedding row -> rows whose mean initializes it.
+            quantize: how the frozen matrices of the blocks are stored; needs ``init_from``.
             lora: the adapters in the module; may name a folder for them to start from.
 
         Raises:
