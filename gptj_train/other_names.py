@@ -42,7 +42,6 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "early_stopping_patience": ("patience",),
     "effective_batch_size": ("global_batch_size",),
     "epoch": ("epochs", "max_steps"),
-    "epochs": ("max_steps",),
     "eval": ("data.validation",),
     "eval_data": ("data.validation",),
     "eval_dataset": ("data.validation",),

@@ -39,25 +39,43 @@ MAY_IMPORT = {
     "data": {"atomic_write", "counted", "errors", "failed_download", "launch", "schema", "untrusted_files"},
     "tasks": {"counted", "data", "errors", "model", "schema"},
     "metrics_file": set(),
+    "metric_order": {"errors"},
+    "alternative_keys": {"errors"},
+    "epochs": {"counted", "data"},
     "tracking": {"atomic_write", "metrics_file", "schema", "tracking_services"},
     "tracking_services": {"errors"},
     "environment": {"launch"},
-    "report": {"atomic_write", "counted", "metrics_file", "report_charts"},
+    "agreement": {"data", "environment", "errors", "launch", "tasks", "weights"},
+    "report": {"atomic_write", "counted", "metric_order", "metrics_file", "report_charts"},
     "report_charts": set(),
-    "run_summary": {"counted", "metrics_file"},
+    "run_summary": {"counted", "metric_order", "metrics_file"},
     "training": {
-        *("atomic_write", "counted", "data", "errors", "launch", "model", "schema", "tasks", "tracking", "weights"),
+        *(
+            "atomic_write",
+            "counted",
+            "data",
+            "errors",
+            "launch",
+            "metric_order",
+            "model",
+            "schema",
+            "tasks",
+            "tracking",
+        ),
+        "weights",
     },
     "export": {"atomic_write", "counted", "data", "errors", "metrics_file", "model", "training", "weights"},
     "initial_model": {"data", "errors", "model"},
     "config": {
-        *("data", "errors", "initial_model", "launch", "model", "schema", "tasks", "tracking", "training", "weights"),
+        *("alternative_keys", "data", "errors", "initial_model", "launch", "model", "schema", "tasks", "tracking"),
+        *("training", "weights"),
     },
     "inference": {"config", "data", "errors", "model", "tasks", "weights"},
-    "planning": {"config", "counted", "model", "training", "weights"},
+    "vocabulary": {"config", "data", "errors", "model"},
+    "planning": {"config", "counted", "errors", "launch", "model", "training", "weights"},
     "finetune": {
-        *("config", "counted", "data", "environment", "errors", "export", "inference", "launch", "model", "planning"),
-        *("report", "run_summary", "tasks", "tracking", "training", "weights"),
+        *("agreement", "config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch"),
+        *("model", "planning", "report", "run_summary", "tasks", "tracking", "training", "vocabulary", "weights"),
     },
     "__init__": {"model"},
 }
@@ -217,11 +235,14 @@ def test_every_choice_of_every_group_has_keys_of_a_schema() -> None:
             assert any({f"{group.name}.{key}" for key in values} <= keys for keys in known), name(choice)
 
 
-FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "data"), ("PlanConfig", "task")}
+FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "task")}
 """recipes/plan.py takes the presets of all tasks, whose keys these are; the plan depends on none of them."""
 
-READ_ELSEWHERE = {("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")}
-"""The trainer gets its batches from the task and the engine, which take plain numbers."""
+READ_ELSEWHERE = {
+    *(("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")),
+    ("TrainerConfig", "rendezvous_timeout"),
+}
+"""The trainer gets its batches from the task and the engine, which take plain numbers; the ranks meet before it."""
 
 
 def all_schemas() -> set[type]:

@@ -74,6 +74,16 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     return found
 
 
+def local_files(paths: str | list[str] | None) -> list[Path]:
+    """Return the files at paths, folders and globs, of any kind and without those at URLs; [] for none."""
+    files: dict[Path, None] = {}
+    for path in _separate(paths or []):
+        if not is_url(path):
+            for match in _matches(path):
+                files |= dict.fromkeys(_files_at(Path(match), ("",)))
+    return [file for file in files if file.is_file()]
+
+
 def _why_none(path: str, suffixes: tuple[str, ...]) -> str:
     """Return why there is no file at a path, and what to do."""
     if os.path.isdir(path):

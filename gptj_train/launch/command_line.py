@@ -56,7 +56,11 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     composed = _composed(primary, overrides, own_configs, cls)
     adjust = getattr(cls, "adjust", None)
     if adjust is not None:
-        adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
+        given = {}
+        for override in overrides:
+            key, _, value = override.partition("=")
+            given[key.lstrip("+~")] = value
+        adjust(composed, given)
     return validated(composed, cls)
 
 

@@ -226,7 +226,7 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def test_summary(folder: Path) -> None:
-    text = summary(str(folder), "GPTJForCausalLM", "line one\nline two")
+    text = summary(str(folder), "GPTJForCausalLM", sample="line one\nline two")
     assert "Done. Training loss 4.500 -> 3.000 in 4 steps." in text
     assert "eval_loss 6.000 -> 2.500" in text
     assert "    line one\n    line two\n" in text
