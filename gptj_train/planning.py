@@ -226,7 +226,7 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """
     if cfg.epochs is not None:
         raise UserError(f"epochs={cfg.epochs:g}: the plan reads no data to count their steps; give max_steps=...")
-    has_held_out = bool(cfg.data.get("validation") or cfg.data.get("validation_share"))
+    has_held_out = bool(cfg.data.get("validation") or cfg.validation_share)
     checkpoint, most, export = plan.disk(has_held_out)
     tokens = cfg.global_batch_size * cfg.sequence_length
     yield f"model   {counted(_count(plan.shapes), 'parameter')}, {_count(plan.trained):,} of them trained"
