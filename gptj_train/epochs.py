@@ -39,11 +39,10 @@ class Epochs:
     def warnings(self, steps: int) -> Iterator[str]:
         """Yield lines about too little data for this number of steps."""
         total = sum(self._sizes.values())
-        batch = self._global_batch_size
-        if total < batch:
+        if total < self._global_batch_size:
             yield (
-                f"data.train has {counted(total, 'sample')}, fewer than global_batch_size={batch}: each "
-                "step has some of them twice; lower global_batch_size"
+                f"data.train has {counted(total, 'sample')}, fewer than global_batch_size={self._global_batch_size}: "
+                "each step has some of them twice; lower global_batch_size"
             )
         many = [(name, count) for name, count in self._counts(steps) if count > _MANY]
         if many:

@@ -61,11 +61,8 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
-            raise UserError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); "
-                f"{near_name(path)}correct the path; for the corpus of a quickstart run its script first, see the "
-                "preset in configs/config"
-            )
+            _check_readable(path, key)
+            raise UserError(f"{key}: {_why_none(path, suffixes)}")
         found += files
     if not found:
         raise UserError(f"{key} is empty; give files, folders or globs")
@@ -88,6 +85,21 @@ def local_files(paths: str | list[str] | None) -> list[Path]:
     return [file for file in files if file.is_file()]
 
 
+def _why_none(path: str, suffixes: tuple[str, ...]) -> str:
+    """Return why there is no file at a path, and what to do."""
+    if os.path.isdir(path):
+        return f"no {', '.join(suffixes)} file in the folder {path!r}; convert the files, or give another folder"
+    missing = f"no file at {path!r} (working directory: {Path.cwd()}); "
+    near = near_name(path)
+    if near:
+        return missing + near.removesuffix("; ")
+    if path.startswith("data/") and "quickstart" in path:
+        return missing + "make the corpus of the quickstarts first, by the script that the preset names"
+    if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path):
+        return missing + f"correct the path; for a dataset of the Hugging Face hub write data.dataset={path}"
+    return missing + "correct the path"
+
+
 def _separate(paths: str | list[str]) -> list[str]:
     """Return the paths of a list, or of a text with commas, unless such a file exists."""
     if not isinstance(paths, str):
@@ -102,6 +114,14 @@ def _separate(paths: str | list[str]) -> list[str]:
 def _matches(path: str) -> list[str]:
     # A path that exists is taken as it is, though it may look like a glob: "run[1].jsonl".
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
+
+
+def _check_readable(path: str, key: str) -> None:
+    """Raise UserError for the first folder of a path that may not be read: in it no file is seen."""
+    folder = Path(path).absolute()
+    for part in [*reversed(folder.parents), folder]:
+        if part.is_dir() and not os.access(part, os.R_OK | os.X_OK):
+            raise UserError(f"{key}: {part} cannot be read; correct its permissions")
 
 
 def near_name(path: str) -> str:

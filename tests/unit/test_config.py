@@ -25,11 +25,11 @@ from gptj_train.config import (
 )
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
-from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.command_line import _quote_text, compose
 from gptj_train.launch.ranks import set_rank_variables
 from gptj_train.schema import keys_of, plain_text_keys, text_keys
 from gptj_train.training.schedule import lr_at, warmup_of
+from gptj_train.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).parents[2]
 FILLED = ["output_dir=out", "init_from=null", "max_steps=7", "data.train=a.jsonl"]
