@@ -88,6 +88,18 @@ class Reads(ast.NodeVisitor):
                 if cls is not None:
                     self._types[ast.unparse(name)] = cls
 
+    def visit_If(self, node: ast.If) -> None:
+        outer, self._types = self._types, dict(self._types)
+        # Within ``if isinstance(cfg, PlanConfig):`` cfg is a PlanConfig.
+        if isinstance(node.test, ast.Call) and ast.unparse(node.test.func) == "isinstance":
+            self._declare(ast.unparse(node.test.args[0]), node.test.args[1])
+        self.visit(node.test)
+        for statement in node.body:
+            self.visit(statement)
+        self._types = outer
+        for statement in node.orelse:
+            self.visit(statement)
+
     def visit_Attribute(self, node: ast.Attribute) -> None:
         self.generic_visit(node)
         cls = self._type_of(node.value)
