@@ -27,7 +27,7 @@ from gptj_train.training.retention import step_folder
 from gptj_train.training.saving import Saving
 from gptj_train.training.schedule import lr_in
 from gptj_train.training.state import TrainState
-from gptj_train.training.trainer_config import TrainerConfig, is_due, numeric_settings
+from gptj_train.training.trainer_config import TrainerConfig, is_due
 
 _UNTIMED_SAVE = 300.0  # seconds to reserve for a save before the first has been timed
 
@@ -251,7 +251,7 @@ class Trainer:
         """Write a checkpoint. Collective. See ``Saving.save``."""
         state = self.state
         state.next_batch = next_batch(self.task, state.step)
-        state.settings = numeric_settings(self.config)
+        state.settings = self.config.numeric_settings()
         state.data = self._data
         state.wandb_id = self.tracker.wandb_id or state.wandb_id
         self._saving.save(state)

@@ -147,6 +147,24 @@ def test_changed_settings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "changed since the checkpoint: max_steps 10 -> 20" in capsys.readouterr().out
 
 
+def test_another_base_below_the_adapters_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bases = [tmp_path / "one", tmp_path / "other"]
+    for number, base in enumerate(bases):
+        base.mkdir()
+        (base / "model.safetensors").write_bytes(bytes([number]))
+    cfg = settings(tmp_path, "lora=adapters", "lora.alpha=16", f"init_from={bases[0]}")
+    on_ranks(1, lambda rank: trainer(cfg, rank).save())
+    found = resume_candidates(tmp_path, "auto")
+    on_ranks(1, lambda rank: trainer(cfg, rank).resume(found))
+    assert "changed since" not in capsys.readouterr().out
+    changed = settings(tmp_path, "lora=adapters", "lora.alpha=32", f"init_from={bases[1]}")
+    on_ranks(1, lambda rank: trainer(changed, rank).resume(found))
+    out = capsys.readouterr().out
+    assert "lora.alpha 16.0 -> 32.0, the files of init_from " in out
+    # Without adapters a checkpoint holds all weights: what it began with is of no account.
+    assert "the files of init_from" not in settings(tmp_path, f"init_from={bases[0]}").numeric_settings()
+
+
 class Scaler:
     """fp16's dynamic loss scale, as ZeRO has it."""
 
