@@ -84,7 +84,7 @@ class Trainer:
                 with self._watchdog.paused():
                     self.resume(resume_from)
                 self._saving.saved = self.state.step
-            self._saving.begin(self.state.step)
+            self._saving.begin(self.state)
             evaluated = self.state.evaluated == self.state.step
             self.tracker.start(self.state.step, config.steps, self.state.wandb_id, evaluated=evaluated)
             self._saving.announce_abandoned(self.state.step)
@@ -234,7 +234,9 @@ class Trainer:
         metrics = self.task.metrics(records)
         is_best = count_evaluation(self.state, metrics, self.config.best_metric)
         self._saving.best_is_new = is_best and self.config.export_of == "best"
-        if self.engine.rank == 0:
+        # Of the model that will be exported, as far as that is known.
+        is_exported = is_best or self.config.export_of == "last" or self.state.best_step < 0
+        if is_exported and self.engine.rank == 0:
             try:
                 self.task.write_predictions(self.config.output_dir)
             except OSError as error:

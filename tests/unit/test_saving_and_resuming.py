@@ -71,6 +71,24 @@ def test_a_failed_save_prints_a_line_and_the_run_continues(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
 
 
+def test_the_best_that_could_not_be_saved_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = settings(tmp_path)
+    best: list[tuple[int, float | None]] = []
+
+    def save_twice(rank: Any) -> None:
+        run = trainer(cfg, rank)
+        run.state.best_step, run.state.best_value = 0, 3.0
+        run.save()
+        monkeypatch.setattr(SliceWriter, "add", no_space)
+        run.state.step = run.state.best_step = 5
+        run.state.best_value = 2.0
+        run.save()
+        best.append((run.state.best_step, run.state.best_value))
+
+    on_ranks(1, save_twice)
+    assert best == [(0, 3.0)]
+
+
 def test_a_failed_first_save_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that could save nothing would otherwise train to its end for nothing."""
     monkeypatch.setattr(SliceWriter, "add", no_space)
