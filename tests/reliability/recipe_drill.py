@@ -184,12 +184,16 @@ class Life:
                 process.kill()
         return bool(victims)
 
+    def programs(self) -> list[psutil.Process]:
+        """The Python processes of this life. Compilers end by themselves; the next start must wait for them."""
+        return [process for process in self.members() if process.name().startswith(("python", "deepspeed", "torchrun"))]
+
     def ended(self) -> float:
-        """Wait until no process is left; return the seconds that took."""
+        """Wait until no program is left; return the seconds that took."""
         began = time.monotonic()
-        while self.process.poll() is None or self.members():
+        while self.process.poll() is None or self.programs():
             if time.monotonic() > began + ORPHAN_SECONDS:
-                left = [" ".join(process.cmdline()) for process in self.members()]
+                left = [" ".join(process.cmdline()) for process in self.programs()]
                 raise AssertionError(f"left: {left}; {self.output.read_text()[-6000:]}")
             time.sleep(0.1)
         return time.monotonic() - began
@@ -211,7 +215,7 @@ def live(folder: Path, launcher: str, kill: Kill | None, extensions: Path | None
             life.process.wait(LIFE_SECONDS)
         seconds = life.ended()
     finally:
-        for process in life.members():
+        for process in life.programs():
             process.kill()
     text = life.output.read_text()
     assert struck or life.process.returncode == 0, text[-6000:]
