@@ -41,8 +41,8 @@ class Epochs:
         total = sum(self._sizes.values())
         if total < self._global_batch_size:
             yield (
-                f"data.train has {counted(total, 'sample')}, fewer than global_batch_size="
-                f"{self._global_batch_size}: each step has some of them twice; lower global_batch_size"
+                f"data.train has {counted(total, 'sample')}, fewer than global_batch_size={self._global_batch_size}: "
+                "each step has some of them twice; lower global_batch_size"
             )
         many = [(name, count) for name, count in self._counts(steps) if count > _MANY]
         if many:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from gptj_train.config import FinetuneConfig, model_config_of
+from gptj_train.agreement import check_agreement
+from gptj_train.config import FinetuneConfig
 from gptj_train.counted import counted
 from gptj_train.data.identity import data_identity
 from gptj_train.data.sampler import Sampler
-from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.data.tokenizer_folder import has_tokenizer
-from gptj_train.data.unused_rows import AddedToken
 from gptj_train.environment import describe_environment, describe_host
 from gptj_train.epochs import Epochs
 from gptj_train.errors import UserError
@@ -19,12 +17,14 @@ from gptj_train.export.from_engine import export
 from gptj_train.inference.text_generator import sample_from
 from gptj_train.launch.ranks import rank, world_size
 from gptj_train.launch.recipe import NothingToDo
+from gptj_train.launch.rendezvous import wait_for_ranks
 from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
-from gptj_train.planning import RunPlan
+from gptj_train.planning.preflight import check_machine, memory_line
+from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.report import write_report
 from gptj_train.run_summary import summary
 from gptj_train.tasks.task import Task
@@ -32,15 +32,17 @@ from gptj_train.tracking import Tracker
 from gptj_train.training.accumulation import accumulation_steps
 from gptj_train.training.best import best_text
 from gptj_train.training.checkpoint import Checkpoints
-from gptj_train.training.engine import Engine
+from gptj_train.training.engine import Engine, join_process_group
 from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.quantized_base import check_base, quantized_base_fact
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.trainer_config import with_steps
+from gptj_train.vocabulary import build_vocabulary
 from gptj_train.weights.hf_writer import parse_size
 
 # Facts that fit on a screen.
-_SHOWN_AT_START = ("data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
+_SHOWN_AT_START = ("base", "data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
 
 
 class Finetune:
@@ -60,6 +62,7 @@ class Finetune:
 
     def __init__(self, cfg: FinetuneConfig) -> None:
         self._cfg = cfg
+        check_base(cfg.quantize, cfg.init_from)
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
         self._folder = RunFolder(cfg.output_dir, rank())
         step = is_done(cfg.output_dir, asdict(cfg))
@@ -69,8 +72,11 @@ class Finetune:
                 "or patience if that ended it"
             )
         self._epochs: Epochs | None = None
+        self._status = RunStatus(cfg.output_dir, rank(), asdict(cfg))
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
+        if rank() == 0:
+            check_machine(cfg, self.model_config)
 
     def sampler(self, sizes: Mapping[str, int], weights: list[float] | None = None) -> Sampler:
         """Return the sampler of the training data, of one or several components.
@@ -125,7 +131,7 @@ class Finetune:
         cfg = self._resolved(self._epochs, task)
         facts = {**facts, "epochs": self._epochs.describe(cfg.steps)}
         self._folder.create()
-        with RunStatus(self._cfg.output_dir, rank(), asdict(self._cfg)) as status:
+        with self._status:
             self._train(
                 cfg,
                 self._epochs,
@@ -134,7 +140,6 @@ class Finetune:
                 facts,
                 model_config=model_config or self.model_config,
                 sample_prompt=sample_prompt,
-                status=status,
             )
 
     def _resolved(self, epochs: Epochs, task: Task) -> FinetuneConfig:
@@ -160,8 +165,12 @@ class Finetune:
         *,
         model_config: GPTJConfig,
         sample_prompt: str | None,
-        status: RunStatus,
     ) -> None:
+        if world_size() > 1:
+            # Before the model is loaded, which takes minutes.
+            self._meet(cfg, task, facts)
+        if cfg.quantize != "none":
+            facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
@@ -188,8 +197,14 @@ class Finetune:
             accumulation=self._accumulation,
             seed=cfg.seed,
             mean_rows=self._mean_rows,
+            quantize=cfg.quantize,
+            lora=cfg.lora,
         )
         environment = describe_environment(engine.gathered([describe_host()]))
+        hosts = ", ".join(host["host"] for host in environment["hosts"])
+        tracker.note(
+            f"attempt   {self._status.attempt}, {environment['started']}, {engine.world_size} ranks on {hosts}"
+        )
         parameters = {
             "parameters": sum(shape.numel() for shape in engine.shapes.values()),
             "trained_parameters": sum(shape.numel() for shape in engine.trained.values()),
@@ -209,9 +224,10 @@ class Finetune:
             # On rank 0 only: a thousand ranks need not read every file.
             data=data_identity(asdict(self._cfg), self.tokenizer.digest) if rank() == 0 else {},
         )
-        status.step = lambda: trainer.state.step
+        self._status.step = lambda: trainer.state.step
+        self._status.progressed = lambda: checkpoints.has_saved
         trainer.train(self._resume_from)
-        status.reason = trainer.ended
+        self._status.reason = trainer.ended
 
         exported_step = trainer.take_best()
         best = best_text(trainer.state, exported_step)
@@ -228,13 +244,15 @@ class Finetune:
             base=cfg.init_from,
             shard_bytes=parse_size(cfg.export_shard_size),
             until=exported_step,
+            quantize=cfg.quantize,
+            mean_rows=self._mean_rows,
         )
         tracker.finish()
         if engine.rank != 0:
             return
 
-        plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
-        report["memory"] = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
+        plan = RunPlan(ModelSizes(engine.shapes, engine.trained), model_config, cfg)
+        report["memory"] = memory_line(plan, engine.world_size, on_gpu=engine.device.type != "cpu")
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:
@@ -252,46 +270,13 @@ class Finetune:
             )
         )
 
+    def _meet(self, cfg: FinetuneConfig, task: Task, facts: Mapping[str, str]) -> None:
+        """Connect the ranks, and check that they are about to run the same job. Collective.
 
-def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
-    """Return the tokenizer, model config and mean rows of a run.
-
-    Returns:
-        The tokenizer with ``add_tokens``; the model config with the tokenizer's BOS, EOS and PAD ids; the embedding
-        row of each added token, with the rows whose mean initializes it.
-
-    Raises:
-        UserError: no tokenizer, fewer embedding rows than token ids, fewer positions than ``sequence_length``, or
-            more added tokens than unused rows.
-    """
-    # The model first: its messages for a folder that is no model are better than the tokenizer's.
-    model_config = model_config_of(cfg.model, cfg.init_from)
-    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
-    if cfg.tokenizer is not None and cfg.init_from is not None and cfg.tokenizer_mismatch == "error":
-        _check_same_ids(tokenizer, cfg.tokenizer, cfg.init_from)
-    tokenizer.check_fits(model_config.vocab_size)
-    if cfg.sequence_length > model_config.n_positions:
-        raise UserError(
-            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions}); "
-            f"set sequence_length={model_config.n_positions} or less"
-            + (" or raise model.n_positions" if cfg.init_from is None else "")
-        )
-    # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
-    model_config = replace(
-        model_config,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id(model_config.vocab_size),
-    )
-    added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]
-    tokenizer, mean_rows = tokenizer.with_added_tokens(added_tokens, model_config.vocab_size)
-    return tokenizer, model_config, mean_rows
-
-
-def _check_same_ids(tokenizer: Tokenizer, path: str, init_from: str) -> None:
-    """Raise UserError for a tokenizer whose ids have another meaning in the initial weights."""
-    if has_tokenizer(init_from) and not tokenizer.gives_ids_of(Tokenizer.load(init_from)):
-        raise UserError(
-            f"tokenizer={path} gives other ids than the tokenizer of init_from={init_from}, whose weights know only "
-            "their own; drop tokenizer=..., or set tokenizer_mismatch=allow to train the embedding anew"
-        )
+        Raises:
+            UserError: ranks are missing, or they differ; on all ranks.
+        """
+        store = wait_for_ranks(cfg.rendezvous_timeout)
+        join_process_group()
+        del store  # The process group holds a connection of its own by now.
+        check_agreement(asdict(cfg), tokenizer=self.tokenizer.digest, task=task, facts=facts)

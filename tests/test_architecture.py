@@ -29,14 +29,24 @@ MAY_IMPORT = {
     "counted": set(),
     "errors": set(),
     "failed_download": set(),
+    "near_name": set(),
     "other_names": set(),
     "secrecy": {"errors"},
     "schema": {"errors", "other_names", "secrecy"},
-    "launch": {"errors", "schema"},
+    "launch": {"errors", "near_name", "schema"},
     "untrusted_files": {"errors"},
     "weights": {"atomic_write", "errors", "failed_download", "untrusted_files"},
-    "model": {"atomic_write", "errors", "failed_download", "schema", "untrusted_files", "weights"},
-    "data": {"atomic_write", "counted", "errors", "failed_download", "launch", "schema", "untrusted_files"},
+    "model": {"atomic_write", "errors", "failed_download", "near_name", "schema", "untrusted_files", "weights"},
+    "data": {
+        "atomic_write",
+        "counted",
+        "errors",
+        "failed_download",
+        "launch",
+        "near_name",
+        "schema",
+        "untrusted_files",
+    },
     "tasks": {"counted", "data", "errors", "model", "schema"},
     "metrics_file": set(),
     "metric_order": {"errors"},
@@ -45,6 +55,7 @@ MAY_IMPORT = {
     "tracking": {"atomic_write", "metrics_file", "schema", "tracking_services"},
     "tracking_services": {"errors"},
     "environment": {"launch"},
+    "agreement": {"data", "environment", "errors", "launch", "tasks", "weights"},
     "report": {"atomic_write", "counted", "metric_order", "metrics_file", "report_charts"},
     "report_charts": set(),
     "run_summary": {"counted", "metric_order", "metrics_file"},
@@ -57,10 +68,11 @@ MAY_IMPORT = {
             "launch",
             "metric_order",
             "model",
+            "near_name",
             "schema",
             "tasks",
-            "tracking",
         ),
+        "tracking",
         "weights",
     },
     "export": {"atomic_write", "counted", "data", "errors", "metrics_file", "model", "training", "weights"},
@@ -69,12 +81,12 @@ MAY_IMPORT = {
         *("alternative_keys", "data", "errors", "initial_model", "launch", "model", "schema", "tasks", "tracking"),
         *("training", "weights"),
     },
-    "inference": {"config", "data", "errors", "model", "tasks", "weights"},
-    "planning": {"config", "counted", "errors", "model", "training", "weights"},
+    "inference": {"config", "data", "errors", "model", "near_name", "tasks", "weights"},
+    "vocabulary": {"config", "data", "errors", "model"},
+    "planning": {"config", "counted", "errors", "launch", "model", "training", "weights"},
     "finetune": {
-        *("config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch", "model"),
-        "planning",
-        *("report", "run_summary", "tasks", "tracking", "training", "weights"),
+        *("agreement", "config", "counted", "data", "environment", "epochs", "errors", "export", "inference", "launch"),
+        *("model", "planning", "report", "run_summary", "tasks", "tracking", "training", "vocabulary", "weights"),
     },
     "__init__": {"launch", "model"},
 }
@@ -237,8 +249,11 @@ def test_every_choice_of_every_group_has_keys_of_a_schema() -> None:
 FOR_PRESETS = {("PlanConfig", "sample_prompt"), ("PlanConfig", "task")}
 """recipes/plan.py takes the presets of all tasks, whose keys these are; the plan depends on none of them."""
 
-READ_ELSEWHERE = {("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")}
-"""The trainer gets its batches from the task and the engine, which take plain numbers."""
+READ_ELSEWHERE = {
+    *(("TrainerConfig", "global_batch_size"), ("TrainerConfig", "micro_batch_size")),
+    ("TrainerConfig", "rendezvous_timeout"),
+}
+"""The trainer gets its batches from the task and the engine, which take plain numbers; the ranks meet before it."""
 
 
 def all_schemas() -> set[type]:

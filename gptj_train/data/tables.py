@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptj_train.data.records import BadRecordError
+from gptj_train.data.parsing import BadRecordError
 from gptj_train.errors import UserError
 from gptj_train.failed_download import failed_download
 

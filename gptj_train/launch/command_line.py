@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import make_room
 from gptj_train.launch.key_help import help_lines
 from gptj_train.launch.spelling import check_spelling
 from gptj_train.schema import list_keys, plain_text_keys, text_keys, unknown_key_message, validated
@@ -54,9 +55,14 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     check_spelling(overrides, primary, cls, CONFIGS)
     overrides = [_quote_text(override, cls) for override in overrides]
     composed = _composed(primary, overrides, own_configs, cls)
+    given = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given[key.lstrip("+~")] = value
+    make_room(composed, set(given))
     adjust = getattr(cls, "adjust", None)
     if adjust is not None:
-        adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
+        adjust(composed, given)
     return validated(composed, cls)
 
 

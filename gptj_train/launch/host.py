@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import cpuinfo
 
+from gptj_train.launch.ranks import ranks_on_host
+
 
 def prepare_environment() -> None:
     """Set what DeepSpeed reads from the environment; call it before the import of deepspeed."""
@@ -43,8 +45,7 @@ def share_cores() -> None:
     """Set torch's threads to this rank's share of the host's cores, which an offloaded optimizer needs."""
     import torch
 
-    # LOCAL_WORLD_SIZE is set by torchrun and by ranks.py under srun, LOCAL_SIZE by the deepspeed launcher.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks_here = ranks_on_host()
     cores = usable_cores()
     # srun binds each task to its own cores by default: those are already this rank's share.
     already_shared = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) and "SLURM_STEP_ID" in os.environ

@@ -109,8 +109,8 @@ def _check_preset(argument: str, primary: str, configs: Path) -> None:
     """Raise UserError for a preset that belongs to another recipe."""
     key, _, name = argument.lstrip("+").partition("=")
     own = presets_of(primary, configs)
-    if key == "config" and own and name not in own and name in presets_of("plan", configs):
-        raise UserError(f"+config={name} is a preset of recipes/{_owner(name)}.py; choose one of {', '.join(own)}")
+    if key == "config" and own and name not in own and (configs / "config" / f"{name}.yaml").is_file():
+        raise UserError(f"+config={name} is a preset of recipes/{owner_of(name)}.py; choose one of {', '.join(own)}")
 
 
 def presets_of(primary: str, configs: Path) -> list[str]:
@@ -120,10 +120,10 @@ def presets_of(primary: str, configs: Path) -> list[str]:
         return names
     if primary not in _OWNER_OF_RECIPE:
         return []
-    return [name for name in names if _owner(name) in (None, _OWNER_OF_RECIPE[primary])]
+    return [name for name in names if owner_of(name) in (None, _OWNER_OF_RECIPE[primary])]
 
 
-def _owner(preset: str) -> str | None:
+def owner_of(preset: str) -> str | None:
     """Return the recipe that a preset belongs to, by its name; None for one that suits all."""
     words = preset.split("_")
     for owner in ("classification", "qa"):

@@ -48,6 +48,8 @@ class Checkpoints:
     def __init__(self, output_dir: str | Path, *, keep: int, keep_every: int, model_files: ModelFiles) -> None:
         self._output_dir, self._keep, self._keep_every = output_dir, keep, keep_every
         self._model_files = model_files
+        self.has_saved = False
+        """Whether this process has written a checkpoint."""
 
     def save(self, engine: Engine, state: TrainState) -> Path:
         """Write a checkpoint and remove old ones. Collective.
@@ -93,6 +95,7 @@ class Checkpoints:
             prune(target, self._keep, self._keep_every, state.best_step)
         # No rank may train on, and perhaps save again, while rank 0 removes folders.
         engine.wait()
+        self.has_saved = True
         return target
 
     def _commit(

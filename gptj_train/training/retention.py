@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gptj_train.atomic_write import remove_folder
 from gptj_train.errors import UserError
+from gptj_train.near_name import near_name
 from gptj_train.weights.manifest import MANIFEST, Manifest
 
 
@@ -37,7 +38,7 @@ def resume_candidates(output_dir: str | Path, resume: str) -> list[Path]:
         reason = why_incomplete(Path(resume))
         if reason:
             raise UserError(
-                f"resume={resume}: no complete checkpoint there; "
+                f"resume={resume}: {near_name(resume)}no complete checkpoint there; "
                 f"give a checkpoints/step_... folder, or resume=auto ({reason})"
             )
         return [Path(resume)]
@@ -63,7 +64,7 @@ def newest_complete(run: str | Path) -> Path:
         reason = why_incomplete(folder)
         if not reason:
             return folder
-    raise UserError(f"{run}: {reason}")
+    raise UserError(f"{run}: {near_name(run)}{reason}")
 
 
 def best_complete(run: str | Path) -> Path:

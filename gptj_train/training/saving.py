@@ -93,7 +93,7 @@ class Saving:
             with self._watchdog.paused():
                 folder = self._checkpoints.save(self._engine, state)
         except SaveFailedError as error:
-            if self._config.failed_save == "stop":
+            if self._config.failed_save == "stop" or self.saved is None:  # the first one: this disk may take none
                 raise
             self._tracker.note(f"step {state.step} was not saved: {error}; continuing, earlier checkpoints are intact")
             return

@@ -46,6 +46,7 @@ class TrainerConfig:
     max_hours: float | None
     max_skipped_steps: int
     hang_timeout: float
+    rendezvous_timeout: float
     optim: OptimConfig
 
     def __post_init__(self) -> None:
@@ -70,6 +71,8 @@ class TrainerConfig:
                 raise UserError(f"{name} must be at most {most}, got {value}")
         self._check_length()
         self._check_best()
+        if self.rendezvous_timeout <= 0:
+            raise UserError(f"rendezvous_timeout must be above 0 seconds, got {self.rendezvous_timeout}")
         if self.max_hours is not None and self.max_hours <= 0:
             raise UserError(f"max_hours must be above 0, or null for no limit, got {self.max_hours}")
 

@@ -25,11 +25,11 @@ from gptj_train.config import (
 )
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
-from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.command_line import _quote_text, compose
 from gptj_train.launch.ranks import set_rank_variables
 from gptj_train.schema import keys_of, plain_text_keys, text_keys
 from gptj_train.training.schedule import lr_at, warmup_of
+from gptj_train.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).parents[2]
 FILLED = ["output_dir=out", "init_from=null", "max_steps=7", "data.train=a.jsonl"]
@@ -344,7 +344,7 @@ def test_free_text_needs_no_quotes(command: Command, prompt: str) -> None:
         (["+config=quikstart"], "no config named 'quikstart'; there are: a_group_is_a_number, a_list, broken, "),
         (["+config=good", "max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
         (["+config=good", "optim.lrr=3"], "unknown config key 'optim.lrr'; did you mean 'optim.lr'?"),
-        (["+config=good", "engine=zero9"], "no engine named 'zero9'; there are: zero3"),
+        (["+config=good", "engine=zero9"], "no engine named 'zero9'; there are: zero2, zero3"),
         (
             ["+config=good", "engine=null"],
             "the command line or config cannot be read: Config group override must be a string or a list",

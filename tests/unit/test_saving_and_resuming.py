@@ -52,19 +52,38 @@ def no_space(*_: Any) -> None:
 def test_a_failed_save_prints_a_line_and_the_run_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    cfg = settings(tmp_path)
+
+    def save_twice(rank: Any) -> None:
+        run = trainer(cfg, rank)
+        run.save()
+        rank.gathered([])  # no rank fills the disk while another still writes
+        monkeypatch.setattr(SliceWriter, "add", no_space)
+        run.state.step = 5
+        run.save()
+
+    on_ranks(2, save_twice)
+    saved, line = capsys.readouterr().out.splitlines()
+    assert saved == f"saved {tmp_path}/checkpoints/step_00000000"
+    reason = f"{tmp_path}/checkpoints/step_00000005: No space left on device"
+    assert line.startswith(f"step 5 was not saved: {reason}; ")
+    assert line.endswith("earlier checkpoints are intact")
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
+
+
+def test_a_failed_first_save_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that could save nothing would otherwise train to its end for nothing."""
     monkeypatch.setattr(SliceWriter, "add", no_space)
     cfg = settings(tmp_path)
-    on_ranks(2, lambda rank: trainer(cfg, rank).save())
-    (line,) = capsys.readouterr().out.splitlines()
-    reason = f"{tmp_path}/checkpoints/step_00000000: No space left on device"
-    assert line.startswith(f"step 0 was not saved: {reason}; ")
-    assert line.endswith("earlier checkpoints are intact")
+    with pytest.raises(SaveFailedError, match="No space left on device"):
+        on_ranks(2, lambda rank: trainer(cfg, rank).save())
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 
 def test_a_failed_save_ends_the_run_with_failed_save_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SliceWriter, "add", no_space)
     cfg = settings(tmp_path, "failed_save=stop")
+    on_ranks(1, lambda rank: trainer(cfg, rank).save())
+    monkeypatch.setattr(SliceWriter, "add", no_space)
     with pytest.raises(SaveFailedError, match="No space left on device"):
         on_ranks(1, lambda rank: trainer(cfg, rank).save())
 
