@@ -311,8 +311,10 @@ def explode(place: Path) -> None:
     for folder in (run, straight):
         folder.mkdir()
     live(straight, "python", None)
-    happened = live(run, "python", {"stage": "training", "victim": "a rank", "delay": 0.2})
-    assert happened["struck"]
+    first = Life(run, "python")
+    assert first.wait_until(lambda: first.step() > SAVE_EVERY)  # a checkpoint is there
+    first.kill("a rank")
+    first.ended()
     exploding = Life(run, "python", "optim.lr=1e9", "max_skipped_steps=3")
     assert exploding.process.wait(LIFE_SECONDS) == 2, exploding.output.read_text()
     text = exploding.output.read_text()
