@@ -41,7 +41,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 STEPS, SAVE_EVERY = 60, 5
 KILLS_A_ROUND = 6
-LIFE_SECONDS = 600
+LIFE_SECONDS = 1800  # a compilation on a busy machine takes many minutes
 ORPHAN_SECONDS = 240  # for the imports of ranks whose launcher died meanwhile, on a busy machine
 LAUNCHERS = {
     "python": [sys.executable],
