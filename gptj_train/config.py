@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import DictConfig
 
+from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
@@ -50,7 +51,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig, HubKeys):
+class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 from gptj_train.agreement import check_agreement
 from gptj_train.config import FinetuneConfig, model_config_of
+from gptj_train.counted import counted
 from gptj_train.data.sampler import Sampler
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.tokenizer_folder import has_tokenizer
@@ -36,7 +37,15 @@ from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.weights.hf_writer import parse_size
 
-_SHOWN_AT_START = ("data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
+_SHOWN_AT_START = (
+    "data",
+    "held out",
+    "labels",
+    "baseline",
+    "truncated",
+    "batch",
+    "epochs",
+)  # facts that fit on a screen
 
 
 class Finetune:
@@ -84,15 +93,15 @@ class Finetune:
             micro_batch_size=self._cfg.micro_batch_size,
         )
 
-    def batch_facts(self, samples: str) -> str:
+    def batch_facts(self, sample: str) -> str:
         """Describe the global batch for screen, report and model card.
 
         Args:
-            samples: name of its elements, such as "windows".
+            sample: what one of its elements is called, such as "window".
         """
         cfg = self._cfg
         return (
-            f"{cfg.global_batch_size} {samples} = {world_size()} ranks x {cfg.micro_batch_size} x "
+            f"{counted(cfg.global_batch_size, sample)} = {counted(world_size(), 'rank')} x {cfg.micro_batch_size} x "
             f"{self._accumulation} accumulated"
         )
 

@@ -63,6 +63,7 @@ OUR_KEYS: dict[str, tuple[str, ...]] = {
     "train_micro_batch_size_per_gpu": ("micro_batch_size",),
     "training_steps": ("max_steps",),
     "valid_file": ("data.validation",),
+    "vocabulary_size": ("vocab_size", "model.vocab_size"),
     "validation_file": ("data.validation",),
     "validation_split": ("validation_share",),
 }

@@ -13,6 +13,7 @@ from math import prod
 from torch import nn
 
 from gptj_train.config import FinetuneConfig, PlanConfig
+from gptj_train.counted import counted
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.loss import CHUNK
 from gptj_train.training.accumulation import accumulation_steps
@@ -219,17 +220,17 @@ def plan_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     """
     checkpoint, most, export = plan.disk()
     tokens = cfg.global_batch_size * cfg.sequence_length
-    yield f"model   {_count(plan.shapes):,} parameters, {_count(plan.trained):,} of them trained"
+    yield f"model   {counted(_count(plan.shapes), 'parameter')}, {_count(plan.trained):,} of them trained"
     yield (
         f"engine  ZeRO stage {cfg.engine.stage}, {cfg.engine.precision}, optimizer on the "
         f"{_PLACE[cfg.engine.offload_optimizer]}, idle weights on the {_PLACE[cfg.engine.offload_parameters]}"
     )
     yield (
-        f"step    {cfg.global_batch_size} x {cfg.sequence_length} = {tokens:,} tokens; "
-        f"{cfg.max_steps:,} steps: {cfg.max_steps * tokens / 1e6:,.1f} million"
+        f"step    {cfg.global_batch_size} x {cfg.sequence_length} = {counted(tokens, 'token')}; "
+        f"{counted(cfg.max_steps, 'step')}: {cfg.max_steps * tokens / 1e6:,.1f} million"
     )
     yield (
-        f"disk    {most} checkpoints of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
+        f"disk    {counted(most, 'checkpoint')} of {_gb(checkpoint)} GB at a time and an export of {_gb(export)} GB: "
         f"{_gb(most * checkpoint + export)} GB"
     )
     yield ""

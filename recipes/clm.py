@@ -11,7 +11,7 @@ from gptj_train.tasks.clm import CausalLM
 @recipe(ClmConfig, primary="clm")
 def main(cfg: ClmConfig) -> None:
     run = Finetune(cfg)
-    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length, cfg.held_out)
     run.tokenizer.chat_template = data.chat_template or run.tokenizer.chat_template
     components = data.train.windows
     task = CausalLM(
@@ -25,7 +25,8 @@ def main(cfg: ClmConfig) -> None:
     tokens = cfg.global_batch_size * cfg.sequence_length
     facts = {
         **dict(data.train.facts()),
-        "batch": f"{run.batch_facts('windows')}; {tokens:,} tokens a step",
+        "held out": data.held_out_fact,
+        "batch": f"{run.batch_facts('window')}; {tokens:,} tokens a step",
         "epochs": task.epochs(cfg.max_steps),
     }
     run.train(GPTJForCausalLM, task, facts, sample_prompt=cfg.sample_prompt)

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from gptj_train.counted import counted
 from gptj_train.export.model_card import CardFacts
 from gptj_train.metrics_file import read_metrics, results_of
 
@@ -26,7 +27,9 @@ def progress(run: Path, base: str | None, until: int | None = None) -> dict[str,
     step, evaluation = _last_lines(run, until)
     facts = {"start": "random weights" if base is None else Path(base).name}
     if step:
-        facts["training"] = f"{step['step']:,} steps, {step['tokens']:,} tokens, loss {step['loss']:.4f}"
+        facts["training"] = (
+            f"{counted(step['step'], 'step')}, {counted(step['tokens'], 'token')}, loss {step['loss']:.4f}"
+        )
     for name, value in results_of(evaluation).items():
         facts[name.replace("_", " ")] = f"{value:.4f}"
     return facts

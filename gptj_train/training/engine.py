@@ -122,6 +122,7 @@ class Engine:
                     trained=self.trained,
                     mean_rows=mean_rows or {},
                     new_head_allowed=bool(plan.new_head_allowed),
+                    share=(self.rank, self.world_size),
                 )
                 initial = stack.enter_context(opened)
                 self._report(initial, init_from)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gptj_train.atomic_write import remove_folder
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
 
@@ -172,8 +173,9 @@ def check_space(
     available = shutil.disk_usage(existing_parent).free + freed
     if most * size > available:
         raise UserError(
-            f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
-            f"{available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
+            f"{output_dir}: {counted(most, 'checkpoint')} of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of "
+            f"disk, {available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or "
+            "give another output_dir"
         )
 
 

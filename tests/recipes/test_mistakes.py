@@ -123,7 +123,7 @@ MISTAKES = {
     ),
     "batch that does not divide": (
         ["global_batch_size=30"],
-        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
+        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 rank; "
         "the nearest that does is global_batch_size=32",
     ),
     "missing data": (

@@ -120,7 +120,7 @@ def test_charts_facts_and_sample(folder: Path) -> None:
         "Numbers",
         *CHARTS,
         "Held-out perplexity",
-        "Held-out bits_per_byte",
+        "Held-out bits per byte",
         "Sample from the export",
     ]
     assert {"data", "3 documents", "a sample\nof text", "max_steps: 4 # <b>\n"} <= set(made.words)
@@ -131,8 +131,8 @@ def test_charts_facts_and_sample(folder: Path) -> None:
 
 def test_first_best_and_last_numbers(tmp_path: Path) -> None:
     made = page(run(tmp_path, evaluated(0, 6.0), step(1), evaluated(2, 2.0), evaluated(4, 2.5)))
-    at = made.words.index("eval_loss")
-    assert made.words[at : at + 4] == ["eval_loss", "6", "2 (step 2)", "2.5"]
+    at = made.words.index("eval loss")
+    assert made.words[at : at + 4] == ["eval loss", "6", "2 (step 2)", "2.5"]
 
 
 def test_the_file_needs_nothing_else(folder: Path) -> None:
@@ -160,6 +160,16 @@ def test_components_have_small_charts(tmp_path: Path) -> None:
     made = page(run(tmp_path, evaluated(0, 6.0) | {"eval_loss/Web": 3.0}, evaluated(1, 5.0) | {"eval_loss/Web": 2.0}))
     assert made.headings[-2:] == ["Held-out loss by component", "Web"]
     assert made.curves()[-1] == [(0, 3.0), (1, 2.0)]
+    at = made.words.index("Numbers by component")
+    assert "eval loss/Web" in made.words[at:]
+    assert "eval loss/Web" not in made.words[:at]
+
+
+def test_small_charts_share_their_y_axis(tmp_path: Path) -> None:
+    components = [{"eval_loss/Web": 3.0, "eval_loss/Books": 9.0}, {"eval_loss/Web": 1.0, "eval_loss/Books": 8.0}]
+    lines = [evaluated(number, 5.0) | component for number, component in enumerate(components)]
+    ranges = re.findall(r'"name":"Range1d","id":"[^"]*","attributes":(\{[^}]*\})', page(run(tmp_path, *lines)).text)
+    assert [json.loads(one) for one in ranges] == 2 * [{"start": 0.6, "end": 9.4}]
 
 
 def test_a_long_curve_keeps_its_spikes() -> None:
