@@ -38,6 +38,7 @@ def export(
     lora: LoraConfig,
     base: str | None,
     shard_bytes: int = MAX_SHARD_BYTES,
+    until: int | None = None,
 ) -> Path:
     """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
@@ -50,6 +51,7 @@ def export(
         facts: about the run, for model card and report.
         base: the folder or hub id that the run started from.
         shard_bytes: largest size of a weight file.
+        until: the step that the weights are of; None: the last.
 
     Raises:
         ExportError: on all ranks, when a check fails; no new folder is left.
@@ -62,7 +64,7 @@ def export(
     failure = ""
     if engine.rank == 0:
         try:
-            facts = dict(facts) | progress(target.parent, base)
+            facts = dict(facts) | progress(target.parent, base, until)
             chat = model_files.tokenizer.chat_template is not None
             report = write_verified(
                 target,
@@ -70,13 +72,13 @@ def export(
                 {name: shape for name, shape in engine.shapes.items() if not is_adapter(name)},
                 dtype=DTYPES[dtype],
                 model_files=model_files,
-                facts=card_facts(facts, run=target.parent, base=base, chat=chat),
+                facts=card_facts(facts, run=target.parent, base=base, chat=chat, until=until),
                 expected=expected,
                 shard_bytes=shard_bytes,
             )
             if trained:
                 adapter = target.with_name("adapter")
-                about = card_facts(facts, run=target.parent, base=base, chat=chat, adapter=True)
+                about = card_facts(facts, run=target.parent, base=base, chat=chat, until=until, adapter=True)
                 _write_adapter_folder(adapter, trained, lora, model_files=model_files, base=base, facts=about)
             write_export_report(target, report | {"architecture": model_files.architecture, "run": facts})
         except (UserError, OSError) as error:

@@ -7,14 +7,11 @@ import functools
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import cpuinfo
 
-# Seconds. An extension takes about a minute on a free core; an older lock belongs to a process that was killed.
-_LONGEST_COMPILATION = 1800
+from gptj_train.launch.ranks import ranks_on_host
 
 
 def prepare_environment() -> None:
@@ -37,21 +34,6 @@ def prepare_environment() -> None:
         os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
 
 
-def announce_compilation(extension: str) -> None:
-    """Print a line if a DeepSpeed extension must first be compiled: the run would otherwise seem to hang."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if folder is not None and not any(Path(folder).rglob(f"{extension}*.so")):
-        print(f"Compiling DeepSpeed's {extension}; once per installation, about a minute ...", flush=True)
-
-
-def clear_stale_locks() -> None:
-    """Remove the locks of compilations that were killed: torch would wait for them forever."""
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
-        with contextlib.suppress(OSError):  # another rank was faster
-            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION:
-                lock.unlink()
-
-
 def usable_cores() -> int:
     """Return the number of cores that this process may use; a container or scheduler may allow it only some."""
     if hasattr(os, "sched_getaffinity"):  # Linux
@@ -63,8 +45,7 @@ def share_cores() -> None:
     """Set torch's threads to this rank's share of the host's cores, which an offloaded optimizer needs."""
     import torch
 
-    # LOCAL_WORLD_SIZE is set by torchrun and by ranks.py under srun, LOCAL_SIZE by the deepspeed launcher.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks_here = ranks_on_host()
     cores = usable_cores()
     # srun binds each task to its own cores by default: those are already this rank's share.
     already_shared = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) and "SLURM_STEP_ID" in os.environ

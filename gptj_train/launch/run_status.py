@@ -49,6 +49,8 @@ class RunStatus:
         self._preempted = False
         self.step: Callable[[], int] = lambda: 0
         """Returns the optimizer steps done."""
+        self.reason: str | None = None
+        """Why a run that is done ended before its last step."""
         self.progressed: Callable[[], bool] = lambda: False
         """Returns whether this attempt saved a checkpoint newer than the one it began with."""
         RunStatus.current = self
@@ -60,7 +62,7 @@ class RunStatus:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self._fruitless = 0
-            self._write("done", None)
+            self._write("done", self.reason)
         elif isinstance(error, Preempted):
             self.preempted(str(error))
         elif isinstance(error, SystemExit) and error.code == EXIT_PREEMPTED:

@@ -264,7 +264,9 @@ def test_a_fault_of_srun_is_tried_again_but_not_for_ever(
     """The hooks at the top of the script name a node that the job does not have."""
     script = (ROOT / "scripts" / "train.sbatch").read_text()
     edited = tmp_path / "edited.sbatch"
-    edited.write_text(script.replace("srun_options=()", "srun_options=(--nodelist=node9)").replace("sleep 30", "sleep 1"))
+    edited.write_text(
+        script.replace("srun_options=()", "srun_options=(--nodelist=node9)").replace("sleep 30", "sleep 1")
+    )
     job = cluster.submit(tmp_path / "log", "clm", *arguments(inputs, tmp_path / "run"), script=str(edited))
     assert job.end() == "FAILED"
     assert (job.exit_code(), job.restarts) == (90, 0)
