@@ -34,6 +34,7 @@ from gptj_train.training.best import best_text
 from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine, join_process_group
 from gptj_train.training.model_files import ModelFiles
+from gptj_train.training.quantized_base import check_base, quantized_base_fact
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.trainer_config import with_steps
@@ -41,7 +42,7 @@ from gptj_train.vocabulary import build_vocabulary
 from gptj_train.weights.hf_writer import parse_size
 
 # Facts that fit on a screen.
-_SHOWN_AT_START = ("data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
+_SHOWN_AT_START = ("base", "data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
 
 
 class Finetune:
@@ -61,6 +62,7 @@ class Finetune:
 
     def __init__(self, cfg: FinetuneConfig) -> None:
         self._cfg = cfg
+        check_base(cfg.quantize, cfg.init_from)
         self._accumulation = accumulation_steps(cfg.global_batch_size, cfg.micro_batch_size, world_size())
         self._folder = RunFolder(cfg.output_dir, rank())
         step = is_done(cfg.output_dir, asdict(cfg))
@@ -167,6 +169,8 @@ class Finetune:
         if world_size() > 1:
             # Before the model is loaded, which takes minutes.
             self._meet(cfg, task, facts)
+        if cfg.quantize != "none":
+            facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
@@ -193,6 +197,8 @@ class Finetune:
             accumulation=self._accumulation,
             seed=cfg.seed,
             mean_rows=self._mean_rows,
+            quantize=cfg.quantize,
+            lora=cfg.lora,
         )
         environment = describe_environment(engine.gathered([describe_host()]))
         hosts = ", ".join(host["host"] for host in environment["hosts"])
@@ -238,6 +244,8 @@ class Finetune:
             base=cfg.init_from,
             shard_bytes=parse_size(cfg.export_shard_size),
             until=exported_step,
+            quantize=cfg.quantize,
+            mean_rows=self._mean_rows,
         )
         tracker.finish()
         if engine.rank != 0:

@@ -19,6 +19,7 @@ from gptj_train.export.from_engine import prompt_ids, write_export_report, write
 from gptj_train.export.verify import streamed_logits
 from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
+from gptj_train.model.lora import adapter_scale
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.retention import best_complete, newest_complete
 from gptj_train.weights.checkpoint_weights import CheckpointWeights, open_weights
@@ -116,7 +117,9 @@ def _open_model_weights(step_folder: Path, settings: dict[str, Any]) -> StoredWe
         raise UserError(f"{step_folder} holds LoRA adapters only, and {config_file} names no init_from")
     try:
         lora, precision = settings["lora"], DTYPES[settings["engine"]["precision"]]
-        scale = lora["alpha"] / lora["rank"]
+        if settings.get("quantize", "none") != "none":
+            precision = torch.float32  # no dtype gives the base of the training
+        scale = adapter_scale(lora["rank"], lora["alpha"], lora.get("rslora", False))
         added = [AddedToken.parse(text) for text in settings["add_tokens"]]
         tokenizer = Tokenizer.choose(settings["tokenizer"], base)
     except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:

@@ -13,6 +13,7 @@ from gptj_train.errors import UserError
 from gptj_train.inference.placement import place
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM
+from gptj_train.model.quantized import Quantization
 from gptj_train.near_name import near_name
 from gptj_train.weights.hf_writer import DTYPES
 
@@ -27,12 +28,13 @@ class TextGenerator:
     Args:
         checkpoint: HF folder or training checkpoint of a causal LM.
         dtype: of the weights, a key of ``DTYPES``; None keeps the stored dtype.
+        quantize: how the matrices of the blocks are stored.
 
     Raises:
         UserError: no model or tokenizer in the folder; from the methods, an empty prompt or an invalid option.
     """
 
-    def __init__(self, checkpoint: str | Path, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: str | Path, dtype: str | None = None, quantize: Quantization = "none") -> None:
         # Read the config first: its messages for a folder that is no model are better than the tokenizer's.
         for name in GPTJConfig.from_pretrained(checkpoint).architectures:
             if name in _NO_TEXT:
@@ -41,7 +43,8 @@ class TextGenerator:
                     "recipes/evaluate.py"
                 )
         self.tokenizer = Tokenizer.load(checkpoint)
-        self.model = GPTJForCausalLM.from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
+        stored_as = DTYPES[dtype] if dtype else None
+        self.model = GPTJForCausalLM.from_pretrained(checkpoint, stored_as, quantize=quantize)
         self.tokenizer.check_fits(self.model.config.vocab_size)
         self.device = place(self.model)
 

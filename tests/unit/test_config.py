@@ -344,7 +344,7 @@ def test_free_text_needs_no_quotes(command: Command, prompt: str) -> None:
         (["+config=quikstart"], "no config named 'quikstart'; there are: a_group_is_a_number, a_list, broken, "),
         (["+config=good", "max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
         (["+config=good", "optim.lrr=3"], "unknown config key 'optim.lrr'; did you mean 'optim.lr'?"),
-        (["+config=good", "engine=zero9"], "no engine named 'zero9'; there are: zero3"),
+        (["+config=good", "engine=zero9"], "no engine named 'zero9'; there are: zero2, zero3"),
         (
             ["+config=good", "engine=null"],
             "the command line or config cannot be read: Config group override must be a string or a list",

@@ -42,13 +42,14 @@ def engine(**changes: Any) -> EngineConfig:
 
 
 def lora_config(rank: int, dropout: float = 0.0, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=32, dropout=dropout, targets=list(targets))
+    return LoraConfig(rank=rank, alpha=32, dropout=dropout, targets=list(targets), rslora=False, init_from=None)
 
 
 def small(model: GPTJForCausalLM, config: GPTJConfig, lora: LoraConfig, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**changes),
         lora=lora,
+        quantize="none",
         global_batch_size=BATCH,
         micro_batch_size=BATCH,
         sequence_length=LENGTH,
@@ -63,6 +64,7 @@ def of_6b(rank: int = 0, micro_batch_size: int = 1, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**({"activation_checkpointing": "block"} | changes)),
         lora=lora,
+        quantize="none",
         global_batch_size=32,
         micro_batch_size=micro_batch_size,
         sequence_length=2048,
