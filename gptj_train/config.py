@@ -79,7 +79,7 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
 
     @staticmethod
     def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:
-        """Adjust the composed YAML to ``init_from``, before it is typed; ``given``: the command line's values by key."""
+        """Adjust the composed YAML to ``init_from`` before it is typed; ``given``: values on the command line."""
         use_initial_model(composed, set(given))
 
 
