@@ -172,12 +172,16 @@ class RunPlan:
 def head_of(cfg: FinetuneConfig) -> type[GPTJWithHead]:
     """Return the class of the model that a config's recipe trains."""
     if isinstance(cfg, PlanConfig):
-        return _HEADS[cfg.recipe]
+        return _planned_head(cfg)
     if isinstance(cfg, ClassificationConfig):
         return _HEADS["classification"]
     if isinstance(cfg, QAConfig):
         return _HEADS["qa"]
     return _HEADS["clm"]
+
+
+def _planned_head(cfg: PlanConfig) -> type[GPTJWithHead]:
+    return _HEADS[cfg.recipe]
 
 
 def _count(shapes: Shapes) -> int:
