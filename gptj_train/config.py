@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from gptj_train.alternative_keys import choose_alternatives
+from gptj_train.data.evaluation_config import EvaluationDataConfig
 from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
-from gptj_train.data.labelled_files import LabelledFields
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
@@ -20,15 +21,15 @@ from gptj_train.launch.machine import MachineKeys
 from gptj_train.launch.spelling import owner_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig
+from gptj_train.model.quantized import Quantization
 from gptj_train.schema import PlainText, schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
+from gptj_train.training.quantized_base import check_quantize
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.hf_writer import parse_size
-
-T = TypeVar("T")
 
 
 @schema
@@ -66,6 +67,7 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     export_dtype: Literal["bf16", "fp16", "fp32"]
     export_shard_size: str
     plan: Literal["warn", "error", "off"]
+    quantize: Quantization
     model: ModelConfig
     lora: LoraConfig
     engine: EngineConfig
@@ -76,10 +78,14 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
         if self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
         parse_size(self.export_shard_size)
+        check_quantize(self.quantize, self.lora, self.engine)
+        if self.optim.lora_lr_ratio != 1 and not self.lora.rank:
+            raise UserError("optim.lora_lr_ratio needs lora=adapters; without adapters it would do nothing")
 
     @staticmethod
     def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:
-        """Adjust the composed YAML to ``init_from`` before it is typed; ``given``: values on the command line."""
+        """Adjust the composed YAML to ``init_from`` before it is typed; ``given`` are the command line's values."""
+        choose_alternatives(composed, set(given))
         use_initial_model(composed, set(given))
 
 
@@ -132,73 +138,56 @@ class PlanConfig(FinetuneConfig, MachineKeys):
 
 
 @schema
-class EvaluationDataConfig(DataConfig):
-    """Held-out data for the checkpoint's task: text, labelled texts or questions."""
-
-    validation: str | list[str]
-    second_text_field: str | None
-    label_field: str | list[str]
-
-    @property
-    def labelled(self) -> LabelledFields:
-        """The fields of labelled texts."""
-        return LabelledFields(
-            text_field=self.text_field,
-            second_text_field=self.second_text_field,
-            label_field=self.label_field,
-            bad_records=self.bad_records,
-            max_bad_share=self.max_bad_share,
-        )
-
-
-@schema
-class EvaluateConfig(HubKeys):
-    """recipes/evaluate.py; ``task`` applies to question answering only."""
+class CheckpointConfig(HubKeys):
+    """The keys that the recipes share that read a finished model."""
 
     checkpoint: str
-    output_dir: str | None
     dtype: Literal["bf16", "fp16", "fp32"] | None
-    sequence_length: int | None
+    quantize: Quantization
     batch_size: int
-    data: EvaluationDataConfig
-    task: QATaskConfig
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+@schema
+class EvaluateConfig(CheckpointConfig):
+    """recipes/evaluate.py; ``task`` applies to question answering only."""
+
+    output_dir: str | None
+    sequence_length: int | None
+    data: EvaluationDataConfig
+    task: QATaskConfig
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.sequence_length is not None and self.sequence_length < 2:
             raise UserError(f"sequence_length must be at least 2, got {self.sequence_length}")
 
 
 @schema
-class HarnessConfig(HubKeys):
+class HarnessConfig(CheckpointConfig):
     """recipes/harness.py; the names are those of ``lm_eval.simple_evaluate``."""
 
-    checkpoint: str
-    dtype: Literal["bf16", "fp16", "fp32"] | None
     tasks: list[str]
     include_path: str | None
     num_fewshot: int | None
     limit: int | None
-    batch_size: int
     output_dir: str | None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise UserError(f"batch_size must be at least 1, got {self.batch_size}")
+        super().__post_init__()
         if self.limit is not None and self.limit < 1:
             raise UserError(f"limit must be at least 1, got {self.limit}")
 
 
 @schema
-class GenerateConfig(HubKeys):
+class GenerateConfig(CheckpointConfig):
     """recipes/generate.py; the options are those of ``GPTJForCausalLM.generate``."""
 
-    checkpoint: str
-    dtype: Literal["bf16", "fp16", "fp32"] | None
     prompt: PlainText | None
     prompts: str | None
-    batch_size: int
     chat: bool
     chat_template: PlainText | None
     stop: list[str]

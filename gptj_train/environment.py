@@ -19,7 +19,17 @@ import torch
 
 from gptj_train.launch.host import usable_cores
 
-_PACKAGES = ("gptj_train", "torch", "deepspeed", "tokenizers", "safetensors", "datasets", "numpy", "hydra-core")
+_PACKAGES = (
+    "gptj_train",
+    "torch",
+    "deepspeed",
+    "bitsandbytes",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "numpy",
+    "hydra-core",
+)
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+(?=@)")  # of a URL: user:password@
 
 

@@ -12,12 +12,12 @@ from typing import Any
 
 from gptj_train.atomic_write import write_text
 from gptj_train.counted import counted
+from gptj_train.metric_order import LOWER_IS_BETTER
 from gptj_train.metrics_file import read_metrics, results_of
 from gptj_train.report_charts import Chart, Curve, embedded
 
 _LARGEST_MATRIX = 50  # labels; a larger table is unreadable
 _LOG_AXES = ("perplexity",)  # an exponential: on a linear axis the first value hides all others
-_LOWER_IS_BETTER = ("loss", "eval_loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 # Title of each chart over the training steps, and whether its axis begins at 0.
 _STEP_CHARTS = {
     "tokens_per_second": ("Throughput (tokens per second)", True),
@@ -144,7 +144,7 @@ def _first_best_last(curves: Mapping[str, Curve]) -> str:
     for name, curve in curves.items():
         if not curve:
             continue
-        lower_is_better = name.startswith(("training", *_LOWER_IS_BETTER))
+        lower_is_better = name.startswith(("training", *LOWER_IS_BETTER))
         choose = min if lower_is_better else max
         step, best = choose(curve, key=lambda point: point[1])
         metric, slash, component = name.partition("/")

@@ -26,7 +26,7 @@ def main(cfg: ClassificationConfig) -> None:
     )
     task = Classification(
         train=train,
-        sampler=run.sampler([len(train)]),
+        sampler=run.sampler({"": len(train)}),
         validation=validation,
         names=names,
         config=cfg.task,

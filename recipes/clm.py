@@ -16,7 +16,7 @@ def main(cfg: ClmConfig) -> None:
     components = data.train.windows
     task = CausalLM(
         train=components,
-        sampler=run.sampler([len(windows) for windows in components.values()], data.weights),
+        sampler=run.sampler({name: len(windows) for name, windows in components.items()}, data.weights),
         held_out=data.held_out,
         tokenizer=run.tokenizer,
         isolate=data.isolate,
@@ -27,7 +27,6 @@ def main(cfg: ClmConfig) -> None:
         **dict(data.train.facts()),
         "held out": data.held_out_fact,
         "batch": f"{run.batch_facts('window')}; {tokens:,} tokens a step",
-        "epochs": task.epochs(cfg.max_steps),
     }
     run.train(GPTJForCausalLM, task, facts, sample_prompt=cfg.sample_prompt)
 

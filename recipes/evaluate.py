@@ -15,7 +15,7 @@ def main(cfg: EvaluateConfig) -> None:
     if cfg.output_dir is not None:
         check_run_folder(cfg.output_dir)
     task = build_task(cfg)
-    metrics = evaluate(cfg.checkpoint, cfg.dtype, task, rank(), world_size())
+    metrics = evaluate(cfg.checkpoint, cfg.dtype, task, rank(), world_size(), cfg.quantize)
     if rank() == 0:
         print("\n".join(f"{name:<24} {value:.4f}" for name, value in results_of(metrics).items()))
         if cfg.output_dir is not None:

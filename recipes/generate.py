@@ -12,7 +12,7 @@ from gptj_train.launch.recipe import recipe
 def main(cfg: GenerateConfig) -> None:
     # Before the model, which takes minutes to load: a wrong file name should not.
     batches = read_prompts(cfg.prompts, cfg.batch_size) if cfg.prompts is not None else []
-    generator = TextGenerator(cfg.checkpoint, cfg.dtype)
+    generator = TextGenerator(cfg.checkpoint, cfg.dtype, cfg.quantize)
     for batch in batches:
         texts = generator.complete(batch, cfg.stop_strings, **cfg.options)
         for prompt, text in zip(batch, texts, strict=True):

@@ -14,7 +14,7 @@ def main(cfg: HarnessConfig) -> None:
     if cfg.output_dir is not None:
         check_run_folder(cfg.output_dir)
     table = run_tasks(
-        TextGenerator(cfg.checkpoint, cfg.dtype),
+        TextGenerator(cfg.checkpoint, cfg.dtype, cfg.quantize),
         tasks=cfg.tasks,
         include_path=cfg.include_path,
         num_fewshot=cfg.num_fewshot,

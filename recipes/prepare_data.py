@@ -3,9 +3,9 @@
 from gptj_train.config import PrepareDataConfig
 from gptj_train.data.corpus import prepare
 from gptj_train.data.inspection import render_windows
-from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.ranks import rank
 from gptj_train.launch.recipe import recipe
+from gptj_train.vocabulary import build_vocabulary
 
 
 @recipe(PrepareDataConfig, primary="prepare_data")

@@ -18,7 +18,7 @@ def main(cfg: QAConfig) -> None:
     validation = build_features(held_out_questions, run.tokenizer, cfg.sequence_length, cfg.task)
     task = QuestionAnswering(
         train=train,
-        sampler=run.sampler([len(train)]),
+        sampler=run.sampler({"": len(train)}),
         validation=validation,
         config=cfg.task,
         batch_size=cfg.micro_batch_size,

@@ -188,6 +188,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldO
             other = "text" if data.special_tokens == "tokens" else "tokens"
             counts = _counted(splits[name].special_tokens)
             say(f"data.{name}: spells special tokens, read as {how} ({counts}); data.special_tokens={other} changes it")
+    if held_out is not None:
+        held_out.warn_if_none(data.validation)
     return TextData(splits, weights, data.isolate, chat_template)
 
 

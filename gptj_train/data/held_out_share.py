@@ -16,6 +16,11 @@ from gptj_train.schema import schema
 
 T = TypeVar("T")
 
+_NOTHING_HELD_OUT = (
+    "no data.validation: nothing will show over-fitting; give held-out files, or validation_share=0.02 to hold out a "
+    "part of data.train"
+)
+
 
 @schema
 class HeldOutKeys:
@@ -53,7 +58,7 @@ class HeldOutShare:
             )
 
     def check(self, validation: str | list[str] | None) -> None:
-        """Refuse a share beside validation files, and print a line if there is neither.
+        """Refuse a share beside validation files.
 
         Args:
             validation: the value of ``data.validation``.
@@ -66,14 +71,14 @@ class HeldOutShare:
                 f"validation_share={self.share:g} and data.validation={validation} both say what is held out; give one "
                 "of them, such as data.validation=null"
             )
+
+    def warn_if_none(self, validation: str | list[str] | None) -> None:
+        """Print a line if there are neither validation files nor a share."""
         if self.share is None and not validation:
-            say(
-                "no data.validation: nothing will show over-fitting; give held-out files, or validation_share=0.02 to "
-                "hold out a part of data.train"
-            )
+            say(_NOTHING_HELD_OUT)
 
     def divide(self, records: list[T], content: Callable[[T], str], noun: str) -> tuple[list[T], list[T]]:
-        """Return the records to train on and those to hold out; without a share, all of them and none.
+        """Return the records to train on and those to hold out; without a share, all of them and none, with a warning.
 
         Args:
             content: returns the text of a record; all records of one text share a side.
@@ -83,6 +88,7 @@ class HeldOutShare:
             UserError: as ``split``.
         """
         if self.share is None:
+            say(_NOTHING_HELD_OUT)
             return records, []
         hashes = [hash_number(content_hasher(content(record))) for record in records]
         mask = self.split(np.array(hashes, dtype=np.uint64), noun)

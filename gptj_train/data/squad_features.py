@@ -69,7 +69,7 @@ class Features(Sequence[Feature]):
         room = self._room(length, max_question_tokens)
         if room < doc_stride:
             raise UserError(
-                f"sequence_length {length} leaves {room} tokens for the context beside a question of "
+                f"sequence_length {length} leaves {max(room, 0)} tokens for the context beside a question of "
                 f"{max_question_tokens}, fewer than task.doc_stride ({doc_stride}): tokens would be skipped; "
                 "raise sequence_length or lower the others"
             )

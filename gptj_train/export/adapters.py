@@ -25,6 +25,7 @@ def save_adapter(
     alpha: float,
     dropout: float,
     targets: Sequence[str],
+    rslora: bool,
     heads: Sequence[str],
     base: str | None,
     architecture: str,
@@ -47,6 +48,7 @@ def save_adapter(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": dropout,
+        "use_rslora": rslora,
         "target_modules": list(targets),
         # PEFT tells "no modules" by null.
         "modules_to_save": list(heads) or None,
@@ -63,8 +65,8 @@ class MergedWeights(StoredWeights):
     Args:
         base: the weights that training started from.
         trained: adapters and heads, of a checkpoint.
-        scale: of an adapter's product, alpha / rank.
-        precision: dtype of the base weights during training.
+        scale: of an adapter's product, ``LoraConfig.scale``.
+        precision: dtype of the base weights during training; fp32 beside a quantized base, which no dtype equals.
     """
 
     def __init__(self, base: StoredWeights, trained: StoredWeights, *, scale: float, precision: torch.dtype) -> None:
@@ -87,17 +89,49 @@ class MergedWeights(StoredWeights):
     def tensor(self, name: str) -> Tensor:
         if name in self._heads:
             return self._trained.tensor(name)
-        # Rounded as in training: the adapters were fitted to the rounded base, not to the stored one.
-        tensor = self._base.tensor(name).to(self._precision).float()
+        tensor = self._rounded(self._base.tensor(name))
         module = name.removesuffix(".weight")
         down, up = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
         if down in self._adapters:
-            tensor = tensor.addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
+            tensor = tensor.float().addmm(self._trained.tensor(up), self._trained.tensor(down), alpha=self._scale)
         return tensor
 
     def read(self, name: str, start: int, into: Tensor) -> None:
-        into.copy_(self.tensor(name).view(-1)[start : start + into.numel()])
+        if name in self._heads:
+            self._trained.read(name, start, into)
+        elif f"{name.removesuffix('.weight')}.lora_A.weight" in self._adapters:
+            into.copy_(self.tensor(name).view(-1)[start : start + into.numel()])
+        else:
+            # Without the rest of the tensor: of embedding and head, single rows are read.
+            self._base.read(name, start, into)
+            into.copy_(self._rounded(into))
+
+    def _rounded(self, tensor: Tensor) -> Tensor:
+        """Round as in training: the adapters were fitted to the rounded base, not to the stored one."""
+        return tensor if self._precision == torch.float32 else tensor.to(self._precision)
 
     def close(self) -> None:
         self._base.close()
         self._trained.close()
+
+
+class HeldTensors(StoredWeights):
+    """Tensors in memory, in the place of a folder's."""
+
+    def __init__(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.folder, self._tensors = folder, tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], str]:
+        return tuple(self._tensors[name].shape), "F32"
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def read(self, name: str, start: int, into: Tensor) -> None:
+        into.copy_(self._tensors[name].view(-1)[start : start + into.numel()])
+
+    def close(self) -> None:
+        """Nothing is open."""

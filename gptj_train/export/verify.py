@@ -121,6 +121,11 @@ def check_logits(folder: Path, input_ids: Tensor, expected: Tensor) -> dict[str,
     return {"prompt_ids": input_ids[0].tolist(), "relative_difference": round(difference.item(), 8), "limit": limit}
 
 
+def relative_difference(logits: Tensor, expected: Tensor) -> float:
+    """Return the size of the difference of two tensors of logits, relative to the expected ones' size."""
+    return float(_rms(logits.float() - expected) / _rms(expected))
+
+
 def _rms(x: Tensor) -> Tensor:
     return x.pow(2).mean().sqrt()
 

@@ -14,15 +14,16 @@ from tqdm import tqdm
 
 from gptj_train.config import EvaluateConfig
 from gptj_train.data.corpus import prepare
-from gptj_train.data.files import find_files
+from gptj_train.data.files import RECORD_SUFFIXES, find_files
 from gptj_train.data.labelled import labelled_rows
-from gptj_train.data.squad import SUFFIXES, read_files
+from gptj_train.data.squad import read_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.inference.placement import place
 from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM, GPTJForQuestionAnswering, GPTJForSequenceClassification
+from gptj_train.model.quantized import Quantization
 from gptj_train.tasks.classification import Classification, ClassificationTaskConfig, label_names
 from gptj_train.tasks.clm import CausalLM
 from gptj_train.tasks.question_answering import QuestionAnswering, build_features
@@ -85,7 +86,7 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
 
 def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
     questions = read_files(
-        find_files(cfg.data.validation, "data.validation", SUFFIXES),
+        find_files(cfg.data.validation, "data.validation", RECORD_SUFFIXES),
         "data.validation",
         bad_records=cfg.data.bad_records,
         max_bad_share=cfg.data.max_bad_share,
@@ -95,15 +96,23 @@ def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) 
 
 
 @torch.no_grad()
-def evaluate(checkpoint: str, dtype: str | None, task: Task, rank: int, world_size: int) -> dict[str, Any]:
+def evaluate(
+    checkpoint: str,
+    dtype: str | None,
+    task: Task,
+    rank: int,
+    world_size: int,
+    quantize: Quantization = "none",
+) -> dict[str, Any]:
     """Run a checkpoint's model over all held-out data and return the metrics, on every rank. Collective.
 
     Each rank holds the whole model and takes its share of the data.
 
     Args:
         dtype: of the weights, a key of ``DTYPES``; None keeps the stored dtype.
+        quantize: how the matrices of the blocks are stored.
     """
-    model = class_of(checkpoint).from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
+    model = class_of(checkpoint).from_pretrained(checkpoint, DTYPES[dtype] if dtype else None, quantize=quantize)
     device = place(model)
     records: list[Any] = []
     batches = task.evaluation_batches(rank, world_size)

@@ -13,6 +13,8 @@ from gptj_train.errors import UserError
 from gptj_train.inference.placement import place
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM
+from gptj_train.model.quantized import Quantization
+from gptj_train.near_name import near_name
 from gptj_train.weights.hf_writer import DTYPES
 
 _REPLACEMENT = "\ufffd"  # U+FFFD, what the first bytes of a character decode to until its last byte is there
@@ -26,12 +28,13 @@ class TextGenerator:
     Args:
         checkpoint: HF folder or training checkpoint of a causal LM.
         dtype: of the weights, a key of ``DTYPES``; None keeps the stored dtype.
+        quantize: how the matrices of the blocks are stored.
 
     Raises:
         UserError: no model or tokenizer in the folder; from the methods, an empty prompt or an invalid option.
     """
 
-    def __init__(self, checkpoint: str | Path, dtype: str | None = None) -> None:
+    def __init__(self, checkpoint: str | Path, dtype: str | None = None, quantize: Quantization = "none") -> None:
         # Read the config first: its messages for a folder that is no model are better than the tokenizer's.
         for name in GPTJConfig.from_pretrained(checkpoint).architectures:
             if name in _NO_TEXT:
@@ -40,7 +43,8 @@ class TextGenerator:
                     "recipes/evaluate.py"
                 )
         self.tokenizer = Tokenizer.load(checkpoint)
-        self.model = GPTJForCausalLM.from_pretrained(checkpoint, DTYPES[dtype] if dtype else None)
+        stored_as = DTYPES[dtype] if dtype else None
+        self.model = GPTJForCausalLM.from_pretrained(checkpoint, stored_as, quantize=quantize)
         self.tokenizer.check_fits(self.model.config.vocab_size)
         self.device = place(self.model)
 
@@ -196,7 +200,7 @@ def read_prompts(file: str, batch_size: int) -> list[list[str]]:
         # Bytes, and only \n ends a line: prompts may contain Unicode's other line separators.
         lines = [line.removesuffix("\r") for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={file}: cannot be read as text ({error})") from None
+        raise UserError(f"prompts={file}: {near_name(file)}cannot be read as text ({error})") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts={file}: holds no prompt; write one per line")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from gptj_train.model.quantized import linear
 
 
 class Linear(nn.Linear):
@@ -14,12 +16,21 @@ class Linear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, std: float, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias=bias)
-        nn.init.normal_(self.weight, std=std)
-        if bias:
+        self.std = std
+        self.draw()
+
+    def draw(self) -> None:
+        """Give the layer fresh weights."""
+        nn.init.normal_(self.weight, std=self.std)
+        if self.bias is not None:
             nn.init.zeros_(self.bias)
 
     def reset_parameters(self) -> None:
         """Skip nn.Linear's own draw, which the constructor would overwrite."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.bias)
 
 
 class Embedding(nn.Embedding):

@@ -22,9 +22,9 @@ _WITHOUT_EFFECT = {
 # Value by which each of these is absent. Any other value asks for something that is not offered here.
 _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "trust_remote_code": ((None, False), "no code from a folder ever runs"),
-    "quantization_config": ((None,), "give a folder in fp32, bf16 or fp16"),
-    "load_in_8bit": ((None, False), "give a folder in fp32, bf16 or fp16"),
-    "load_in_4bit": ((None, False), "give a folder in fp32, bf16 or fp16"),
+    "quantization_config": ((None,), 'give quantize="nf4" or quantize="int8"'),
+    "load_in_8bit": ((None, False), 'give quantize="int8"'),
+    "load_in_4bit": ((None, False), 'give quantize="nf4"'),
     "output_loading_info": ((None, False), "a folder with missing or unexpected tensors is refused"),
     "state_dict": ((None,), "build the model from its config and call load_state_dict"),
     "from_tf": ((None, False), "convert the folder to safetensors with Transformers"),

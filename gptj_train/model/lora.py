@@ -12,23 +12,32 @@ from torch.nn import functional as F
 
 from gptj_train.errors import UserError
 from gptj_train.model.layers import Linear
+from gptj_train.model.quantized import linear
 from gptj_train.schema import schema
 from gptj_train.weights.stored import is_adapter
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")
 """Matrices of each block that can have adapters."""
 
+ALL_LINEAR = "all-linear"
+"""All of them, by PEFT's name."""
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 
 @schema
 class LoraConfig:
-    """Which matrices have adapters, and of what size; ``rank`` 0 trains all weights without adapters."""
+    """Which matrices have adapters, and of what size; ``rank`` 0 trains all weights without adapters.
+
+    ``init_from`` is an adapter folder that PEFT or our export wrote, to start from.
+    """
 
     rank: int
     alpha: float
     dropout: float
-    targets: list[str]
+    targets: str | list[str]
+    rslora: bool
+    init_from: str | None
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -38,6 +47,31 @@ class LoraConfig:
             raise UserError(f"lora.alpha must be above 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout must be in [0, 1), got {self.dropout}")
+        if self.rank:
+            _check_targets(self.matrices)
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """The names of the matrices that have adapters."""
+        if self.targets in (ALL_LINEAR, [ALL_LINEAR]):
+            return TARGETS
+        return (self.targets,) if isinstance(self.targets, str) else tuple(self.targets)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' products."""
+        return adapter_scale(self.rank, self.alpha, self.rslora)
+
+
+def adapter_scale(rank: int, alpha: float, rslora: bool) -> float:
+    """Return alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA (arXiv 2312.03732)."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def _check_targets(names: tuple[str, ...]) -> None:
+    if not names or not set(names) <= set(TARGETS):
+        given = ", ".join(sorted(names)) or "none"
+        raise UserError(f"lora.targets must be {ALL_LINEAR}, or some of {', '.join(TARGETS)}; got {given}")
 
 
 class LoRALinear(nn.Module):
@@ -65,7 +99,7 @@ class LoRALinear(nn.Module):
         # Before the frozen product: the order decides how the gradients of x add up, to the bit.
         dropped = F.dropout(x, self.dropout, self.training)
         adapted: Tensor = self.lora_B(self.lora_A(dropped))
-        frozen = F.linear(x, self.weight, self.bias)
+        frozen = linear(x, self.weight, self.bias)
         return frozen + self.scale * adapted
 
 
@@ -73,25 +107,17 @@ def with_lora(model: ModelT, lora: LoraConfig) -> ModelT:
     """Add adapters to the target matrices of every block, in place, and freeze all else but a new head.
 
     Return the model, unchanged if ``lora.rank`` is 0.
-
-    Raises:
-        UserError: ``lora.targets`` is empty or names something else than TARGETS.
     """
     if not lora.rank:
         return model
-    targets = set(lora.targets)
-    if not targets or not targets <= set(TARGETS):
-        names = ", ".join(sorted(targets)) or "none"
-        raise UserError(f"lora.targets must be some of {', '.join(TARGETS)}; got {names}")
     heads = new_heads(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(heads))
-    scale = lora.alpha / lora.rank
     # Lists, because the loop replaces children of the modules that it visits.
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if name in targets and isinstance(child, Linear):
-                adapter = LoRALinear(child, rank=lora.rank, scale=scale, dropout=lora.dropout)
+            if name in lora.matrices and isinstance(child, Linear):
+                adapter = LoRALinear(child, rank=lora.rank, scale=lora.scale, dropout=lora.dropout)
                 setattr(parent, name, adapter)
     return model
 
@@ -113,7 +139,7 @@ def merged(
     Args:
         parameters: (name, tensor) of the whole model, adapters included.
         adapters: the matrices A and B by name.
-        scale: factor of the products, ``alpha / rank``.
+        scale: factor of the products, ``LoraConfig.scale``.
 
     Yields:
         (name, tensor): fp32 where a product was added, else the given tensor.

@@ -18,6 +18,7 @@ from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.layers import Linear
 from gptj_train.model.load_options import requested_device, requested_dtype, split_options
 from gptj_train.model.outputs import ModelOutput
+from gptj_train.model.quantized import Quantization, QuantizedMatrix, is_quantized, quantize_blocks
 from gptj_train.model.transformers_names import TransformersNames
 from gptj_train.weights.checkpoint_weights import open_weights
 from gptj_train.weights.hf_writer import MAX_SHARD_BYTES, install_model, write_weights
@@ -54,6 +55,7 @@ class PreTrained(TransformersNames):
         torch_dtype: torch.dtype | str | None = None,
         device_map: Any = None,
         ignore_mismatched_sizes: bool = False,
+        quantize: Quantization = "none",
         **options: Any,
     ) -> Self:
         """Read a Transformers folder or a training checkpoint into a model in eval mode.
@@ -67,12 +69,14 @@ class PreTrained(TransformersNames):
             config: replaces the folder's config.
             device_map: one device, such as "cuda"; None leaves the model on the CPU.
             ignore_mismatched_sizes: give a stored head of another size fresh weights, as for another number of labels.
+            quantize: "nf4" or "int8" stores the matrices of the blocks in so many bits, each as it is read; the model
+                cannot be saved, and trains only what is added to it.
             **options: fields of the config under any of their names (``num_labels=5``), and options of
                 Transformers: what has no effect here is logged.
 
         Raises:
-            UserError: a folder without a GPT-J config or weights, weights that do not match the config, or an option
-                that is not offered.
+            UserError: a folder without a GPT-J config or weights, weights that do not match the config, an option
+                that is not offered, or ``quantize`` without bitsandbytes.
         """
         dtype = requested_dtype(dtype, torch_dtype)
         device = requested_device(device_map)
@@ -93,11 +97,20 @@ class PreTrained(TransformersNames):
                 dtype = _common_dtype(weights, stored_names.values(), config)
             tensors = {}
             for name, stored_name in stored_names.items():
+                if quantize != "none" and is_quantized(name):
+                    continue
                 stored = weights.tensor(stored_name)
                 weights.check_finite(stored_name, stored)
                 tensors[name] = stored.to(dtype)
                 if dtype == torch.float16 and not is_finite(tensors[name]):
                     raise UserError(f"{folder}: {stored_name} has values beyond fp16's range; take bf16 or fp32")
+            if quantize != "none":
+                compute_dtype = next(iter(tensors.values())).dtype
+
+                def read(name: str) -> Tensor:
+                    return weights.read_whole(stored_names[name], compute_dtype)
+
+                quantize_blocks(model, quantize, read)
         # assign: the parameters become these tensors, memory-mapped files included, instead of copies of them.
         model.load_state_dict(tensors, strict=False, assign=True)
         missing = shapes.keys() - stored_names.keys()
@@ -142,6 +155,8 @@ class PreTrained(TransformersNames):
             raise UserError("save_pretrained writes safetensors into a local folder, and nothing else")
         if not is_main_process:
             return
+        if any(isinstance(module, QuantizedMatrix) for module in self.modules()):
+            raise UserError("a quantized model cannot be saved; keep the folder that it was read from")
         target = Path(folder)
         given = state_dict or {}
         parameters = {name: given.get(name, parameter) for name, parameter in self.named_parameters()}

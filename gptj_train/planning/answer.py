@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from gptj_train.config import PlanConfig
 from gptj_train.counted import counted
+from gptj_train.errors import UserError
 from gptj_train.launch.machine import Machine
 from gptj_train.planning.advice import Advice, advise, nodes_needed
 from gptj_train.planning.memory import PLACES, memory_items, peak
@@ -19,7 +20,13 @@ _SMALL_ITEM = 0.01  # share of a place below which an item has no line of its ow
 
 
 def answer_lines(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> Iterator[str]:
-    """Yield the lines that recipes/plan.py prints."""
+    """Yield the lines that recipes/plan.py prints.
+
+    Raises:
+        UserError: a run by epochs.
+    """
+    if cfg.epochs is not None:
+        raise UserError(f"epochs={cfg.epochs:g}: the plan reads no data to count their steps; give max_steps=...")
     yield from _run_lines(plan, cfg)
     yield _machine_line(machine)
     yield ""
@@ -53,7 +60,7 @@ def _run_lines(plan: RunPlan, cfg: PlanConfig) -> Iterator[str]:
     )
     yield (
         f"step     {cfg.global_batch_size} x {cfg.sequence_length} = {counted(tokens, 'token')}; "
-        f"{counted(cfg.max_steps, 'step')}: {cfg.max_steps * tokens / 1e6:,.1f} million"
+        f"{counted(cfg.steps, 'step')}: {cfg.steps * tokens / 1e6:,.1f} million"
     )
 
 
@@ -133,7 +140,7 @@ def _of(need: Need) -> str:
 
 
 def _time_lines(time: StepTime, cfg: PlanConfig) -> Iterator[str]:
-    hours = time.seconds * cfg.max_steps / 3600
+    hours = time.seconds * cfg.steps / 3600
     yield f"{_seconds(time.seconds):>10} a step, {hours:,.1f} hours in all; of a step:"
     slowest = max(time.micro_batch, key=lambda name: time.micro_batch[name])
     for name, seconds in time.micro_batch.items():
@@ -149,7 +156,7 @@ def _table_lines(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> Iterator[s
         return
     yield "GPUs  accumulated  GB a GPU  fits on  GB a host  NVMe GB a host  s a step     hours"
     for ranks in possible_ranks(cfg, machine.ranks_per_node):
-        yield _row(plan, cfg, replace(machine, **_split(ranks, machine.ranks_per_node)))
+        yield _row(plan, cfg, _with_ranks(machine, ranks))
 
 
 def possible_ranks(cfg: PlanConfig, gpus_per_node: int) -> list[int]:
@@ -163,17 +170,18 @@ def possible_ranks(cfg: PlanConfig, gpus_per_node: int) -> list[int]:
     return found
 
 
-def _split(ranks: int, gpus_per_node: int) -> dict[str, int]:
-    if ranks <= gpus_per_node:
-        return {"nodes": 1, "ranks_per_node": ranks}
-    return {"nodes": ranks // gpus_per_node, "ranks_per_node": gpus_per_node}
+def _with_ranks(machine: Machine, ranks: int) -> Machine:
+    """Return such nodes with this many GPUs in all."""
+    if ranks <= machine.ranks_per_node:
+        return replace(machine, nodes=1, ranks_per_node=ranks)
+    return replace(machine, nodes=ranks // machine.ranks_per_node)
 
 
 def _row(plan: RunPlan, cfg: PlanConfig, machine: Machine) -> str:
     """Format a row of the table: this many GPUs."""
     items = memory_items(plan, machine.ranks, on_gpu=True)
     time = step_time(plan, machine)
-    hours = time.seconds * cfg.max_steps / 3600
+    hours = time.seconds * cfg.steps / 3600
     on_gpu = peak(items, "GPU")
     fitting = [size for size in _GPU_SIZES if size * 1e9 >= on_gpu]
     fits_on = f"{fitting[0]} GB" if fitting else "none"

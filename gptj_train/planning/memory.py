@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch.torch_version import TorchVersion
 
+from gptj_train.model.quantized import product_bytes, stored_bytes
 from gptj_train.planning.activations import activations, loss_memory
 from gptj_train.planning.run_plan import RunPlan
 
@@ -66,6 +67,7 @@ def memory_items(plan: RunPlan, ranks: int, *, on_gpu: bool) -> list[Item]:
         *_gradients(plan, ranks, on_gpu),
         Item("activations", "GPU", activations(plan, on_gpu=on_gpu), ("backward",)),
         Item("loss", "GPU", loss_memory(plan), ("backward",)),
+        Item("a dequantized matrix", "GPU", product_bytes(plan.sizes.shapes, plan.cfg.quantize, plan.element)),
     ]
     if on_gpu:
         items += [Item("libraries", "GPU", _GPU_LIBRARIES), Item("libraries", "host", _HOST_LIBRARIES)]
@@ -147,8 +149,8 @@ def _weights(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
 
 
 def _stored_weights(plan: RunPlan) -> float:
-    """Return the bytes of all weights in the compute precision, over all ranks of stage 3."""
-    return plan.element * plan.sizes.all_elements
+    """Return the bytes of all weights, in the compute precision or quantized, over all ranks of stage 3."""
+    return stored_bytes(plan.sizes.shapes, plan.cfg.quantize, plan.element)
 
 
 def _freed_blocks(plan: RunPlan, ranks: int) -> float:

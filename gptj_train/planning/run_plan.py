@@ -19,7 +19,7 @@ from gptj_train.model.heads import (
     GPTJWithHead,
 )
 from gptj_train.model.lora import with_lora
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.weights.stored import is_adapter
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -161,12 +161,20 @@ class RunPlan:
         cfg = self.cfg
         checkpoint, most = disk_needed(
             self.sizes.trained_elements,
-            steps=range(cfg.max_steps),
+            steps=range(cfg.steps),
             save_every=cfg.save_every,
+            best_every=cfg.saves_best_every if _has_held_out(cfg) else 0,
             keep=cfg.keep_checkpoints,
             keep_every=cfg.keep_every,
         )
         return checkpoint, most, BYTES[cfg.export_dtype] * self.sizes.exported_elements
+
+
+def _has_held_out(cfg: FinetuneConfig) -> bool:
+    """Return whether a checkpoint of the best evaluation is kept beside the newest ones."""
+    if isinstance(cfg, PlanConfig):
+        return bool(cfg.data.get("validation")) or cfg.validation_share is not None
+    return True
 
 
 def head_of(cfg: FinetuneConfig) -> type[GPTJWithHead]:

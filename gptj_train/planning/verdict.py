@@ -48,9 +48,10 @@ def needs(plan: RunPlan, machine: Machine) -> list[Need]:
     on_nvme = at_peak(items, "NVMe")
     if on_nvme:
         found.append(_need("a host's NVMe disk", on_nvme, machine.ranks_per_node, machine.nvme))
-    checkpoint, most, export = plan.disk()
-    of_checkpoints = (f"{counted(most, 'checkpoint')} of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
-    found.append(Need(DISK, most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
+    if plan.cfg.max_steps is not None:  # of epochs, the data decide the number of steps
+        checkpoint, most, export = plan.disk()
+        of_checkpoints = (f"{counted(most, 'checkpoint')} of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
+        found.append(Need(DISK, most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
     return found
 
 

@@ -8,7 +8,6 @@ import logging
 import math
 import os
 import resource
-import sys
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -19,20 +18,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptj_train.launch import host
+from gptj_train.launch.compilation import compile_under_lock
+from gptj_train.launch.ranks import port_in_use_is_a_mistake
 
 host.prepare_environment()
 import deepspeed
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
 from gptj_train.model.batch_facts import inputs_on
+from gptj_train.model.lora import LoraConfig
+from gptj_train.model.quantized import Quantization
 from gptj_train.model.recomputation import recompute
 from gptj_train.training import deepspeed_internals
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned
-from gptj_train.training.gradient_buffers import spread_non_finite, sums_on
+from gptj_train.training.gradient_buffers import count_non_finite, spread_non_finite, sums_on
 from gptj_train.training.initial_weights import InitialWeights, open_initial_weights
 from gptj_train.training.optimizer import OptimConfig, decay_groups
+from gptj_train.training.quantized_base import build_quantized
 from gptj_train.training.zero_config import EngineConfig, check_accepted, deepspeed_config
+from gptj_train.weights.hf_writer import DTYPES
 
 # Of a collective. While rank 0 writes or checks tens of GB, the other ranks wait in one.
 _TIMEOUT = timedelta(hours=1)
@@ -52,9 +58,9 @@ def join_process_group() -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         host.share_cores()
         # Before any rank compiles an extension: it would wait forever for the lock of a process that was killed.
-        host.clear_stale_locks()
+        compile_under_lock(OpBuilder)
         deepspeed_internals.leave_shared_memory_clean(deepspeed.ops)
-        with host.quiet():
+        with host.quiet(), port_in_use_is_a_mistake():
             deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
 
@@ -79,16 +85,19 @@ class Engine:
         accumulation: int,
         seed: int,
         mean_rows: Mapping[int, Sequence[int]] | None = None,
+        quantize: Quantization = "none",
+        lora: LoraConfig | None = None,
     ) -> None:
         """Build the model where its weights will live and wrap it.
 
         Args:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
-            init_from: HF folder or checkpoint with the weights, and Adam's moments if it has them; None keeps the
-                fresh weights.
+            init_from: HF folder or checkpoint with weights, and Adam's moments if it has them; None: fresh weights.
             accumulation: micro-batches per optimizer step on each rank.
             seed: decides the fresh weights, whatever the number of ranks.
             mean_rows: embedding row -> rows whose mean initializes it.
+            quantize: how the frozen matrices of the blocks are stored; needs ``init_from``.
+            lora: the adapters in the module; may name a folder for them to start from.
 
         Raises:
             UserError: weights that are not this model's.
@@ -110,8 +119,6 @@ class Engine:
             pin_memory=self.device.type != "cpu",
         )
         check_accepted(config, deepspeed.DeepSpeedConfig, self.device.type)
-        if self.rank == 0 and engine.offload_optimizer != "none":
-            host.announce_compilation("cpu_adam")
         with contextlib.ExitStack() as stack:
             initial = None
             if init_from is not None:
@@ -123,28 +130,32 @@ class Engine:
                     mean_rows=mean_rows or {},
                     new_head_allowed=bool(plan.new_head_allowed),
                     share=(self.rank, self.world_size),
+                    lora=lora,
                 )
                 initial = stack.enter_context(opened)
-                self._report(initial, init_from)
+                if self.rank == 0:
+                    initial.report(init_from)
             stack.enter_context(host.quiet())
-            model = self._build(build, seed, config)
+            if quantize != "none":
+                assert initial is not None
+                model = build_quantized(
+                    build,
+                    initial,
+                    quantize=quantize,
+                    precision=DTYPES[engine.precision],
+                    device=self.device,
+                    seed=seed,
+                )
+            else:
+                model = self._build(build, seed, config)
             if initial is not None:
                 initial.fill_frozen(model, self.rank)
             recompute(model, engine.activation_checkpointing)
-            groups = decay_groups(model, optim.weight_decay)
+            groups = decay_groups(model, optim.weight_decay, optim.lora_lr_ratio)
             sums_device = self.device if engine.accumulate_on == "gpu" else None
             stack.enter_context(sums_on(DeepSpeedZeroOptimizer_Stage3, sums_device))
             self._engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
             self._fill_optimizer(initial)
-
-    def _report(self, initial: InitialWeights, folder: str) -> None:
-        if self.rank != 0:
-            return
-        if initial.new_head:
-            print(f"new head, not in {folder}: {', '.join(initial.new_head)}", file=sys.stderr, flush=True)
-        if initial.moments is not None:
-            step = f"{initial.moments.steps:,}"
-            print(f"resuming Adam state at step {step} from {folder}/adam", file=sys.stderr, flush=True)
 
     def _build(self, build: Callable[[], nn.Module], seed: int, config: dict[str, Any]) -> nn.Module:
         """Make the module; on stage 3 each parameter is split over the ranks as soon as it exists."""
@@ -188,7 +199,7 @@ class Engine:
         optimizer = self._engine.optimizer
         last = self._engine.is_gradient_accumulation_boundary()
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1)
         unchecked = last and not deepspeed_internals.checks_gradients(optimizer)
         if unchecked:
             # Skip the update ourselves: DeepSpeed steps the optimizer only at a boundary.
@@ -249,30 +260,23 @@ class Engine:
 
     def holds_only_finite(self) -> bool:
         """Return whether all master weights and moments of all ranks are finite. Collective."""
-        non_finite = 0
-        for section in self.optimizer_state().sections:
-            with section.buffers() as buffers:
-                for flat in buffers.values():
-                    # A single pass without a copy: NaN and infinities show in the least or the greatest value.
-                    if flat.numel() and not torch.stack(flat.aminmax()).isfinite().all():
-                        non_finite += 1
-        return self.summed([non_finite]) == [0]
+        return self.summed([count_non_finite(self.optimizer_state())]) == [0]
 
     # --- state in and out ---
 
     def optimizer_state(self) -> OptimizerState:
         """Return access to this rank's master weights and moments, in place."""
-        names = dict(zip(self._engine.module.parameters(), self.shapes, strict=True))
+        names = {parameter: name for name, parameter in self._engine.module.named_parameters()}
         return OptimizerState(self._engine.optimizer, names, self.rank)
 
     def full_parameters(self, names: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield each parameter, or those in ``names``, whole and in fp32, from the master weights. Collective.
 
-        One parameter is gathered at a time, so that no rank ever holds the whole model.
+        One parameter is gathered at a time, so that no rank ever holds the whole model. Quantized matrices are none.
         """
         whole = self.optimizer_state().whole_masters()
         parts = self.optimizer_state().partial_masters()
-        for name, parameter in zip(self.shapes, self._engine.module.parameters(), strict=True):
+        for name, parameter in self._engine.module.named_parameters():
             if names is not None and name not in names:
                 continue
             if name in whole:  # stage 0 in bf16 or fp16

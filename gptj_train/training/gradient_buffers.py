@@ -1,4 +1,4 @@
-"""Where ZeRO-3 sums the gradients of micro-batches, and how it looks for non-finite ones, in DeepSpeed 0.19.8."""
+"""Where ZeRO-3 sums the gradients of micro-batches in DeepSpeed 0.19.8, and the search for non-finite numbers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from gptj_train.training.deepspeed_internals import OptimizerState
 
 
 @contextmanager
@@ -77,3 +79,15 @@ def spread_non_finite(loss: Tensor) -> Tensor:
     The factor is exactly 1 for a finite loss, and NaN for others.
     """
     return loss * (1 + 0 * loss.detach())
+
+
+def count_non_finite(state: OptimizerState) -> int:
+    """Return how many of this rank's buffers of masters and moments hold a NaN or infinity."""
+    count = 0
+    for section in state.sections:
+        with section.buffers() as buffers:
+            for flat in buffers.values():
+                # A single pass without a copy: NaN and infinities show in the least or the greatest value.
+                if flat.numel() and not torch.stack(flat.aminmax()).isfinite().all():
+                    count += 1
+    return count

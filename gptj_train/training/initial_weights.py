@@ -6,12 +6,15 @@ weights follow from it. A frozen parameter goes where DeepSpeed keeps this rank'
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from torch import Size, nn
 
+from gptj_train.model.adapter_folder import AdapterFolder, WithAdapter
+from gptj_train.model.lora import LoraConfig
 from gptj_train.training.deepspeed_internals import OptimizerState, is_partitioned, partition
 from gptj_train.weights.checkpoint_weights import open_weights
 from gptj_train.weights.mean_rows import WithMeanRows
@@ -32,6 +35,14 @@ class InitialWeights:
     names: Mapping[str, str]
     new_head: Sequence[str]
     moments: StoredMoments | None
+
+    def report(self, folder: str) -> None:
+        """Print what the folder lacks, and whether Adam's state comes from it."""
+        if self.new_head:
+            print(f"new head, not in {folder}: {', '.join(self.new_head)}", file=sys.stderr, flush=True)
+        if self.moments is not None:
+            step = f"{self.moments.steps:,}"
+            print(f"resuming Adam state at step {step} from {folder}/adam", file=sys.stderr, flush=True)
 
     def fill_frozen(self, model: nn.Module, rank: int) -> None:
         """Fill the parameters that are not trained; before DeepSpeed wraps the model, since it copies some of them."""
@@ -78,6 +89,7 @@ def open_initial_weights(
     mean_rows: Mapping[int, Sequence[int]],
     new_head_allowed: bool,
     share: tuple[int, int],
+    lora: LoraConfig | None = None,
 ) -> Iterator[InitialWeights]:
     """Open a folder of weights and check that they are this model's; nothing is read yet.
 
@@ -86,18 +98,24 @@ def open_initial_weights(
         mean_rows: embedding row -> rows whose mean initializes it.
         new_head_allowed: the folder may be another task's, whose head is left.
         share: (rank, ranks); each verifies its share of a checkpoint's files.
+        lora: names the adapter folder to start from, if any.
 
     Raises:
-        UserError: missing or unexpected tensors, other shapes, or moments of another model.
+        UserError: missing or unexpected tensors, other shapes, moments of another model, or other adapters.
     """
     wanted = {name: shape for name, shape in shapes.items() if not is_adapter(name)}
     # A model whose head is tied to the embedding has no such parameter; its folder may store one all the same.
     tied = frozenset({"lm_head.weight"}) - wanted.keys()
     with ExitStack() as stack:
-        weights = stack.enter_context(WithMeanRows(open_weights(folder, share=share), mean_rows))
+        weights: StoredWeights = stack.enter_context(WithMeanRows(open_weights(folder, share=share), mean_rows))
         names = weights.match(wanted, tied, new_head_allowed)
         moments = None
         if trained == shapes:  # adapters and frozen weights have no moments in a folder
             moments = stack.enter_context(moments_beside(folder, shapes, new_head_allowed))
+        if lora is not None and lora.init_from is not None:
+            adapter = AdapterFolder(lora)
+            # A trained head may be in it, too.
+            names |= adapter.match(trained)
+            weights = stack.enter_context(WithAdapter(weights, adapter))
         new_head = sorted(wanted.keys() - names.keys())
         yield InitialWeights(weights=weights, names=names, new_head=new_head, moments=moments)

@@ -23,9 +23,15 @@ _LAYOUTS = (
 )
 """Name of the single file, and of the index of several; the first that is there counts, as in Transformers."""
 
+ADAPTER_LAYOUTS = (
+    ("adapter_model.safetensors", "adapter_model.safetensors.index.json"),
+    ("adapter_model.bin", "adapter_model.bin.index.json"),
+)
+"""The same of PEFT's adapter folders."""
+
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
 _MOST_MAPPED = 200_000_000  # bytes
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")  # a file system takes 255 bytes
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -39,23 +45,25 @@ class HFWeights(StoredWeights):
         UserError: no weights in the folder, or an index or file that cannot be trusted or read.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, layouts: tuple[tuple[str, str], ...] = _LAYOUTS) -> None:
         self.folder = Path(folder)
+        self._layouts = layouts
         self._open: dict[str, Any] = {}
         self._mapped: Counter[str] = Counter()  # bytes read from each file since it was opened
         self._file_of = self._locate()
 
     def _locate(self) -> dict[str, str]:
         """Return tensor name -> file name."""
-        for single, index in _LAYOUTS:
+        for single, index in self._layouts:
             check_stays(self.folder, single)
             check_stays(self.folder, index)
             if (self.folder / single).is_file():
                 return dict.fromkeys(self._handle(single).keys(), single)
             if (self.folder / index).is_file():
                 return _read_index(_checked_path(self.folder, index))
+        (first, _), (second, _) = self._layouts
         raise UserError(
-            f"{self.folder}: no model.safetensors, pytorch_model.bin or their index here; "
+            f"{self.folder}: no {first}, {second} or their index here; "
             "give the folder that Transformers' save_pretrained or our export wrote"
         )
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptj_train.errors import UserError
+from gptj_train.weights.quantized_folder import refuse_quantized
 
 _CHUNK = 1 << 24  # elements looked at together
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -64,6 +65,13 @@ class StoredWeights(ABC):
     def read(self, name: str, start: int, into: Tensor) -> None:
         """Fill ``into``, one-dimensional, with the flattened tensor's elements from ``start`` on, cast to its dtype."""
 
+    def read_whole(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Return a copy of a tensor in another dtype; unlike ``tensor``'s, its memory ends with it."""
+        shape, _ = self.shape_and_dtype(name)
+        whole = torch.empty(shape, dtype=dtype)
+        self.read(name, 0, whole.view(-1))
+        return whole
+
     @abstractmethod
     def close(self) -> None:
         """Close the files; tensors already read stay valid."""
@@ -89,6 +97,7 @@ class StoredWeights(ABC):
         Raises:
             UserError: missing or unexpected tensors, all of them listed; another shape; quantized weights.
         """
+        refuse_quantized(self.folder, self.names())
         found = {name for name in self.names() if not _LEGACY_BUFFER.fullmatch(name)} - tied
         # Names first: a wrong model shows in them, and all its faults fit into one message.
         stored_names, relevant = _pair_names(shapes, found, new_head)

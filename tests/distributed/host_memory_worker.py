@@ -81,7 +81,7 @@ def locked_bytes(job: dict[str, Any]) -> dict[str, float]:
         if tensor is not None:
             # Those of zero.Init have become views of DeepSpeed's flat buffer by now.
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    cfg = SimpleNamespace(engine=settings, micro_batch_size=2, sequence_length=16)
+    cfg = SimpleNamespace(engine=settings, quantize="none", micro_batch_size=2, sequence_length=16)
     plan = RunPlan(ModelSizes(engine.shapes, engine.trained), CONFIG, cfg)  # type: ignore[arg-type]
     return {
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),

@@ -8,13 +8,14 @@ from __future__ import annotations
 import gc
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from toy import ToyTask, accumulation, engine_config, from_yaml, optim_config, toy_config, trainer_config
+from toy import ToyTask, accumulation, engine_config, from_yaml, toy_config, trainer_config
 
 from gptj_train import GPTJForCausalLM
 from gptj_train.data.tokenizer import Tokenizer
@@ -35,17 +36,21 @@ def do(job: dict[str, Any], out: Path) -> None:
     steps, micro = job["steps"], job["micro"]
     folder = out / job.get("run", job["name"])
     config = trainer_config(str(folder), micro, job["max_steps"], save_every=steps)
+    config = replace(config, optim=replace(config.optim, **job.get("optim", {})))
     model = toy_config(job.get("dropout", 0.0), job.get("width", 32))
     lora = LoraConfig(**from_yaml("lora/none") | {"alpha": 8, "targets": ["q_proj", "fc_out"]} | job.get("lora", {}))
+    mean_rows = {int(row): others for row, others in job.get("mean_rows", {}).items()}
     engine = Engine(
         build=lambda: with_lora(GPTJForCausalLM(model), lora),
         init_from=job.get("init_from"),
         engine=engine_config(job["engine"]),
-        optim=optim_config(),
+        optim=config.optim,
         micro_batch_size=micro,
         accumulation=accumulation(micro),
         seed=config.seed,
-        mean_rows={int(row): others for row, others in job.get("mean_rows", {}).items()},
+        mean_rows=mean_rows,
+        quantize=job.get("quantize", "none"),
+        lora=lora,
     )
     task = ToyTask(micro)
     model_files = ModelFiles(model, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))
@@ -73,6 +78,8 @@ def do(job: dict[str, Any], out: Path) -> None:
             facts={},
             lora=lora,
             base=job.get("init_from"),
+            quantize=job.get("quantize", "none"),
+            mean_rows=mean_rows,
         )
 
 

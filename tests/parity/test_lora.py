@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from pair import assert_close, build_pair, random_ids
 from torch import Tensor, nn
+from typed_configs import lora_config
 
 from gptj_train.export.adapters import save_adapter
 from gptj_train.model.lora import TARGETS, LoraConfig, merged, new_heads, with_lora
@@ -21,7 +23,7 @@ KINDS = ["GPTJForCausalLM", "GPTJForSequenceClassification", "GPTJForQuestionAns
 
 
 def lora(targets: Sequence[str], rank: int = RANK, dropout: float = 0.0) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=ALPHA, dropout=dropout, targets=list(targets))
+    return replace(lora_config(), rank=rank, alpha=ALPHA, dropout=dropout, targets=list(targets))
 
 
 def build_lora_pair(kind: str, targets: Sequence[str]) -> tuple[nn.Module, nn.Module]:
@@ -50,6 +52,7 @@ def save(model: nn.Module, folder: Path, kind: str, targets: tuple[str, ...]) ->
         alpha=ALPHA,
         dropout=0.1,
         targets=targets,
+        rslora=False,
         heads=[head.removesuffix(".") for head in new_heads(model)],
         base="gpt-j",
         architecture=kind,
@@ -133,6 +136,19 @@ def test_initial_a_has_the_standard_deviation_of_pefts() -> None:
 
 @pytest.mark.parametrize("targets", [[], ["lm_head"], ["q_proj", "wte"]])
 def test_unknown_targets_are_refused(targets: list[str]) -> None:
-    model, _ = build_pair()
-    with pytest.raises(ValueError, match=r"lora.targets must be some of q_proj, k_proj"):
-        with_lora(model, lora(targets))
+    with pytest.raises(ValueError, match=r"lora.targets must be all-linear, or some of q_proj, k_proj"):
+        lora(targets)
+
+
+def test_all_linear_means_the_six_matrices_of_a_block() -> None:
+    assert lora_config("targets=all-linear").matrices == TARGETS
+    assert lora_config("targets=[all-linear]").matrices == TARGETS
+    assert lora_config("targets=q_proj").matrices == ("q_proj",)
+
+
+def test_rank_stabilized_scale_equals_pefts() -> None:
+    config = replace(lora(TARGETS, rank=16), rslora=True)
+    _, reference = build_pair("GPTJForCausalLM", pad_token_id=0)
+    theirs = peft.LoraConfig(r=16, lora_alpha=ALPHA, use_rslora=True, target_modules=["q_proj"])
+    (layer, *_) = [module for module in peft.get_peft_model(reference, theirs).modules() if hasattr(module, "scaling")]
+    assert config.scale == layer.scaling["default"] == ALPHA / 4

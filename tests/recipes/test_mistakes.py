@@ -11,11 +11,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import zstandard
 
 from gptj_train import GPTJConfig, finetune
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.launch.preemption import StopRequest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "clm.py"
@@ -52,6 +54,9 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (tmp_path / "cut_off.jsonl.zst").write_bytes(zstandard.compress(GOOD_RECORDS.encode())[:-5])
+    twice = pyarrow.array(["a text"])
+    pyarrow.parquet.write_table(pyarrow.table([twice, twice], ["text", "text"]), tmp_path / "twice.parquet")
+    (tmp_path / "closed").mkdir()
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     shape.save_pretrained(tmp_path / "weightless")
@@ -89,6 +94,9 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    access = os.access
+    # root may read every folder: whoever runs the tests, this one is closed.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
 
     def run(*changes: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(place, *changes)])
@@ -115,6 +123,10 @@ MISTAKES = {
         "missing: output_dir, max_steps; give output_dir=... max_steps=...",
     ),
     "wrong type": (["max_steps=lots"], "max_steps: input should be a valid integer"),
+    "a group removed": (["~data"], "'data.cache_dir': groups of keys are not removed or replaced; set single keys"),
+    "a space before the =": (["max_steps =3"], "'max_steps =3' has a space before the '='; write max_steps=3"),
+    "a key within a text": (["+init_from.x=1"], "init_from: input should be a valid string"),
+    "a name longer than a file's": (["+config=" + 5000 * "x"], "config cannot be read: [Errno 36] File name too long"),
     "contradiction": (["engine.stage=1"], "engine.offload_parameters=cpu needs engine.stage=3"),
     "two owners": (
         ["+engine.deepspeed.gradient_clipping=1"],
@@ -127,10 +139,10 @@ MISTAKES = {
     ),
     "missing data": (
         ["data.train={}/nowhere/*.jsonl"],
-        ".parquet, .arrow file at '{}/nowhere/*.jsonl' (working directory: ",
+        "data.train: no file at '{}/nowhere/*.jsonl' (working directory: ",
     ),
-    "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
-    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "missing held-out data": (["data.validation={}/gone"], "data.validation: no file at '{}/gone' "),
+    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no file at '{}/gone' "),
     "data of another kind": (
         ["data.train={}/not_a_model/readme"],
         "data.train: {}/not_a_model/readme is none of .jsonl",
@@ -152,6 +164,14 @@ MISTAKES = {
     "too many bad records": (
         ["data.train={}/broken.jsonl", "data.bad_records=skip"],
         "{}/broken.jsonl: 4.76% of the records are bad (1 x not a line of JSON), more than data.max_bad_share (1.00%)",
+    ),
+    "a column twice": (
+        ["data.train={}/twice.parquet"],
+        "{}/twice.parquet: cannot be read as parquet (it has the column",
+    ),
+    "a folder that may not be read": (
+        ["data.train={}/closed"],
+        "data.train: {}/closed cannot be read; correct its perm",
     ),
     "cut off": (["data.train={}/cut_off.jsonl.zst"], "{}/cut_off.jsonl.zst: cut off in the middle of a zstd frame"),
     "template without a place": (["data.chat_template=x"], "data.chat_template must contain {content} exactly once"),
@@ -240,6 +260,7 @@ MISTAKES = {
     ),
     "no hours": (["max_hours=0"], "max_hours must be above 0, or null for no limit, got 0"),
     "a negative timeout": (["hang_timeout=-1"], "hang_timeout must be 0 (never) or more, got -1"),
+    "no time to come": (["rendezvous_timeout=0"], "rendezvous_timeout must be above 0 seconds, got 0"),
     "no step to be skipped": (["max_skipped_steps=0"], "max_skipped_steps must be at least 1, got 0"),
     "odd rotary_dim": (["model.rotary_dim=7"], "model.rotary_dim (7) must be even"),
     "no layers": (["model.n_layer=0"], "model.n_layer must be at least 1, got 0"),
@@ -259,7 +280,23 @@ def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], ca
 
 def test_a_signal_before_training_ends_the_run_at_once(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGUSR1))
-    assert clm() == (85, "stopped: SIGUSR1 outside the training loop; rerun the same command\n")
+    warned = "stopped: SIGUSR1 outside the training loop; rerun the same command\n"
+    for _ in range(2):
+        assert clm() == (85, warned)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as in a new process
+    # Without progress a job must not be queued again for ever.
+    code, message = clm()
+    assert (code, message.startswith(f"{warned}error: attempt 3 is the last of 3 in a row that saved no new")) == (
+        2,
+        True,
+    )
+
+
+def test_sigterm_before_training_is_not_a_preemption(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the others when one rank fails, and then that rank's exit code must decide."""
+    monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(StopRequest, "has_trained", False)
+    assert clm() == (143, "ended by SIGTERM outside the training loop, nothing was saved\n")
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir [{}]", "python/name:os.mkdir", "python/module:os"])

@@ -81,7 +81,7 @@ def test_what_is_left_out_is_named(command: Command) -> None:
     ("change", "line"),
     [
         ("data.train=null", "data.train is null; give files to learn from"),
-        ("data.train=gone.txt", "data.train: no .jsonl, "),
+        ("data.train=gone.txt", "data.train: no file at 'gone.txt' (working directory: "),
         ("data.train=txt.txt", "did you mean 'text.txt'?"),
         ("vocab_size=100", "vocab_size must be at least 258"),
         ("output_dir=text.txt", "output_dir=text.txt: not a writable folder"),

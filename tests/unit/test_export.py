@@ -23,7 +23,7 @@ from gptj_train.export.verify import ExportError
 from gptj_train.model.lora import LoraConfig
 from gptj_train.training.model_files import ModelFiles
 
-FULL = LoraConfig(rank=0, alpha=1.0, dropout=0.0, targets=[])
+FULL = LoraConfig(rank=0, alpha=1.0, dropout=0.0, targets=[], rslora=False, init_from=None)
 FACTS = {"data": "12 documents", "batch": "4 windows | all of them"}
 
 

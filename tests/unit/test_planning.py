@@ -19,7 +19,7 @@ from gptj_train.planning.memory import Place, at_peak, memory_items, page_locked
 from gptj_train.planning.preflight import memory_line
 from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.planning.step_time import flops, step_time
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
@@ -42,13 +42,14 @@ def engine(**changes: Any) -> EngineConfig:
 
 
 def lora_config(rank: int, dropout: float = 0.0, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> LoraConfig:
-    return LoraConfig(rank=rank, alpha=32, dropout=dropout, targets=list(targets))
+    return LoraConfig(rank=rank, alpha=32, dropout=dropout, targets=list(targets), rslora=False, init_from=None)
 
 
 def small(model: GPTJForCausalLM, config: GPTJConfig, lora: LoraConfig, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**changes),
         lora=lora,
+        quantize="none",
         global_batch_size=BATCH,
         micro_batch_size=BATCH,
         sequence_length=LENGTH,
@@ -63,10 +64,12 @@ def of_6b(rank: int = 0, micro_batch_size: int = 1, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**({"activation_checkpointing": "block"} | changes)),
         lora=lora,
+        quantize="none",
         global_batch_size=32,
         micro_batch_size=micro_batch_size,
         sequence_length=2048,
-        max_steps=1000,
+        steps=1000,
+        saves_best_every=0,
         save_every=500,
         keep_checkpoints=2,
         keep_every=0,
@@ -350,3 +353,19 @@ def test_counting_checkpoints_is_the_same_as_listing_them(steps: range, save_eve
     expected = min(2 + len(saves - permanent), 4) + len(permanent) if saves else 0
     _, most = disk_needed(1, steps=steps, save_every=save_every, keep=3, keep_every=keep_every, existing=2)
     assert most == expected
+
+
+@pytest.mark.parametrize("steps", [range(0), range(5), range(100), range(7, 100)])
+@pytest.mark.parametrize("best_every", [4, 10, 1000])
+@pytest.mark.parametrize(("save_every", "keep_every"), [(0, 0), (10, 0), (15, 20), (6, 6)])
+def test_the_best_checkpoint_takes_room_beside_the_newest(
+    steps: range, best_every: int, save_every: int, keep_every: int
+) -> None:
+    """Every evaluation may be the best so far, and save."""
+    done = range(steps.start + 1, steps.stop + 1)
+    saves = {step for step in done if step % best_every == 0 or (save_every and step % save_every == 0)}
+    saves |= {steps.stop} if steps else set()
+    permanent = {step for step in saves if keep_every and step % keep_every == 0}
+    expected = min(len(saves - permanent), 5) + len(permanent)
+    settings = {"save_every": save_every, "best_every": best_every, "keep_every": keep_every}
+    assert disk_needed(1, steps=steps, keep=3, **settings)[1] == expected

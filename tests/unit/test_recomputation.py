@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from typed_configs import engine_config
+from typed_configs import engine_config, lora_config
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.errors import UserError
-from gptj_train.model.lora import LoraConfig, with_lora
+from gptj_train.model.lora import with_lora
 from gptj_train.model.recomputation import Degree, recompute
 
 DEGREES: list[Degree] = ["gelu", "mlp", "block"]
@@ -29,7 +30,7 @@ def gradients(model: GPTJForCausalLM) -> list[torch.Tensor]:
 @pytest.mark.parametrize("lora", [0, 2])
 def test_gradients_keep_every_bit(degree: Degree, dropout: float, lora: int) -> None:
     config = GPTJConfig(**SHAPE, resid_pdrop=dropout, attn_pdrop=dropout)
-    adapters = LoraConfig(rank=lora, alpha=4, dropout=dropout, targets=["q_proj", "fc_in", "fc_out"])
+    adapters = replace(lora_config(), rank=lora, alpha=4, dropout=dropout, targets=["q_proj", "fc_in", "fc_out"])
     plain = with_lora(GPTJForCausalLM(config), adapters)
     again = copy.deepcopy(plain)
     recompute(again, degree)

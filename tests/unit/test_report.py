@@ -226,7 +226,7 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def test_summary(folder: Path) -> None:
-    text = summary(str(folder), "GPTJForCausalLM", "line one\nline two")
+    text = summary(str(folder), "GPTJForCausalLM", sample="line one\nline two")
     assert "Done. Training loss 4.500 -> 3.000 in 4 steps." in text
     assert "eval_loss 6.000 -> 2.500" in text
     assert "    line one\n    line two\n" in text
@@ -248,3 +248,24 @@ def test_summary_with_losses_that_are_no_numbers(tmp_path: Path) -> None:
 
 def test_summary_without_metrics(tmp_path: Path) -> None:
     assert summary(str(tmp_path), "GPTJForCausalLM").startswith("\nDone.\n")
+
+
+def test_summary_of_forgetting_is_from_start_to_end(tmp_path: Path) -> None:
+    first, last = {"eval_loss/forgetting": 3.0}, {"eval_loss/forgetting": 3.5, "eval_loss/Web": 2.0}
+    run(tmp_path, evaluated(0, 6.0) | first, evaluated(4, 2.0) | last)
+    text = summary(str(tmp_path), "GPTJForCausalLM").splitlines()
+    assert "Text from outside (data.forgetting): loss 3.000 -> 3.500." in text
+    assert "Held-out loss by component: Web 2.000." in text
+
+
+@pytest.mark.parametrize("facts", ['{"trained_parameters": 1500, "parameters": 60000}', "{}", "no JSON"])
+def test_summary_of_a_lora_run_names_the_adapter(tmp_path: Path, facts: str) -> None:
+    run(tmp_path, step(1))
+    assert "adapter" not in summary(str(tmp_path), "GPTJForCausalLM")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "environment.json").write_text(facts)
+    counts = "1,500 of 60,000 parameters, 2.50%; " if "1500" in facts else ""
+    line = f"  adapter       {tmp_path}/adapter   ({counts}PEFT loads it on the base model)"
+    text = summary(str(tmp_path), "GPTJForCausalLM")
+    assert line in text.splitlines()
+    assert "Training loss 4.500 -> 4.500 in 1 step." in text

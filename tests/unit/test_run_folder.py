@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,34 @@ def test_a_folder_that_is_exchanged_is_noticed(tmp_path: Path) -> None:
     assert not folder.is_same()
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_a_disk_of_checkpoints_that_disappears_is_noticed(tmp_path: Path) -> None:
+    """Of a lost mount an empty folder stays, on the disk below: saves would go there."""
+    run, below = tmp_path / "run", tmp_path / "below"
+    run.mkdir()
+    below.mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (run / "checkpoints").symlink_to(disk)
+        folder = RunFolder(str(run), rank=0)
+        folder.create()
+        assert folder.is_same()
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(below)
+        assert not folder.is_same()
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(tmp_path / "nowhere")
+        assert not folder.is_same()
+
+
+def test_checkpoints_that_the_user_removes_or_a_save_makes_are_no_lost_disk(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), rank=0)
+    folder.create()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert folder.is_same()
+    (tmp_path / "run" / "checkpoints").rmdir()
+    assert folder.is_same()
+
+
 def test_status_follows_the_run(tmp_path: Path) -> None:
     def status() -> dict[str, object]:
         return json.loads((tmp_path / "status.json").read_text())
@@ -85,6 +114,38 @@ def test_status_follows_the_run(tmp_path: Path) -> None:
         raise UserError("bad\ndata")
     assert (status()["state"], status()["reason"]) == ("failed", "UserError: bad data")
     assert is_done(tmp_path, request) is None
+
+
+def preempt(folder: Path, *, saved: bool) -> RunStatus:
+    """A process that starts the run and is preempted."""
+    status = RunStatus(folder, 0, {})
+    status.progressed = lambda: saved
+    with pytest.raises(Preempted), status:
+        raise Preempted("SIGUSR1 reached rank 0")
+    return status
+
+
+def test_three_preempted_attempts_without_a_checkpoint_are_stuck(tmp_path: Path) -> None:
+    assert [preempt(tmp_path, saved=False).is_stuck for _ in range(2)] == [False, False]
+    assert not preempt(tmp_path, saved=True).is_stuck  # the count begins anew
+    assert [preempt(tmp_path, saved=False).is_stuck for _ in range(3)] == [False, False, True]
+    assert json.loads((tmp_path / "status.json").read_text())["attempt"] == 6
+
+
+def test_an_attempt_that_ends_before_the_run_has_a_folder_counts(tmp_path: Path) -> None:
+    """A signal while the data are prepared."""
+    for stuck in (False, False, True):
+        status = RunStatus(tmp_path / "run", 0, {})
+        status.preempted("outside the training loop")
+        assert status.is_stuck == stuck
+
+
+def test_a_signal_that_ends_the_attempt_without_a_rerun_does_not_count(tmp_path: Path) -> None:
+    for _ in range(3):
+        status = RunStatus(tmp_path, 0, {})
+        with pytest.raises(SystemExit), status:
+            sys.exit(143)
+        assert not status.is_stuck
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"state": "done"}', "[" * 100000])
