@@ -94,9 +94,9 @@ def share_weights(models: dict[str, Any]) -> None:
     models["transformers"].load_state_dict(models["gptj_train"].state_dict(), assign=True)
 
 
-def check_equal_texts(models: dict[str, Any]) -> None:
+def check_equal_texts(models: dict[str, Any], cells: list[Cell]) -> None:
     """End the benchmark unless both sides give the same ids in every cell."""
-    for cell in CELLS:
+    for cell in cells:
         ours, theirs = (generate(models[side], cell)["ids"] for side in SIDES)
         if not torch.equal(ours, theirs):
             sys.exit(f"{cell.name}: the texts differ; nothing is written")
@@ -177,20 +177,26 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, help="timed turns, after one to warm up")
+    parser.add_argument("--cells", type=int, default=len(CELLS), help="measure only the first so many")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for the table")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
+    cells = CELLS[: given.cells]
     models = build()
-    check_equal_texts(models)
+    check_equal_texts(models, cells)
     models["gptj_train"].bfloat16()
     share_weights(models)
-    rows = [measure(models, cell, given.repeats) for cell in CELLS]
+    rows = []
+    for cell in cells:
+        rows.append(measure(models, cell, given.repeats))
+        print(table(rows[-1:]), file=sys.stderr, flush=True)
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
+    command = " ".join(["python benchmarks/generate_vs_transformers.py", *sys.argv[1:]])
     text = (
         "# Our generate and that of Transformers' GPT-J\n\n"
-        f"`python benchmarks/generate_vs_transformers.py`: {SHAPE['n_layer']} layers of {SHAPE['n_embd']}, "
+        f"`{command}`: {SHAPE['n_layer']} layers of {SHAPE['n_embd']}, "
         f"{SHAPE['n_head']} heads, vocabulary {SHAPE['vocab_size']}, bf16, greedy; equal ids in fp32. "
         f"Medians of {given.repeats} turns.\n\n"
         f"{os.cpu_count()} cores, {given.threads} threads, CPU ({platform.machine()}); {packages}; "

@@ -40,7 +40,7 @@ def ours(tokenizer_folder: str, files: list[str], length: int, cache: str) -> di
     began = spent()
     (windows,) = prepare(data, tokenizer, length).train.windows.values()
     times = {name: value - began[name] for name, value in spent().items()}
-    return times | {"tokens": windows.tokens - len(windows.documents), "bytes": windows.documents.bytes}
+    return times | {"tokens": windows.facts.tokens - windows.facts.documents, "bytes": windows.facts.bytes}
 
 
 def theirs(tokenizer_folder: str, files: list[str], length: int, cache: str) -> dict[str, float]:

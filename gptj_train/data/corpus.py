@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptj_train.counted import counted
+from gptj_train.counted import counted, sized
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
@@ -62,7 +62,7 @@ class Split:
         dropped = _dropped_text(self.windows.values())
         packed = f"{counted(tokens, 'token')}{dropped} in {counted(windows, 'window')}, {full:.2%} full"
         without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
-        yield "data", f"{counted(self.documents, 'document')}, {size / 1e6:,.1f} MB, {packed}{without}"
+        yield "data", f"{counted(self.documents, 'document')}, {sized(size)}, {packed}{without}"
         yield "records", self.records
         if self.special_tokens:
             yield "special tokens", f"{_counted(self.special_tokens)} in the data"

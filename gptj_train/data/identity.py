@@ -11,7 +11,7 @@ from typing import Any
 
 from gptj_train.data.files import local_files
 
-_SETTINGS = ("seed", "global_batch_size", "sequence_length", "add_tokens")
+_SETTINGS = ("seed", "global_batch_size", "sequence_length", "add_tokens", "validation_share")
 # Keys of the data group that do not change what is trained on.
 _WITHOUT_EFFECT = ("train", "validation", "forgetting", "cache_dir", "max_bad_share")
 # Bytes at either end of a file that are hashed. Hashing terabytes at every start would take too long: a change

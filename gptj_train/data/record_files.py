@@ -9,10 +9,7 @@ from __future__ import annotations
 import codecs
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-from datasets import IterableDataset
-from datasets.iterable_dataset import ExamplesIterable
+from typing import TYPE_CHECKING, Any
 
 from gptj_train.data.csv_rows import read_csv
 from gptj_train.data.files import chunks, kind_of, numbered_lines, split_lines
@@ -20,6 +17,9 @@ from gptj_train.data.json_values import begins_array, read_elements, read_values
 from gptj_train.data.parsing import BadRecordError, parse_record
 from gptj_train.data.tables import first_rows, read_rows
 from gptj_train.errors import UserError
+
+if TYPE_CHECKING:
+    from datasets import IterableDataset
 
 _FIRST = 100  # records that decide about the format and name unread fields
 _LONGEST_FIRST_LINE = 2**16  # bytes; of a value that spans lines the first one is short
@@ -39,6 +39,10 @@ def read_records(file: Path, columns: set[str], progress: Callable[[int], None])
     Raises:
         UserError: while iterating, a file that cannot be read.
     """
+    # Imported here: it takes 0.7 s, and most commands read no records.
+    from datasets import IterableDataset
+    from datasets.iterable_dataset import ExamplesIterable
+
     arguments = {"file": file, "columns": columns, "progress": progress}
     # What IterableDataset.from_generator builds in the end. That way round it would import torch into every worker,
     # 1.4 s of CPU time, and leave a lock file in the user's home folder for every file that is read.

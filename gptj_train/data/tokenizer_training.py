@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from gptj_train.counted import counted
+from gptj_train.counted import counted, sized
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import recognised
 from gptj_train.data.sources import read_segments
@@ -35,8 +35,7 @@ def train_tokenizer(
     sample = _Sample(recognised(data, files, "data.train"), files, int(max_megabytes * 1e6))
     tokenizer = Tokenizer.train(sample.texts(), vocab_size, special_tokens)
     entries = len(tokenizer)
-    size = f"{sample.used / 1e6:.1f} MB" if sample.used >= 1e5 else f"{sample.used / 1e3:.1f} kB"
-    facts = f"tokenizer of {entries:,} entries from {size} of text"
+    facts = f"tokenizer of {entries:,} entries from {sized(sample.used)} of text"
     if sample.cut_off:
         facts += f" (the first; more was left out by max_megabytes={max_megabytes:g})"
     if entries < vocab_size:

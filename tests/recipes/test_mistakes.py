@@ -114,10 +114,13 @@ def test_without_a_mistake_it_starts(clm: Command, place: Path) -> None:
 
 
 MISTAKES = {
-    "unknown preset": (["+config=quikstart"], "no config named 'quikstart'; there are: classification_quickstart"),
+    "unknown preset": (
+        ["+config=quikstart"],
+        "no config named 'quikstart'; did you mean quickstart? there are: classification_quickstart",
+    ),
     "unknown key": (["max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
     "unknown key with a plus": (["+optim.lrate=3"], "unknown config key 'optim.lrate'; did you mean 'optim."),
-    "unknown group": (["engine=zero4"], "no engine named 'zero4'; there are: zero3"),
+    "unknown group": (["engine=zero4"], "no engine named 'zero4'; did you mean zero3? there are: zero3"),
     "missing values": (
         ["output_dir=???", "max_steps=???"],
         "missing: output_dir, max_steps; give output_dir=... max_steps=...",

@@ -47,7 +47,7 @@ def test_it_reports_what_became_of_the_data(prepare_data: Command, place: Path) 
     out = prepare_data()
     lines = out.splitlines()
     assert lines[0] == "train"
-    assert lines[1].startswith("  data              40 documents, 0.0 MB, ")
+    assert lines[1].startswith("  data              40 documents, 1.0 kB, ")
     assert lines[2] == "  records           text (in 'text')"
     assert lines[5] == "validation"
     assert lines[-1] == "  components        A 50.0%, B 50.0%"

@@ -133,7 +133,7 @@ def test_facts_account_for_every_token(prepared: Any, folder: Path, tokenizer: T
     windows = -(-tokens // 16)
     facts = dict(prepared().train.facts())
     assert facts["data"] == (
-        f"60 documents, 0.0 MB, {tokens:,} tokens in {windows:,} windows, {tokens / windows / 16:.2%} full"
+        f"60 documents, {size / 1e3:.1f} kB, {tokens:,} tokens in {windows:,} windows, {tokens / windows / 16:.2%} full"
     )
     assert facts["bytes per token"] == f"{size / tokens:.2f}"
     assert facts["tokens a document"] == "up to 64: 17%, up to 256: 83%"

@@ -6,13 +6,16 @@ import json
 import runpy
 import sys
 from collections.abc import Callable
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, finetune
+from gptj_train import GPTJConfig, GPTJForCausalLM, GPTJForSequenceClassification, config, finetune
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.other_names import MEANINGS, OUR_KEYS
+from gptj_train.schema import keys_of
 
 ROOT = Path(__file__).parents[2]
 TEXTS = [f"document {number} of a few" for number in range(40)]
@@ -204,6 +207,16 @@ def test_the_initial_model_keeps_its_own_tokenizer(command: Callable[..., tuple[
     arguments = [*START, "sequence_length=32", "data.validation=null", "data.cache_dir=cache", *change.split()]
     with pytest.raises(StartedError):
         command("clm", *arguments)
+
+
+def test_other_names_lead_to_keys() -> None:
+    """Every key that a hint names is one of a recipe, and a name has one answer."""
+    schemas = [value for name, value in vars(config).items() if name.endswith("Config") and is_dataclass(value)]
+    known = {key for schema in schemas for key in keys_of(schema)}  # type: ignore[arg-type]
+    named = {key for keys in OUR_KEYS.values() for key in keys}
+    assert named - known == set()
+    assert MEANINGS.keys() <= known
+    assert list(OUR_KEYS) == sorted(OUR_KEYS)
 
 
 @pytest.mark.usefixtures("command")

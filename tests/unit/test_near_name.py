@@ -20,9 +20,9 @@ from gptj_train.training.retention import newest_complete, resume_candidates
     ("wrong", "meant"),
     [
         ("models/gptj_small", "models/gptj-small"),
-        ("modles/gptj-small", "models/gptj-small"),
-        ("modles/gptj-small/", "models/gptj-small"),
-        ("modles/other", "models"),
+        ("modelz/gptj-small", "models/gptj-small"),
+        ("modelz/gptj-small/", "models/gptj-small"),
+        ("modelz/other", "models"),
         ("models\\gptj-small", "models/gptj-small"),
         ("models/gptj-small", None),  # it is there
         ("models/quite_another", None),
@@ -60,5 +60,5 @@ def test_every_key_with_a_path_offers_it(tmp_path: Path, load: Callable[[str], o
 def test_a_hub_id_that_is_a_misspelt_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs" / "first").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"init_from=runs/frist: did you mean 'runs/first'\?; no such folder here"):
-        fetch("runs/frist", "init_from", revision=None, weights=True)
+    with pytest.raises(UserError, match=r"init_from=runs/firsd: did you mean 'runs/first'\?; no such folder here"):
+        fetch("runs/firsd", "init_from", revision=None, weights=True)

@@ -122,11 +122,12 @@ def test_what_decides_the_batches(tmp_path: Path) -> None:
 
     def identity() -> dict[str, Any]:
         settings = {"seed": 3, "global_batch_size": 8, "sequence_length": 16, "add_tokens": [], "max_steps": 5}
+        settings["validation_share"] = None
         return data_identity({**settings, "data": data, "task": {"doc_stride": 8}}, "0123456789abcdef")
 
     first = identity()
     files = [f"file {tmp_path}/{name}" for name in ("a.jsonl", "b.jsonl")]
-    settings = ["seed", "global_batch_size", "sequence_length", "add_tokens", "tokenizer"]
+    settings = ["seed", "global_batch_size", "sequence_length", "add_tokens", "validation_share", "tokenizer"]
     expected = [*settings, "data.packing", "data.weights", "task.doc_stride", *files]
     assert list(first) == expected
     assert first[files[0]].startswith("4 bytes, sha256 ")

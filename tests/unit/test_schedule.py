@@ -138,7 +138,7 @@ def test_a_warm_up_as_long_as_the_run_is_refused() -> None:
     check_warmup(optim(warmup_steps=0), 0)
     check_warmup(optim(warmup_steps=5), 0)  # max_steps=0 exports the initial weights
     with pytest.raises(
-        UserError, match=r"optim\.warmup_steps=13: a warm-up of 13 steps is not shorter than the run of 13 "
+        UserError, match=r"optim\.warmup_steps=13: a warm-up of 13 steps is not shorter than the run of "
     ):
         check_warmup(optim(warmup_steps=13), 13)
     with pytest.raises(UserError, match=r"optim\.warmup_ratio=0\.9: a warm-up of 4 steps .* lower optim\.warmup_ratio"):

@@ -1,11 +1,11 @@
 """Read exports with the Transformers that is on the path, and compare its logits with those of our own model.
 
-python scripts/read_exports.py EXPORT [EXPORT ...]      (an adapter folder, too, if peft is installed)
+python tests/parity/read_exports.py EXPORT [EXPORT ...]      (an adapter folder, too, if peft is installed)
 
 Another version of Transformers goes before the installed one:
 
 pip install --no-deps --target old transformers==4.40.2 tokenizers==0.19.1 huggingface-hub==0.23.5
-PYTHONPATH=old python scripts/read_exports.py runs/mine/export
+PYTHONPATH=old python tests/parity/read_exports.py runs/mine/export
 """
 
 from __future__ import annotations
