@@ -173,8 +173,12 @@ class RunPlan:
 def _has_held_out(cfg: FinetuneConfig) -> bool:
     """Return whether a checkpoint of the best evaluation is kept beside the newest ones."""
     if isinstance(cfg, PlanConfig):
-        return bool(cfg.data.get("validation")) or cfg.validation_share is not None
+        return _plans_held_out(cfg)
     return True
+
+
+def _plans_held_out(cfg: PlanConfig) -> bool:
+    return bool(cfg.data.get("validation")) or cfg.validation_share is not None
 
 
 def head_of(cfg: FinetuneConfig) -> type[GPTJWithHead]:
