@@ -1,4 +1,5 @@
 # make quickstart: set up and run the main job on this machine.   make test: set up and run the tests.
+# make test-ecosystem: other libraries' loops around our model: HF Trainer, lm-eval, PEFT.
 # make loss-compare BASE=REVISION: does the working tree train as BASE did, bit for bit?
 PYTHON ?= python3
 VENV := .venv
@@ -11,7 +12,7 @@ endif
 # The launcher starts ranks by names found on the path.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: quickstart test lint loss-compare clean
+.PHONY: quickstart test test-slurm test-hosts test-ecosystem lint loss-compare clean
 
 quickstart: $(VENV)/installed data/quickstart/train.jsonl
 	deepspeed -q --num_gpus 2 recipes/clm.py +config=quickstart
@@ -19,6 +20,18 @@ quickstart: $(VENV)/installed data/quickstart/train.jsonl
 
 test: $(VENV)/installed-test
 	python -m pytest
+
+# A real Slurm of two nodes on this machine, built and taken down: needs root, slurmctld, slurmd, slurm-client, munge.
+test-slurm: $(VENV)/installed-test
+	python -m pytest -m slurm tests/cluster/test_slurm.py
+
+# Two hosts with ssh, in network namespaces: needs root, openssh-server, openssh-client, pdsh, iproute2.
+test-hosts: $(VENV)/installed-test
+	python -m pytest -m hosts tests/cluster/test_hosts.py
+
+test-ecosystem: $(VENV)/installed-test
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[ecosystem]'
+	python -m pytest -m ecosystem
 
 lint: $(VENV)/installed-test
 	ruff check .

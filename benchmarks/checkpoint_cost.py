@@ -32,7 +32,8 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
     from gptj_train.config import ClmConfig
     from gptj_train.data.tokenizer import Tokenizer
     from gptj_train.launch.command_line import compose
-    from gptj_train.planning import RunPlan
+    from gptj_train.planning.memory import memory_items, peak
+    from gptj_train.planning.run_plan import ModelSizes, RunPlan
     from gptj_train.training.checkpoint import Checkpoints, load
     from gptj_train.training.engine import Engine
     from gptj_train.training.model_files import ModelFiles
@@ -74,8 +75,8 @@ def phase(name: str, folder: Path, layers: int, width: int) -> dict[str, Any]:
         found["loaded_gib"] = engine.peak_memory()
     step()
     found["step_s"] = seconds_of(step)
-    plan = RunPlan(engine.shapes, engine.trained, config, cfg)
-    found["planned_gib"] = sum(plan.memory(1).values()) / 2**30
+    plan = RunPlan(ModelSizes(engine.shapes, engine.trained), config, cfg)
+    found["planned_gib"] = peak(memory_items(plan, 1, on_gpu=False), "host") / 2**30
     found["trained_gib"] = engine.peak_memory()
     if name == "fresh":
         files = ModelFiles(config, "GPTJForCausalLM", Tokenizer.train(["some text"], 300))

@@ -23,6 +23,7 @@ import tempfile
 import time
 from dataclasses import asdict, replace
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     import torch
 
     from gptj_train.config import ClmConfig
-    from gptj_train.data.packing import ContiguousWindows, Documents
+    from gptj_train.data.packing import Windows, pack
     from gptj_train.data.preparation import open_stores
     from gptj_train.data.sampler import sample_at
     from gptj_train.data.tokenizer import Tokenizer
@@ -48,13 +49,16 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
     defaults = compose("clm", ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"], ClmConfig)
     data = replace(defaults.data, train=files, cache_dir=cache)
     tokenizer = Tokenizer.load(tokenizer_folder)
-    documents = Documents(open_stores([Path(file) for file in files], data, tokenizer))
+    stores = open_stores([Path(file) for file in files], data, tokenizer)
     length, rows = CELL.sequence_length, CELL.micro_batch_size
-    windows = ContiguousWindows(documents, length, tokenizer.eos_id)
+    windows = Windows(
+        stores, pack(stores, None, method="contiguous", length=length), length=length, fill=tokenizer.eos_id
+    )
     # Padded rows: a document each, or, where it is longer than a window, one of its pieces.
     pieces = []
-    for document, size in enumerate(documents.lengths.tolist()):
-        pieces += [(document, start) for start in range(0, size - 1, length)]
+    for store in stores:
+        for first, end in pairwise([0, *store.ends.tolist()]):
+            pieces += [(store, start, min(length, end - start)) for start in range(first, end - 1, length)]
     # The last window is left out: it is not full.
     count = len(pieces) if side == "transformers_padded" else len(windows) - 1
     found = []
@@ -63,9 +67,8 @@ def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, step
         order = [sample_at(position, count, 0) for position in range(first, first + rows)]
         if side == "transformers_padded":
             texts = []
-            for document, start in (pieces[index] for index in order):
-                size = min(length, int(documents.lengths[document]) - start)
-                texts.append(documents.part(document, start, size)[0])
+            for store, start, size in (pieces[index] for index in order):
+                texts.append(store.part(start, size)[0])
             ids = torch.full((rows, max(map(len, texts))), tokenizer.eos_id)
             mask = torch.zeros_like(ids)
             for row, text in enumerate(texts):

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from omegaconf import DictConfig
 
+from gptj_train.alternative_keys import choose_alternatives
 from gptj_train.data.evaluation_config import EvaluationDataConfig
+from gptj_train.data.held_out_share import HeldOutKeys
 from gptj_train.data.labelled import LabelledDataConfig
 from gptj_train.data.squad import QADataConfig
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
 from gptj_train.initial_model import DROPOUT, use_initial_model
 from gptj_train.launch.hub import HubKeys
+from gptj_train.launch.machine import MachineKeys
+from gptj_train.launch.spelling import owner_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import LoraConfig
 from gptj_train.model.quantized import Quantization
@@ -25,8 +30,6 @@ from gptj_train.training.quantized_base import check_quantize
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.hf_writer import parse_size
-
-T = TypeVar("T")
 
 
 @schema
@@ -52,7 +55,7 @@ class ModelConfig:
 
 
 @schema
-class FinetuneConfig(TrainerConfig, HubKeys):
+class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     """The keys that the fine-tuning recipes share."""
 
     sequence_length: int
@@ -64,6 +67,7 @@ class FinetuneConfig(TrainerConfig, HubKeys):
     export_dtype: Literal["bf16", "fp16", "fp32"]
     export_shard_size: str
     quantize: Quantization
+    plan: Literal["warn", "error", "off"]
     model: ModelConfig
     lora: LoraConfig
     engine: EngineConfig
@@ -79,9 +83,10 @@ class FinetuneConfig(TrainerConfig, HubKeys):
             raise UserError("optim.lora_lr_ratio needs lora=adapters; without adapters it would do nothing")
 
     @staticmethod
-    def adjust(composed: DictConfig, given: set[str]) -> None:
-        """Adjust the composed YAML to ``init_from``; ``launch.command_line`` calls it before the config is typed."""
-        use_initial_model(composed, given)
+    def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:
+        """Adjust the composed YAML to ``init_from`` before it is typed; ``given`` are the command line's values."""
+        choose_alternatives(composed, set(given))
+        use_initial_model(composed, set(given))
 
 
 @schema
@@ -116,23 +121,20 @@ class PrepareDataConfig(ClmConfig):
 
 
 @schema
-class PlanConfig(FinetuneConfig):
-    """recipes/plan.py, for presets of any task; the last four keys describe the machines."""
+class PlanConfig(FinetuneConfig, MachineKeys):
+    """recipes/plan.py, for presets of any task."""
 
+    recipe: Literal["clm", "classification", "qa"]
     sample_prompt: PlainText | None
     data: dict[str, Any]
     task: dict[str, Any]
-    gpus_per_node: int
-    tflops_per_gpu: float
-    host_gb_per_second: float
-    nvme_gb_per_second: float
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("gpus_per_node", "tflops_per_gpu", "host_gb_per_second", "nvme_gb_per_second"):
-            value = getattr(self, name)
-            if value <= 0:
-                raise UserError(f"{name} must be above 0, got {value}")
+    @staticmethod
+    def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:
+        """Let the preset decide the recipe, and with it the head."""
+        FinetuneConfig.adjust(composed, given)
+        if composed.recipe is None:
+            composed.recipe = owner_of(given.get("config", "")) or "clm"
 
 
 @schema

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
-from gptj_train.config import FinetuneConfig, model_config_of
+from gptj_train.agreement import check_agreement
+from gptj_train.config import FinetuneConfig
+from gptj_train.counted import counted
+from gptj_train.data.identity import data_identity
 from gptj_train.data.sampler import Sampler
-from gptj_train.data.tokenizer import Tokenizer
-from gptj_train.data.tokenizer_folder import has_tokenizer
-from gptj_train.data.unused_rows import AddedToken
 from gptj_train.environment import describe_environment, describe_host
+from gptj_train.epochs import Epochs
 from gptj_train.errors import UserError
 from gptj_train.export.from_engine import export
 from gptj_train.inference.text_generator import sample_from
 from gptj_train.launch.ranks import rank, world_size
 from gptj_train.launch.recipe import NothingToDo
+from gptj_train.launch.rendezvous import wait_for_ranks
 from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.run_status import RunStatus, is_done
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJWithHead
 from gptj_train.model.lora import with_lora
-from gptj_train.planning import RunPlan
+from gptj_train.planning.preflight import check_machine, memory_line
+from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.report import write_report
 from gptj_train.run_summary import summary
 from gptj_train.tasks.task import Task
 from gptj_train.tracking import Tracker
 from gptj_train.training.accumulation import accumulation_steps
+from gptj_train.training.best import best_text
 from gptj_train.training.checkpoint import Checkpoints
-from gptj_train.training.engine import Engine
+from gptj_train.training.engine import Engine, join_process_group
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.quantized_base import check_base, quantized_base_fact
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
+from gptj_train.training.trainer_config import with_steps
+from gptj_train.vocabulary import build_vocabulary
 from gptj_train.weights.hf_writer import parse_size
 
-_SHOWN_AT_START = ("base", "data", "labels", "baseline", "truncated", "batch", "epochs")  # facts that fit on a screen
+# Facts that fit on a screen.
+_SHOWN_AT_START = ("base", "data", "held out", "labels", "baseline", "truncated", "batch", "epochs")
 
 
 class Finetune:
@@ -61,37 +68,42 @@ class Finetune:
         step = is_done(cfg.output_dir, asdict(cfg))
         if step is not None and cfg.resume == "auto":
             raise NothingToDo(
-                f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps"
+                f"nothing left to do: {cfg.output_dir} is done, at step {step}; for more, raise max_steps or epochs, "
+                "or patience if that ended it"
             )
+        self._epochs: Epochs | None = None
+        self._status = RunStatus(cfg.output_dir, rank(), asdict(cfg))
         self._resume_from = resume_candidates(cfg.output_dir, cfg.resume)
         self.tokenizer, self.model_config, self._mean_rows = build_vocabulary(cfg)
-        self._steps_per_epoch: float | None = None
+        if rank() == 0:
+            check_machine(cfg, self.model_config)
 
-    def sampler(self, sizes: Sequence[int], weights: Sequence[float] | None = None) -> Sampler:
+    def sampler(self, sizes: Mapping[str, int], weights: list[float] | None = None) -> Sampler:
         """Return the sampler of the training data, of one or several components.
 
         Args:
-            sizes: windows or rows of each component.
+            sizes: windows or rows of each component by name; data without components has one.
             weights: shares of the components; None joins them.
         """
-        self._steps_per_epoch = sum(sizes) / self._cfg.global_batch_size
-        return Sampler(
-            sizes,
+        sampler = Sampler(
+            list(sizes.values()),
             weights=weights,
             seed=self._cfg.seed,
             global_batch_size=self._cfg.global_batch_size,
             micro_batch_size=self._cfg.micro_batch_size,
         )
+        self._epochs = Epochs(sizes, sampler, self._cfg.global_batch_size)
+        return sampler
 
-    def batch_facts(self, samples: str) -> str:
+    def batch_facts(self, sample: str) -> str:
         """Describe the global batch for screen, report and model card.
 
         Args:
-            samples: name of its elements, such as "windows".
+            sample: what one of its elements is called, such as "window".
         """
         cfg = self._cfg
         return (
-            f"{cfg.global_batch_size} {samples} = {world_size()} ranks x {cfg.micro_batch_size} x "
+            f"{counted(cfg.global_batch_size, sample)} = {counted(world_size(), 'rank')} x {cfg.micro_batch_size} x "
             f"{self._accumulation} accumulated"
         )
 
@@ -115,43 +127,65 @@ class Finetune:
             Preempted: the run was stopped early; the message says whether its state was saved.
             UserError: weights, checkpoints or data that cannot be used.
         """
+        assert self._epochs is not None, "a recipe takes its sampler from this run"
+        cfg = self._resolved(self._epochs, task)
+        facts = {**facts, "epochs": self._epochs.describe(cfg.steps)}
         self._folder.create()
-        with RunStatus(self._cfg.output_dir, rank(), asdict(self._cfg)) as status:
+        with self._status:
             self._train(
+                cfg,
+                self._epochs,
                 model_class,
                 task,
                 facts,
                 model_config=model_config or self.model_config,
                 sample_prompt=sample_prompt,
-                status=status,
             )
+
+    def _resolved(self, epochs: Epochs, task: Task) -> FinetuneConfig:
+        """Return the config with what only the data can decide: the steps, and whether there can be a best model."""
+        cfg = self._cfg
+        if cfg.epochs is not None:
+            cfg = with_steps(cfg, epochs.steps_of(cfg.epochs))
+        if any(True for _ in task.evaluation_batches(rank(), world_size())):
+            return cfg
+        if cfg.patience is not None:
+            raise UserError(
+                f"patience={cfg.patience} needs held-out data; give data.validation=... or validation_share=0.02"
+            )
+        return replace(cfg, export_of="last")
 
     def _train(
         self,
+        cfg: FinetuneConfig,
+        epochs: Epochs,
         model_class: type[GPTJWithHead],
         task: Task,
-        facts: Mapping[str, str],
+        facts: dict[str, str],
         *,
         model_config: GPTJConfig,
         sample_prompt: str | None,
-        status: RunStatus,
     ) -> None:
-        cfg = self._cfg
         if cfg.quantize != "none":
             facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
+        if world_size() > 1:
+            # Before the model is loaded, which takes minutes.
+            self._meet(cfg, task, facts)
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
             cfg.tracking,
             cfg.output_dir,
-            asdict(cfg),
+            asdict(self._cfg),
             rank(),
-            steps_per_epoch=self._steps_per_epoch,
+            steps_per_epoch=epochs.steps_per_epoch,
             write_report=lambda: write_report(cfg.output_dir, report),
         )
         for name in _SHOWN_AT_START:
             if name in facts:
                 tracker.note(f"{name:<9} {facts[name]}")
+        for line in epochs.warnings(cfg.steps):
+            tracker.note(line)
 
         # ``build`` is a function: the engine decides where the weights are allocated.
         engine = Engine(
@@ -167,6 +201,10 @@ class Finetune:
             lora=cfg.lora,
         )
         environment = describe_environment(engine.gathered([describe_host()]))
+        hosts = ", ".join(host["host"] for host in environment["hosts"])
+        tracker.note(
+            f"attempt   {self._status.attempt}, {environment['started']}, {engine.world_size} ranks on {hosts}"
+        )
         parameters = {
             "parameters": sum(shape.numel() for shape in engine.shapes.values()),
             "trained_parameters": sum(shape.numel() for shape in engine.trained.values()),
@@ -177,11 +215,25 @@ class Finetune:
             cfg.output_dir, keep=cfg.keep_checkpoints, keep_every=cfg.keep_every, model_files=model_files
         )
         trainer = Trainer(
-            config=cfg, engine=engine, task=task, checkpoints=checkpoints, tracker=tracker, folder=self._folder
+            config=cfg,
+            engine=engine,
+            task=task,
+            checkpoints=checkpoints,
+            tracker=tracker,
+            folder=self._folder,
+            # On rank 0 only: a thousand ranks need not read every file.
+            data=data_identity(asdict(self._cfg), self.tokenizer.digest) if rank() == 0 else {},
         )
-        status.step = lambda: trainer.state.step
+        self._status.step = lambda: trainer.state.step
+        self._status.progressed = lambda: checkpoints.has_saved
         trainer.train(self._resume_from)
+        self._status.reason = trainer.ended
 
+        exported_step = trainer.take_best()
+        best = best_text(trainer.state, exported_step)
+        if best is not None:
+            tracker.note(f"best      {best}")
+            facts["best"] = report["best"] = best
         export_folder = export(
             engine,
             model_files,
@@ -193,60 +245,38 @@ class Finetune:
             shard_bytes=parse_size(cfg.export_shard_size),
             quantize=cfg.quantize,
             mean_rows=self._mean_rows,
+            until=exported_step,
         )
         tracker.finish()
         if engine.rank != 0:
             return
 
-        plan = RunPlan(engine.shapes, engine.trained, model_config, cfg)
-        report["memory"] = plan.memory_line(engine.world_size, with_gpu=engine.device.type != "cpu")
+        plan = RunPlan(ModelSizes(engine.shapes, engine.trained), model_config, cfg)
+        report["memory"] = memory_line(plan, engine.world_size, on_gpu=engine.device.type != "cpu")
         write_report(cfg.output_dir, report)
         sample = None
         if sample_prompt is not None:
             # After a first report: generating with 6B takes minutes, in which a killed job would lose the report.
             sample = sample_from(export_folder, sample_prompt, cfg.seed)
             write_report(cfg.output_dir, report, sample)
-        print(summary(cfg.output_dir, model_class.__name__, sample))
-
-
-def build_vocabulary(cfg: FinetuneConfig) -> tuple[Tokenizer, GPTJConfig, dict[int, list[int]]]:
-    """Return the tokenizer, model config and mean rows of a run.
-
-    Returns:
-        The tokenizer with ``add_tokens``; the model config with the tokenizer's BOS, EOS and PAD ids; the embedding
-        row of each added token, with the rows whose mean initializes it.
-
-    Raises:
-        UserError: no tokenizer, fewer embedding rows than token ids, fewer positions than ``sequence_length``, or
-            more added tokens than unused rows.
-    """
-    tokenizer = Tokenizer.choose(cfg.tokenizer, cfg.init_from)
-    if cfg.tokenizer is not None and cfg.init_from is not None and cfg.tokenizer_mismatch == "error":
-        _check_same_ids(tokenizer, cfg.tokenizer, cfg.init_from)
-    model_config = model_config_of(cfg.model, cfg.init_from)
-    tokenizer.check_fits(model_config.vocab_size)
-    if cfg.sequence_length > model_config.n_positions:
-        raise UserError(
-            f"sequence_length {cfg.sequence_length} exceeds the model's n_positions ({model_config.n_positions}); "
-            f"set sequence_length={model_config.n_positions} or less"
-            + (" or raise model.n_positions" if cfg.init_from is None else "")
+        print(
+            summary(
+                cfg.output_dir,
+                model_class.__name__,
+                sample=sample,
+                metric=cfg.best_metric,
+                best=best,
+                ended=trainer.ended,
+            )
         )
-    # GPT-J has one special token, which begins and ends documents; padding gets an unused row if there is one.
-    model_config = replace(
-        model_config,
-        bos_token_id=tokenizer.eos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id(model_config.vocab_size),
-    )
-    added_tokens = [AddedToken.parse(text) for text in cfg.add_tokens]
-    tokenizer, mean_rows = tokenizer.with_added_tokens(added_tokens, model_config.vocab_size)
-    return tokenizer, model_config, mean_rows
 
+    def _meet(self, cfg: FinetuneConfig, task: Task, facts: Mapping[str, str]) -> None:
+        """Connect the ranks, and check that they are about to run the same job. Collective.
 
-def _check_same_ids(tokenizer: Tokenizer, path: str, init_from: str) -> None:
-    """Raise UserError for a tokenizer whose ids have another meaning in the initial weights."""
-    if has_tokenizer(init_from) and not tokenizer.gives_ids_of(Tokenizer.load(init_from)):
-        raise UserError(
-            f"tokenizer={path} gives other ids than the tokenizer of init_from={init_from}, whose weights know only "
-            "their own; drop tokenizer=..., or set tokenizer_mismatch=allow to train the embedding anew"
-        )
+        Raises:
+            UserError: ranks are missing, or they differ; on all ranks.
+        """
+        store = wait_for_ranks(cfg.rendezvous_timeout)
+        join_process_group()
+        del store  # The process group holds a connection of its own by now.
+        check_agreement(asdict(cfg), tokenizer=self.tokenizer.digest, task=task, facts=facts)

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from gptj_train.atomic_write import write_text
+from gptj_train.counted import counted
+from gptj_train.metric_order import LOWER_IS_BETTER
 from gptj_train.metrics_file import read_metrics, results_of
 from gptj_train.report_charts import Chart, Curve, embedded
 
 _LARGEST_MATRIX = 50  # labels; a larger table is unreadable
 _LOG_AXES = ("perplexity",)  # an exponential: on a linear axis the first value hides all others
-_LOWER_IS_BETTER = ("loss", "eval_loss", "perplexity", "bits_per_byte", "mse", "rmse", "mae")
 # Title of each chart over the training steps, and whether its axis begins at 0.
 _STEP_CHARTS = {
     "tokens_per_second": ("Throughput (tokens per second)", True),
@@ -45,6 +46,9 @@ td, th { padding: .15rem 1rem .15rem 0; vertical-align: top; text-align: left; b
 .charts > div { min-width: 0 } .charts h2 { margin: 0 }
 .small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); margin-top: .3rem }
 .small h2 { font-size: .95rem; font-weight: normal }
+.note { margin: .3rem 0 0; font-size: .9rem; opacity: .75 }
+@media (max-width: 30rem) { td, th { padding-right: .6rem } .numbers { font-size: .9rem } }
+.sample { max-height: 24rem; overflow-y: auto }
 pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--soft); padding: .8rem; font-size: 13px }
 summary { cursor: pointer; margin-top: 1.6rem }
 """
@@ -76,16 +80,20 @@ def write_report(output_dir: str | Path, facts: Mapping[str, Any], sample: str |
         f"<title>{title}</title><style>{_STYLE}</style>{head}</head><body><h1>{title}</h1>",
         _facts_table({**facts, **_measured(steps)}),
         _numbers_table(steps, evaluations),
+        "<p class=note>All charts are over optimizer steps; point at a curve, or tap it, to read its values.</p>"
+        if charts
+        else "",
         "<div class=charts>" + "".join(pieces[: len(charts)]) + "</div>",
     ]
     if components:
         parts.append("<h2>Held-out loss by component</h2>")
         parts.append("<div class='charts small'>" + "".join(pieces[len(charts) :]) + "</div>")
+        parts.append(_component_numbers(evaluations))
     matrix = evaluations[-1].get("confusion_matrix", {}) if evaluations else {}
     if 0 < len(matrix) <= _LARGEST_MATRIX:
         parts.append(_matrix("Held-out texts by label (rows) and prediction", matrix))
     if sample is not None:
-        parts.append(f"<h2>Sample from the export</h2><pre>{escape(sample)}</pre>")
+        parts.append(f"<h2>Sample from the export</h2><pre class=sample>{escape(sample)}</pre>")
     parts.append(_settings(folder) + "</body></html>")
     path = folder / "report.html"
     write_text(path, "\n".join(parts) + "\n")
@@ -100,8 +108,10 @@ def _measured(steps: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         rows["measured"] = f"{max(memory):.1f} GiB at most on rank 0"
     if steps:
         seconds = sum(line.get("step_seconds", 0.0) for line in steps)
-        rows["duration"] = f"{timedelta(seconds=round(seconds))} in {len(steps):,} steps, without evaluations and saves"
-    rows["written"] = f"{datetime.now():%Y-%m-%d %H:%M} on {platform.node()}, {os.cpu_count()} cores"
+        rows["duration"] = (
+            f"{timedelta(seconds=round(seconds))} in {counted(len(steps), 'step')}, without evaluations and saves"
+        )
+    rows["written"] = f"{datetime.now():%Y-%m-%d %H:%M} on {platform.node()}, {counted(os.cpu_count() or 1, 'core')}"
     return rows
 
 
@@ -111,23 +121,44 @@ def _facts_table(rows: Mapping[str, Any]) -> str:
 
 
 def _numbers_table(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> str:
-    """Draw a table of the first, best and last value of the losses and of each held-out metric."""
+    """Draw a table of the first, best and last value of the losses and of each overall held-out metric."""
     curves = {"training loss": _curve(steps, "loss")}
     for name in results_of(evaluations[-1]) if evaluations else ():
-        curves[name] = _curve(evaluations, name)
+        if "/" not in name:
+            curves[name] = _curve(evaluations, name)
+    table = _first_best_last(curves)
+    return f"<h2>Numbers</h2>{table}" if table else ""
+
+
+def _component_numbers(evaluations: list[dict[str, Any]]) -> str:
+    """Draw the same table of each metric of each component, folded: 22 components would push the charts away."""
+    curves = {}
+    for name in results_of(evaluations[-1]) if evaluations else ():
+        if "/" in name:
+            curves[name] = _curve(evaluations, name)
+    return f"<details><summary>Numbers by component</summary>{_first_best_last(curves)}</details>"
+
+
+def _first_best_last(curves: Mapping[str, Curve]) -> str:
     html = []
     for name, curve in curves.items():
         if not curve:
             continue
-        lower_is_better = name.startswith(("training", *_LOWER_IS_BETTER))
+        lower_is_better = name.startswith(("training", *LOWER_IS_BETTER))
         choose = min if lower_is_better else max
         step, best = choose(curve, key=lambda point: point[1])
-        cells = [name, f"{curve[0][1]:.4g}", f"{best:.4g} (step {step})", f"{curve[-1][1]:.4g}"]
+        metric, slash, component = name.partition("/")
+        cells = [
+            f"{metric.replace('_', ' ')}{slash}{component}",
+            f"{curve[0][1]:.4g}",
+            f"{best:.4g} (step {step})",
+            f"{curve[-1][1]:.4g}",
+        ]
         html.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
     if not html:
         return ""
     header = "<tr><th></th><th>first</th><th>best</th><th>last</th></tr>"
-    return f"<h2>Numbers</h2><div class=wide><table class=numbers>{header}{''.join(html)}</table></div>"
+    return f"<div class=wide><table class=numbers>{header}{''.join(html)}</table></div>"
 
 
 def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> list[Chart]:
@@ -139,17 +170,21 @@ def _charts(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> l
     for name in results_of(evaluations[-1]) if evaluations else ():
         # eval_loss is drawn beside the training loss, and components have small charts.
         if name != "eval_loss" and "/" not in name:
-            charts.append(Chart(f"Held-out {name}", {name: _curve(evaluations, name)}, log=name in _LOG_AXES))
+            charts.append(
+                Chart(f"Held-out {name.replace('_', ' ')}", {name: _curve(evaluations, name)}, log=name in _LOG_AXES)
+            )
     return [chart for chart in charts if chart.has_points]
 
 
 def _component_charts(evaluations: list[dict[str, Any]]) -> list[Chart]:
-    """Return a small chart for the held-out loss of each component."""
-    charts = []
+    """Return a small chart for the held-out loss of each component, all with one y axis, so that they compare."""
+    curves = {}
     for name in evaluations[-1] if evaluations else ():
-        if name.startswith("eval_loss/"):
-            charts.append(Chart(name.partition("/")[2], {"loss": _curve(evaluations, name)}, small=True))
-    return [chart for chart in charts if chart.has_points]
+        curve = _curve(evaluations, name)
+        if name.startswith("eval_loss/") and curve:
+            curves[name.partition("/")[2]] = curve
+    values = [value for curve in curves.values() for _, value in curve]
+    return [Chart(name, {"loss": curve}, small=True, covers=values) for name, curve in curves.items()]
 
 
 def _settings(folder: Path) -> str:

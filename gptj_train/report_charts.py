@@ -27,6 +27,7 @@ class Chart:
         from_zero: the y axis includes 0.
         log: the y axis is logarithmic, if all values are above 0.
         small: one of many.
+        covers: further values that the y axis must have room for.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Chart:
     from_zero: bool = False
     log: bool = False
     small: bool = False
+    covers: Sequence[float] = ()
 
     @property
     def has_points(self) -> bool:
@@ -71,6 +73,10 @@ def _figure(chart: Chart) -> Any:
         tools="box_zoom,reset",
         active_drag=None,
     )
+    if chart.covers:
+        low, high = min(chart.covers), max(chart.covers)
+        margin = 0.05 * (high - low) or 1
+        made.y_range = Range1d(start=low - margin, end=high + margin)
     if chart.from_zero:
         made.y_range = Range1d(start=0, end=1.05 * max(values) or 1)
     for colour, (name, curve) in zip(_COLOURS, shown.items(), strict=False):

@@ -15,7 +15,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from gptj_train.errors import UserError
-from gptj_train.other_names import NO_KEY, OUR_KEYS
+from gptj_train.other_names import MEANINGS, NO_KEY, OUR_KEYS
 from gptj_train.secrecy import refuse_secrets
 
 T = TypeVar("T")
@@ -156,11 +156,13 @@ def unknown_key_message(key: str, cls: type) -> str:
     for name in known:
         full_names.setdefault(name.rpartition(".")[2], name)  # the first one, of several in different groups
     last_part = key.rpartition(".")[2]
-    if last_part in NO_KEY and last_part not in full_names:
-        return f"unknown config key {key!r}; {NO_KEY[last_part]}"
     ours = [name for name in OUR_KEYS.get(last_part, ()) if name in known]
     if ours and last_part not in full_names:
-        return f"unknown config key {key!r}; here it is {' or '.join(ours)}"
+        # A meaning helps only where there is a choice.
+        named = [f"{name} ({MEANINGS[name]})" if len(ours) > 1 and name in MEANINGS else name for name in ours]
+        return f"unknown config key {key!r}; here it is {' or '.join(named)}"
+    if last_part in NO_KEY and last_part not in full_names:
+        return f"unknown config key {key!r}; {NO_KEY[last_part]}"
     # Best of all is the same name in another group (lr for optim.lr), then a similar full name (optim.lrr), then a
     # similar last part (warmup_step for optim.warmup_steps).
     near = []

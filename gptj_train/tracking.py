@@ -41,7 +41,7 @@ from gptj_train.tracking_services import (
 
 _SECONDS_BETWEEN_LINES = 10  # without a terminal, a step is printed at most so often
 # With the metrics of a step this fits a terminal of 80 columns up to a million steps.
-_BAR = "{percentage:3.0f}%|{bar:8}| {n}/{total}{postfix} {remaining} left"
+_BAR = "|{bar:8}| {n}/{total}{postfix} {remaining} left"
 
 
 @schema
@@ -103,7 +103,7 @@ class Tracker:
             evaluated: the evaluation of ``step`` is done; otherwise it is repeated, and its lines are dropped.
 
         Raises:
-            UserError: W&B without an API key, or TensorBoard that is not installed.
+            UserError: TensorBoard that is not installed.
         """
         if not self._enabled:
             return
@@ -135,19 +135,39 @@ class Tracker:
             forget_wandb_run(self._folder)  # a fresh run is a new W&B run
         mode = os.environ.get("WANDB_MODE", self._config.wandb)
         if mode != "disabled":
+            self._start_wandb(mode, shown, wandb_id)
+        if self._config.tensorboard:
+            self._services.append(TensorBoard(self._folder, shown, step=step))
+
+    def _start_wandb(self, mode: str, shown: Mapping[str, Any], wandb_id: str | None) -> None:
+        try:
             self._wandb = Wandb(
                 self._folder,
                 shown,
                 mode=mode,
                 project=self._config.project,
-                name=self._config.run_name,
+                run_name=self._config.run_name,
                 run_id=wandb_id,
+                note=self.note,
             )
-            self._services.append(self._wandb)
-            if self._wandb.url is not None:
-                self.note(f"follow this run at {self._wandb.url}")
-        if self._config.tensorboard:
-            self._services.append(TensorBoard(self._folder, shown, step=step))
+        except Exception as error:  # not even offline: no fault of a tracker may end a run
+            self.note(f"no Weights & Biases ({_first_line(error)}); metrics.jsonl has everything")
+            return
+        self._services.append(self._wandb)
+        if self._wandb.url is not None:
+            self.note(f"follow this run at {self._wandb.url}")
+
+    def _log(self, charts: Mapping[str, float], step: int) -> None:
+        """Pass values to the services; one that fails is given up, and the run continues."""
+        for service in list(self._services):
+            try:
+                service.log(charts, step)
+            except Exception as error:  # a service process that died, a full disk
+                self._services.remove(service)
+                self.note(
+                    f"{service.name} failed ({_first_line(error)}); its charts end before step {step}, metrics.jsonl "
+                    "continues"
+                )
 
     @property
     def wandb_id(self) -> str | None:
@@ -160,8 +180,7 @@ class Tracker:
             return
         line = self._write("train", metrics)
         step = int(metrics["step"])
-        for service in self._services:
-            service.log(training_charts(line), step)
+        self._log(training_charts(line), step)
         text = (
             f"loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  {metrics['memory_gib']:.1f} GiB"
@@ -182,8 +201,7 @@ class Tracker:
             return
         line = self._write("eval", metrics)
         results = results_of(metrics)
-        for service in self._services:
-            service.log(evaluation_charts(line, results), int(metrics["step"]))
+        self._log(evaluation_charts(line, results), int(metrics["step"]))
         # The metrics of components, such as eval_loss/NAME, would be too many for a line.
         shown = [f"{name} {value:.4f}" for name, value in results.items() if "/" not in name]
         self.note(f"step {metrics['step']}: " + "  ".join(shown))
@@ -223,13 +241,20 @@ class Tracker:
                 self._metrics.close()
             self._report()
         for service in self._services:
-            message = service.finish()
+            try:
+                message = service.finish()
+            except Exception as error:  # a service process that died, a full disk
+                message = f"{service.name} failed ({_first_line(error)}); metrics.jsonl has everything"
             if message is not None:
                 self.note(message)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _short(metrics: Mapping[str, float]) -> str:
-    """Return the metrics of a step for the progress bar, in about 40 characters."""
+    """Return the metrics of a step for the progress bar, in at most 40 characters."""
     speed = metrics["tokens_per_second"]
-    rate = f"{speed / 1000:.1f}k" if speed >= 10_000 else f"{speed:.0f}"
-    return f"loss {metrics['loss']:.3f} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.1f}G"
+    rate = f"{speed / 1000:.3g}k" if speed >= 10_000 else f"{speed:.0f}"
+    return f"loss {metrics['loss']:#.4g} lr {metrics['lr']:.1e} {rate} tok/s {metrics['memory_gib']:.3g}G"

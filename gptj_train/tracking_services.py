@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from gptj_train.errors import UserError
 
 _ID_FILE = "wandb_id.txt"
+_ANSWER_WITHIN = 30.0  # seconds, of the server at the start
+_UPLOAD_WITHIN = 60.0  # seconds, at the end, for what is not uploaded yet
 # Names in metrics.jsonl and in charts, which are grouped by what stands before the slash.
 _CHART_NAMES = {
     "loss": "train/loss",
@@ -29,7 +31,13 @@ _CHART_NAMES = {
 
 
 class Service(Protocol):
-    """Takes the numbers of a run."""
+    """Takes the numbers of a run.
+
+    Attributes:
+        name: for messages.
+    """
+
+    name: str
 
     def log(self, charts: Mapping[str, float], step: int) -> None:
         """Record values of charts at a step."""
@@ -54,22 +62,31 @@ def evaluation_charts(line: Mapping[str, Any], results: Mapping[str, float]) -> 
 
 
 class Wandb:
-    """A W&B run, new or resumed.
+    """A W&B run, new or resumed. Without a key or a server that answers it is logged offline.
 
     Args:
         folder: the run folder, which keeps the id of the W&B run: a resumed job continues the same one.
         config: settings and facts of the run.
         run_id: of the W&B run to resume if the folder names none; None starts a new one.
-
-    Raises:
-        UserError: no API key.
+        note: called with a line for the user.
     """
 
+    name = "Weights & Biases"
+
     def __init__(
-        self, folder: Path, config: Mapping[str, Any], *, mode: str, project: str, name: str | None, run_id: str | None
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        *,
+        mode: str,
+        project: str,
+        run_name: str | None,
+        run_id: str | None,
+        note: Callable[[str], None],
     ) -> None:
         import wandb  # slow to import, and most runs have it disabled
 
+        self._folder = folder
         id_file = folder / _ID_FILE
         if not id_file.exists():
             id_file.write_text(run_id or secrets.token_hex(4))
@@ -78,20 +95,21 @@ class Wandb:
             return wandb.init(
                 mode=mode,  # type: ignore[arg-type]
                 project=os.environ.get("WANDB_PROJECT", project),
-                name=os.environ.get("WANDB_NAME", name),
+                name=os.environ.get("WANDB_NAME", run_name),
                 id=id_file.read_text(),
                 resume="allow",
                 dir=folder,
                 config=dict(config),
-                settings=wandb.Settings(silent=True),
+                settings=wandb.Settings(silent=True, init_timeout=_ANSWER_WITHIN),
             )
 
         try:
             self._run = init(mode)
-        except wandb.errors.UsageError as error:  # no API key
-            raise UserError(f"tracking.wandb={mode}: {error} Or set tracking.wandb=offline.") from None
-        except wandb.errors.CommError as error:  # an unreachable server must not end a training run
-            print(f"cannot reach Weights & Biases ({error}); logging offline", file=sys.stderr, flush=True)
+        except wandb.errors.Error as error:  # no key, a wrong one, or a server that cannot be reached
+            reason = str(error).splitlines()[0]
+            note(f"cannot reach {self.name} ({reason}); logging offline")
+            # The service process still holds the run's id for the attempt that failed.
+            wandb.teardown()
             self._run = init("offline")
         self._run.define_metric("*", step_metric=_CHART_NAMES["tokens"], step_sync=False)
 
@@ -111,9 +129,28 @@ class Wandb:
 
     def finish(self) -> str | None:
         is_offline = self._run.settings.mode == "offline"
-        folder = Path(self._run.dir).parent
-        self._run.finish()
-        return f"upload this run with: wandb sync {folder}" if is_offline else None
+        # All attempts of this run: each has written a folder of its own.
+        upload = f"wandb sync --id {self.id} {self._folder}/wandb/*-{self.id}"
+        report = self._folder / "report.html"
+        if report.exists():
+            import wandb
+
+            self._run.log({"report": wandb.Html(report.read_text(), inject=False)})
+        # In a thread: without a server it would try again for minutes, while the job holds its GPUs.
+        failure: list[BaseException] = []
+        ending = threading.Thread(target=_finish, args=(self._run, failure), daemon=True)
+        ending.start()
+        ending.join(_UPLOAD_WITHIN)
+        if ending.is_alive() or failure:
+            return f"{self.name} does not answer; upload the rest with: {upload}"
+        return f"upload this run with: {upload}" if is_offline else None
+
+
+def _finish(run: Any, failure: list[BaseException]) -> None:
+    try:
+        run.finish()
+    except Exception as error:  # whatever its service process died of
+        failure.append(error)
 
 
 def forget_wandb_run(folder: Path) -> None:
@@ -130,6 +167,8 @@ class TensorBoard:
     Raises:
         UserError: the package tensorboard is not installed.
     """
+
+    name = "TensorBoard"
 
     def __init__(self, folder: Path, config: Mapping[str, Any], *, step: int) -> None:
         try:

@@ -22,10 +22,11 @@ def main(cfg: ClassificationConfig) -> None:
         labels=labels,
         tokenizer=run.tokenizer,
         length=cfg.sequence_length,
+        held_out=cfg.held_out,
     )
     task = Classification(
         train=train,
-        sampler=run.sampler([len(train)]),
+        sampler=run.sampler({"": len(train)}),
         validation=validation,
         names=names,
         config=cfg.task,
@@ -34,7 +35,7 @@ def main(cfg: ClassificationConfig) -> None:
     )
     facts = {
         **label_facts(train, validation, names),
-        "batch": run.batch_facts("texts"),
+        "batch": run.batch_facts("text"),
     }
     model_config = replace(run.model_config, id2label=dict(enumerate(names)), problem_type=problem)
     run.train(GPTJForSequenceClassification, task, facts, model_config=model_config)

@@ -11,12 +11,12 @@ from gptj_train.tasks.clm import CausalLM
 @recipe(ClmConfig, primary="clm")
 def main(cfg: ClmConfig) -> None:
     run = Finetune(cfg)
-    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length)
+    data = prepare(cfg.data, run.tokenizer, cfg.sequence_length, cfg.held_out)
     run.tokenizer.chat_template = data.chat_template or run.tokenizer.chat_template
     components = data.train.windows
     task = CausalLM(
         train=components,
-        sampler=run.sampler([len(windows) for windows in components.values()], data.weights),
+        sampler=run.sampler({name: len(windows) for name, windows in components.items()}, data.weights),
         held_out=data.held_out,
         tokenizer=run.tokenizer,
         isolate=data.isolate,
@@ -25,8 +25,8 @@ def main(cfg: ClmConfig) -> None:
     tokens = cfg.global_batch_size * cfg.sequence_length
     facts = {
         **dict(data.train.facts()),
-        "batch": f"{run.batch_facts('windows')}; {tokens:,} tokens a step",
-        "epochs": task.epochs(cfg.max_steps),
+        "held out": data.held_out_fact,
+        "batch": f"{run.batch_facts('window')}; {tokens:,} tokens a step",
     }
     run.train(GPTJForCausalLM, task, facts, sample_prompt=cfg.sample_prompt)
 

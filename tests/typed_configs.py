@@ -22,7 +22,8 @@ def config(primary: str, cls: type[T], *overrides: str) -> T:
 
 def optim_config(*overrides: str) -> OptimConfig:
     """As ``configs/optim/adamw.yaml``, with overrides such as "lr=0.1"."""
-    return config("clm", ClmConfig, *(f"optim.{override}" for override in overrides)).optim
+    # Longer than any warm-up.
+    return config("clm", ClmConfig, "max_steps=100000", *(f"optim.{override}" for override in overrides)).optim
 
 
 def engine_config(choice: str = "zero3", *overrides: str) -> EngineConfig:

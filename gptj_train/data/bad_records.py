@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from gptj_train.counted import counted
 from gptj_train.data.formats import say
 from gptj_train.errors import UserError
 
@@ -30,4 +31,4 @@ def check_share(key: str, skipped: Counter[str], kept: int, largest: float) -> N
             f"{key}: {share:.2%} of the records are bad ({reasons}), more than data.max_bad_share ({largest:.2%}); "
             "data.bad_records=error names the first of them"
         )
-    say(f"{key}: {count:,} of {count + kept:,} records left out ({reasons})")
+    say(f"{key}: {count:,} of {counted(count + kept, 'record')} left out ({reasons})")

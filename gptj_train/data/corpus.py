@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.chat_template import DEFAULT, is_jinja, to_jinja, with_special_tokens
 from gptj_train.data.files import find_files
 from gptj_train.data.formats import describe, recognised, say
-from gptj_train.data.packing import BestFitWindows, ContiguousWindows, Documents, Windows
+from gptj_train.data.held_out_share import HeldOutShare
+from gptj_train.data.packed import Part, open_packing
+from gptj_train.data.packing import LENGTHS, Method, Windows
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
 from gptj_train.data.text_config import DataConfig
@@ -21,8 +24,6 @@ from gptj_train.errors import UserError
 
 FORGETTING = "forgetting"
 """Name of the held-out set that is not part of ``data.validation``."""
-
-_LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)  # upper limits, in tokens, of the histogram of document lengths
 
 
 @dataclass
@@ -43,25 +44,33 @@ class Split:
     records: str
     special_tokens: Counter[str]
 
+    @property
+    def documents(self) -> int:
+        """Number of documents, of all components."""
+        return sum(component.facts.documents for component in self.windows.values())
+
     def facts(self) -> Iterator[tuple[str, str]]:
         """Describe what was read and what was packed, as rows of a table that accounts for every token."""
-        documents = size = tokens = windows = positions = padding = 0
+        size = tokens = windows = positions = padding = 0
         for component in self.windows.values():
-            documents += len(component.documents)
-            size += component.documents.bytes
-            tokens += component.tokens
+            size += component.facts.bytes
+            tokens += component.facts.tokens
             windows += len(component)
             positions += len(component) * component.length
             padding += component.padding
         full = 1 - padding / max(positions, 1)
-        packed = f"{tokens:,} tokens{_dropped_text(self.windows.values())} in {windows:,} windows, {full:.2%} full"
+        dropped = _dropped_text(self.windows.values())
+        packed = f"{counted(tokens, 'token')}{dropped} in {counted(windows, 'window')}, {full:.2%} full"
         without = f"; without {', '.join(self.unweighted)}, not in data.weights" if self.unweighted else ""
-        yield "data", f"{documents:,} documents, {size / 1e6:,.1f} MB, {packed}{without}"
+        yield "data", f"{counted(self.documents, 'document')}, {size / 1e6:,.1f} MB, {packed}{without}"
         yield "records", self.records
         if self.special_tokens:
             yield "special tokens", f"{_counted(self.special_tokens)} in the data"
         if self.skipped:
-            yield "skipped", ", ".join(f"{count:,} records: {reason}" for reason, count in self.skipped.most_common())
+            yield (
+                "skipped",
+                ", ".join(f"{counted(count, 'record')}: {reason}" for reason, count in self.skipped.most_common()),
+            )
         yield "bytes per token", f"{size / max(tokens, 1):.2f}"
         yield "tokens a document", self._document_lengths()
         if len(self.windows) > 1:
@@ -69,21 +78,18 @@ class Split:
 
     def _document_lengths(self) -> str:
         """Write the histogram of document lengths; empty bins are left out."""
-        lengths = np.concatenate([component.documents.lengths for component in self.windows.values()])
-        # A length that equals a limit falls into the bin below it.
-        bins = np.searchsorted(_LENGTHS, lengths)
-        counts = np.bincount(bins, minlength=len(_LENGTHS) + 1)
+        counts = np.sum([component.facts.length_counts for component in self.windows.values()], axis=0)
         shares = []
         for number, count in enumerate(counts):
             if count:
-                name = f"up to {_LENGTHS[number]:,}" if number < len(_LENGTHS) else f"above {_LENGTHS[-1]:,}"
-                shares.append(f"{name}: {count / len(lengths):.0%}")
+                name = f"up to {LENGTHS[number]:,}" if number < len(LENGTHS) else f"above {LENGTHS[-1]:,}"
+                shares.append(f"{name}: {count / counts.sum():.0%}")
         return ", ".join(shares)
 
     def _component_shares(self, tokens: int) -> str:
         """Write each component's share of the tokens, the largest first."""
-        by_size = sorted(self.windows.items(), key=lambda item: -item[1].tokens)
-        return ", ".join(f"{name} {component.tokens / tokens:.1%}" for name, component in by_size)
+        by_size = sorted(self.windows.items(), key=lambda item: -item[1].facts.tokens)
+        return ", ".join(f"{name} {component.facts.tokens / tokens:.1%}" for name, component in by_size)
 
 
 @dataclass
@@ -109,6 +115,13 @@ class TextData:
         return self.splits["train"]
 
     @property
+    def held_out_fact(self) -> str:
+        """Describe the validation split in a few words."""
+        if "validation" not in self.splits:
+            return "none"
+        return dict(self.splits["validation"].facts())["data"]
+
+    @property
     def held_out(self) -> dict[str, Windows]:
         """Held-out windows by component, including the forgetting set."""
         held_out: dict[str, Windows] = {}
@@ -120,8 +133,11 @@ class TextData:
         return held_out
 
 
-def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
+def prepare(data: DataConfig, tokenizer: Tokenizer, length: int, held_out: HeldOutShare | None = None) -> TextData:
     """Tokenize and pack all files of the config into windows of ``length`` tokens.
+
+    Args:
+        held_out: the part of ``data.train`` that becomes the validation split; None: training is not the purpose.
 
     Raises:
         UserError: see ``find_files`` and ``open_stores``; or a weight of a component that does not exist, or a split
@@ -131,6 +147,8 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
         raise UserError(f"sequence_length must be at least 2, got {length}")
     weights = list(data.weights.values()) if data.weights else None
     chat_template = None
+    if held_out is not None:
+        held_out.check(data.validation)
     # All files are found before any is read: a wrong path should not show up after an hour of tokenizing.
     files = _find_all_files(data)
     splits = {}
@@ -141,22 +159,43 @@ def prepare(data: DataConfig, tokenizer: Tokenizer, length: int) -> TextData:
             split_data, chat_template = _with_chat_template(split_data, tokenizer)
         stores = open_stores(found, split_data, tokenizer)
         known = component_names(stores)
-        if name == "validation" and FORGETTING in known:
-            raise UserError(f"data.validation: no component can be named {FORGETTING!r}; give it as data.forgetting")
+        part = None
+        if name == "validation":
+            _check_component_names(known, "data.validation")
+        if name == "train" and held_out is not None and held_out.share is not None:
+            _check_component_names(known, "data.train")
+            part = Part(held_out, held=False)
+            # Of a mixture only what is learned is held out.
+            components = list(data.weights or known)
+            validation = _pack(
+                stores, split_data, tokenizer, length=length, components=components, part=Part(held_out, held=True)
+            )
+            _check_not_empty("validation", validation, known)
+            # Skipped records and special tokens are counted once, with the training part.
+            splits["validation"] = replace(validation, skipped=Counter(), special_tokens=Counter())
         if name == "train":
             components = list(data.weights or ())
         elif name == "validation":
             components = known
         else:
             components = []
-        splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components)
+        splits[name] = _pack(stores, split_data, tokenizer, length=length, components=components, part=part)
         _check_not_empty(name, splits[name], known)
+        if part is not None:
+            part.rule.announce(splits["validation"].documents, splits["train"].documents)
         if splits[name].special_tokens:
             how = "their single ids" if data.special_tokens == "tokens" else "plain text"
             other = "text" if data.special_tokens == "tokens" else "tokens"
             counts = _counted(splits[name].special_tokens)
             say(f"data.{name}: spells special tokens, read as {how} ({counts}); data.special_tokens={other} changes it")
+    if held_out is not None:
+        held_out.warn_if_none(data.validation)
     return TextData(splits, weights, data.isolate, chat_template)
+
+
+def _check_component_names(names: list[str], key: str) -> None:
+    if FORGETTING in names:
+        raise UserError(f"{key}: no component can be named {FORGETTING!r}; give it as data.forgetting")
 
 
 def _with_chat_template(data: DataConfig, tokenizer: Tokenizer) -> tuple[DataConfig, str]:
@@ -192,17 +231,29 @@ def _find_all_files(data: DataConfig) -> dict[str, list[Path]]:
 
 
 def _pack(
-    stores: list[TokenStore], data: DataConfig, tokenizer: Tokenizer, *, length: int, components: list[str]
+    stores: list[TokenStore],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    length: int,
+    components: list[str],
+    part: Part | None,
 ) -> Split:
-    """Pack each of the components into its own windows; without components, everything together."""
+    """Pack each of the components into its own windows; without components, everything together.
+
+    Args:
+        part: side of the held-out share; None packs all documents.
+    """
+    method: Method = "contiguous" if data.packing == "contiguous" else "text"
+    if data.has_examples:
+        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
+        method = "examples"
     windows: dict[str, Windows] = {}
     for name in components or [""]:
-        documents = Documents(stores, name or None)
-        # Prompts and chats are always packed whole: a window that begins in a response lacks the prompt.
-        if not data.has_examples and data.packing == "contiguous":
-            windows[name] = ContiguousWindows(documents, length, tokenizer.eos_id)
-        else:
-            windows[name] = BestFitWindows(documents, length, tokenizer.eos_id, supervised=data.has_examples)
+        packing = open_packing(
+            stores, name or None, cache=Path(data.cache_dir), method=method, length=length, part=part
+        )
+        windows[name] = Windows(stores, packing, length=length, fill=tokenizer.eos_id)
     skipped = Counter[str]()
     special_tokens = Counter[str]()
     for store in stores:
@@ -235,5 +286,5 @@ def _dropped_text(components: Iterable[Windows]) -> str:
     """Write the dropped tokens by reason, each preceded by a comma; nothing where none are dropped."""
     dropped = Counter[str]()
     for windows in components:
-        dropped.update(windows.dropped)
+        dropped.update(windows.facts.dropped)
     return "".join(f", {count:,} dropped ({reason})" for reason, count in dropped.items() if count)

@@ -6,6 +6,7 @@ import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from gptj_train.counted import counted
 from gptj_train.data.files import LONGEST_LINE
 from gptj_train.data.records import BadRecordError
 from gptj_train.errors import UserError
@@ -42,7 +43,7 @@ def read_csv(
             if len(set(header)) < len(header):
                 raise UserError(f"{file}:{begin}: two columns have the same name; rename one of {', '.join(header)}")
         elif len(row) != len(header):
-            fields = "1 field" if len(row) == 1 else f"{len(row)} fields"
+            fields = counted(len(row), "field")
             yield begin, BadRecordError(f"{fields}, the header has {len(header)}", "quote the text")
         else:
             yield begin, dict(zip(header, row, strict=True))

@@ -61,11 +61,7 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
             # ** matches folders and the files inside them: each file counts once.
             files |= dict.fromkeys(_files_at(Path(match), suffixes))
         if not files:
-            raise UserError(
-                f"{key}: no {', '.join(suffixes)} file at {path!r} (working directory: {Path.cwd()}); "
-                f"{near_name(path)}correct the path; for the corpus of a quickstart run its script first, see the "
-                "preset in configs/config"
-            )
+            raise UserError(f"{key}: {_why_none(path, suffixes)}")
         found += files
     if not found:
         raise UserError(f"{key} is empty; give files, folders or globs")
@@ -76,6 +72,31 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
         if not file.is_file():
             raise UserError(f"{key}: {file} is not a regular file")
     return found
+
+
+def local_files(paths: str | list[str] | None) -> list[Path]:
+    """Return the files at paths, folders and globs, of any kind and without those at URLs; [] for none."""
+    files: dict[Path, None] = {}
+    for path in _separate(paths or []):
+        if not is_url(path):
+            for match in _matches(path):
+                files |= dict.fromkeys(_files_at(Path(match), ("",)))
+    return [file for file in files if file.is_file()]
+
+
+def _why_none(path: str, suffixes: tuple[str, ...]) -> str:
+    """Return why there is no file at a path, and what to do."""
+    if os.path.isdir(path):
+        return f"no {', '.join(suffixes)} file in the folder {path!r}; convert the files, or give another folder"
+    missing = f"no file at {path!r} (working directory: {Path.cwd()}); "
+    near = near_name(path)
+    if near:
+        return missing + near.removesuffix("; ")
+    if path.startswith("data/") and "quickstart" in path:
+        return missing + "make the corpus of the quickstarts first, by the script that the preset names"
+    if re.fullmatch(r"[\w-]+(/[\w.-]+)?", path):
+        return missing + f"correct the path; for a dataset of the Hugging Face hub write data.dataset={path}"
+    return missing + "correct the path"
 
 
 def _separate(paths: str | list[str]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.labelled_files import LabelledFields, LabelledRecord
 from gptj_train.errors import UserError
 
@@ -25,7 +26,9 @@ def regression_names(first: LabelledRecord, labels: Sequence[str] | None, fields
         # A single field with a list of numbers.
         names = [f"{fields.label_fields[0]}_{number}" for number in range(width)]
     if len(names) != width:
-        raise UserError(f"task.labels has {len(names)} names, but {first.where} has {width} numbers")
+        raise UserError(
+            f"task.labels has {counted(len(names), 'name')}, but {first.where} has {counted(width, 'number')}"
+        )
     return names
 
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data import label_values
 from gptj_train.data.formats import say
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.labelled_files import LabelledFields, LabelledRecord, read_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
@@ -50,6 +52,7 @@ def prepare_labelled(
     labels: Sequence[str] | None,
     tokenizer: Tokenizer,
     length: int,
+    held_out: HeldOutShare,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
     """Return training rows, held-out rows, and the names of the labels in the order of their ids.
 
@@ -57,12 +60,14 @@ def prepare_labelled(
         problem_type: as in a Transformers config.
         labels: names of the labels; None: those in the training data, sorted.
         length: tokens of a row at most; longer texts are truncated.
+        held_out: the part of the training data that is held out, where there are no validation files.
 
     Raises:
         UserError: no files, or a record without text or a usable label, named by file and row.
     """
     if len(data.label_fields) > 1 and problem_type == "single_label_classification":
         raise UserError("data.label_field: several fields are for multi_label_classification and regression")
+    held_out.check(data.validation)
     train = read_labelled(data.train, "data.train", data)
     validation = read_labelled(data.validation, "data.validation", data) if data.validation else []
     vectors = label_values.are_vectors(train, problem_type, len(labels) if labels else None, data)
@@ -73,7 +78,10 @@ def prepare_labelled(
     else:
         names = label_values.label_names(train, labels, problem_type, data)
     if vectors:
-        say(f"data.train: {data.label_field!r} holds a flag of 0 or 1 for each of {len(names)} labels")
+        say(f"data.train: {data.label_field!r} holds a flag of 0 or 1 for each of {counted(len(names), 'label')}")
+    # Names and form of the labels are those of all records: a rare label may be held out whole.
+    if not validation:
+        train, validation = held_out.divide(train, lambda record: record.texts[0], "text")
     targets = _targets(train, problem_type, names, data, vectors=vectors)
     validation_targets = _targets(validation, problem_type, names, data, vectors=vectors) if validation else None
     # Labels first: a wrong one should not show up only after all texts are tokenized.
@@ -141,7 +149,9 @@ def _targets(
 
 def _vector(record: LabelledRecord, names: list[str]) -> list[float]:
     if not isinstance(record.label, list) or len(record.label) != len(names):
-        raise UserError(f"{record.where}: a list of {len(names)} flags of 0 and 1 is wanted, got {record.label!r}")
+        raise UserError(
+            f"{record.where}: a list of {counted(len(names), 'flag')} of 0 and 1 is wanted, got {record.label!r}"
+        )
     return label_values.flags(record)
 
 
@@ -150,7 +160,7 @@ def _regression_targets(records: list[LabelledRecord], names: list[str]) -> np.n
     for record in records:
         numbers = label_values.numbers(record)
         if len(numbers) != len(names):
-            raise UserError(f"{record.where}: {len(numbers)} numbers, but {len(names)} in the first row")
+            raise UserError(f"{record.where}: {counted(len(numbers), 'number')}, but {len(names)} in the first row")
         rows.append(numbers)
     return np.array(rows, dtype=np.float32)
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from bisect import bisect_left, insort
-from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 
+from gptj_train.data.best_fit import best_fit
 from gptj_train.data.store import TokenStore
 
 PADDING = 0
 """Document id of the padding; the documents of a window count from 1."""
+
+PIECE = np.dtype([("store", np.uint32), ("start", np.int64), ("length", np.uint32)])
+"""A run of tokens of one document: the number of its store, its first token there, and how many tokens it has."""
+
+
+Method = Literal["contiguous", "text", "examples"]
+
+LENGTHS = (2**4, 2**6, 2**8, 2**10, 2**12, 2**14)
+"""Upper limits, in tokens, of the histogram of document lengths."""
+
+_FLAGS_AT_ONCE = 2**24
 
 
 class Window(NamedTuple):
@@ -30,240 +40,232 @@ class Window(NamedTuple):
     targets: np.ndarray
 
 
-class Piece(NamedTuple):
-    """A run of tokens of one document, which lies whole in one window."""
-
-    document: int
-    start: int
-    length: int
-
-
-class Documents:
-    """The documents of several stores in order, or only those of one component.
+class Packing(NamedTuple):
+    """Where the pieces of the documents go.
 
     Attributes:
-        lengths: (D) int64, tokens of each document.
-        bytes: UTF-8 bytes of all documents.
+        pieces: (P) PIECE, window by window.
+        first_piece: (W + 1) int64: window i holds the pieces from ``first_piece[i]`` up to ``first_piece[i + 1]``.
+        facts: about the documents.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], component: str | None = None) -> None:
-        """``component``: its name; None selects all documents."""
-        self._stores = list(stores)
-        self.bytes = 0
-        starts, lengths, owners = [], [], []
-        for number, store in enumerate(self._stores):
-            document_ends = np.asarray(store.ends)
-            document_starts = np.zeros_like(document_ends)
-            document_starts[1:] = document_ends[:-1]
-            selected = _documents_of(store, component)
-            starts.append(document_starts[selected])
-            lengths.append((document_ends - document_starts)[selected])
-            owners.append(np.full(np.count_nonzero(selected), number, dtype=np.int32))
-            self.bytes += int(store.bytes[selected].sum())
-        self.lengths = np.concatenate(lengths)
-        # Where each document begins, and in which of the stores.
-        self._starts = np.concatenate(starts)
-        self._owners = np.concatenate(owners)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def part(self, document: int, start: int, length: int) -> tuple[np.ndarray, np.ndarray | bool]:
-        """Return token ids and target flags of a run of a document; the flags are True if all are targets."""
-        store = self._stores[self._owners[document]]
-        first = int(self._starts[document]) + start
-        span = slice(first, first + length)
-        targets = True if store.targets is None else store.targets[span]
-        return store.tokens[span], targets
-
-    def has_targets_within(self, document: int, length: int) -> bool:
-        """Return whether any of the first ``length`` tokens can be predicted.
-
-        The first token never can: nothing precedes it.
-        """
-        predictable = min(length, int(self.lengths[document])) - 1
-        if predictable < 1:
-            return False
-        _, targets = self.part(document, 1, predictable)
-        return bool(np.any(targets))
+    pieces: np.ndarray
+    first_piece: np.ndarray
+    facts: DocumentFacts
 
 
-def _documents_of(store: TokenStore, component: str | None) -> np.ndarray:
-    """Return a mask (D) bool of a store's documents that belong to a component."""
-    if component is None:
-        return np.full(len(store.ends), True)
-    if component not in store.names:
-        return np.full(len(store.ends), False)
-    own: np.ndarray = np.asarray(store.components) == store.names.index(component)
-    return own
-
-
-class Windows(ABC):
-    """A sequence of windows over documents; ``windows[i]`` is put together when it is read.
+@dataclass(frozen=True)
+class DocumentFacts:
+    """What a table on screen says of packed documents.
 
     Attributes:
-        documents: what is packed.
-        length: T, tokens of a window.
+        documents: number of documents.
+        bytes: UTF-8 bytes of all documents.
+        tokens: of all documents, packed or dropped.
+        length_counts: number of documents by tokens; a bin for each of ``LENGTHS``, and one for longer documents.
         dropped: reason -> number of tokens in no window.
     """
 
-    def __init__(self, documents: Documents, length: int, fill: int) -> None:
+    documents: int
+    bytes: int
+    tokens: int
+    length_counts: list[int]
+    dropped: dict[str, int]
+
+
+def pack(
+    stores: Sequence[TokenStore],
+    component: str | None,
+    *,
+    method: Method,
+    length: int,
+    own: np.ndarray | None = None,
+) -> Packing:
+    """Pack the documents of some stores in order.
+
+    Args:
+        component: name of the component whose documents are packed; None: all documents.
+        method: "contiguous" for text in a row, "text" for whole texts, "examples" for prompts and chats.
+        length: T, tokens of a window.
+        own: mask (D) bool over the documents of all stores; the others are left out. None: no other is left out.
+    """
+    documents, size = _documents_of(stores, component, own)
+    lengths = documents["length"]
+    dropped: dict[str, int] = {}
+    if method == "contiguous":
+        pieces, first_piece = _contiguous(documents, length)
+    elif method == "text":
+        pieces, first_piece = _best_fit(_cut_text(documents, length), length)
+    else:
+        examples, dropped = _cut_examples(documents, length, _have_targets(stores, documents, length))
+        pieces, first_piece = _best_fit(examples, length)
+    # A length that equals a limit falls into the bin below it.
+    bins = np.bincount(np.searchsorted(LENGTHS, lengths), minlength=len(LENGTHS) + 1)
+    facts = DocumentFacts(len(documents), size, int(lengths.sum(dtype=np.int64)), bins.tolist(), dropped)
+    return Packing(pieces, first_piece, facts)
+
+
+def _documents_of(
+    stores: Sequence[TokenStore], component: str | None, own: np.ndarray | None
+) -> tuple[np.ndarray, int]:
+    """Return the documents to pack as (D) PIECE, and their UTF-8 bytes."""
+    documents = []
+    size = 0
+    before = 0  # documents of earlier stores
+    for number, store in enumerate(stores):
+        ends = np.asarray(store.ends)
+        starts = np.concatenate(([0], ends))[: len(ends)]
+        chosen = np.full(len(ends), True)
+        if component is not None:
+            known = component in store.names
+            chosen = np.asarray(store.components) == (store.names.index(component) if known else -1)
+        if own is not None:
+            chosen &= own[before : before + len(ends)]
+        before += len(ends)
+        found = np.empty(np.count_nonzero(chosen), dtype=PIECE)
+        found["store"] = number
+        found["start"] = starts[chosen]
+        found["length"] = (ends - starts)[chosen]
+        documents.append(found)
+        size += int(store.bytes[chosen].sum())
+    return np.concatenate(documents), size
+
+
+def _contiguous(documents: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the concatenated documents every ``length`` tokens: only the last window can contain padding.
+
+    A document that crosses a border counts as another document in the next window: its attention and positions
+    start afresh.
+
+    Returns:
+        The pieces, and the first piece of each window, as in ``Packing``.
+    """
+    # Where each document ends in the concatenation.
+    ends = documents["length"].cumsum(dtype=np.int64)
+    total = int(ends[-1]) if len(ends) else 0
+    # A piece ends where a document or a window does. Inserting keeps the order, without a sort.
+    borders = np.arange(length, total, length)
+    piece_ends = np.insert(ends, np.searchsorted(ends, borders), borders)
+    # A document may end where a window does, and an empty one ends where it begins.
+    piece_ends = piece_ends[np.diff(piece_ends, prepend=0) > 0]
+    piece_starts = np.concatenate(([0], piece_ends))[:-1]
+    owner = np.searchsorted(ends, piece_starts, side="right")
+    pieces = documents[owner]
+    document_starts = ends[owner] - pieces["length"]
+    pieces["start"] += piece_starts - document_starts
+    pieces["length"] = piece_ends - piece_starts
+    windows = -(-total // length)
+    first_piece = np.searchsorted(piece_starts, np.arange(windows + 1) * length)
+    return pieces, first_piece
+
+
+def _cut_text(documents: np.ndarray, length: int) -> np.ndarray:
+    """Cut documents longer than a window every ``length`` tokens; no other is cut. Returns (P) PIECE."""
+    lengths = documents["length"].astype(np.int64)
+    pieces_of = -(-lengths // length)
+    pieces = np.repeat(documents, pieces_of)
+    # Number the pieces within their documents: the running number, less that of the document's first piece.
+    first_piece_of = pieces_of.cumsum() - pieces_of
+    offset = (np.arange(len(pieces)) - np.repeat(first_piece_of, pieces_of)) * length
+    pieces["start"] += offset
+    pieces["length"] = np.minimum(pieces["length"] - offset, length)
+    return pieces
+
+
+def _cut_examples(documents: np.ndarray, length: int, have_targets: np.ndarray) -> tuple[np.ndarray, dict[str, int]]:
+    """Keep the first ``length`` tokens of each example (a prompt with its response, or a chat).
+
+    Args:
+        have_targets: (D) bool; examples without are dropped.
+
+    Returns:
+        (P) PIECE, and the number of tokens dropped for each reason.
+    """
+    lengths = documents["length"].astype(np.int64)
+    pieces = documents[have_targets]
+    kept = np.minimum(lengths[have_targets], length)
+    dropped = {
+        "nothing to predict within sequence_length": int(lengths[~have_targets].sum()),
+        "beyond sequence_length": int((pieces["length"] - kept).sum()),
+    }
+    pieces["length"] = kept
+    return pieces, dropped
+
+
+def _have_targets(stores: Sequence[TokenStore], documents: np.ndarray, length: int) -> np.ndarray:
+    """Return a mask (D) bool of documents with a target among their first ``length`` tokens.
+
+    A first token is no target: nothing precedes it.
+    """
+    found = np.full(len(documents), False)
+    for number, store in enumerate(stores):
+        own = np.flatnonzero(documents["store"] == number)
+        first = documents["start"][own] + 1
+        end = first - 1 + np.minimum(documents["length"][own], length)
+        if store.targets is None:
+            found[own] = first < end
+            continue
+        # A part of the store at a time: the documents are in order, and their tokens may be more than memory holds.
+        for batch in np.array_split(np.arange(len(own)), 1 + len(store.targets) // _FLAGS_AT_ONCE):
+            if len(batch) == 0:
+                continue
+            begin = first[batch[0]]
+            flags = store.targets[begin : end[batch].max()]
+            targets_before = np.concatenate(([0], np.cumsum(flags, dtype=np.int64)))
+            last = len(flags)
+            counted = targets_before[end[batch] - begin] - targets_before[np.minimum(first[batch] - begin, last)]
+            found[own[batch]] = counted > 0
+    return found
+
+
+def _best_fit(pieces: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Put each piece into the window that it fills best. Returns the same as ``_contiguous``."""
+    # Longest first, which best fit needs; stable sorts, so that the packing is the same on every machine. Small
+    # integers are sorted several times as fast.
+    shortfall = (length - pieces["length"].astype(np.int64)).astype(np.min_scalar_type(length))
+    longest_first = pieces[np.argsort(shortfall, kind="stable")]
+    window_of = best_fit(longest_first["length"], length)
+    windows = int(window_of.max(initial=-1)) + 1
+    by_window = np.argsort(window_of, kind="stable")
+    first_piece = np.searchsorted(window_of[by_window], np.arange(windows + 1))
+    return longest_first[by_window], first_piece
+
+
+class Windows:
+    """A sequence of windows; ``windows[i]`` is put together when it is read.
+
+    Attributes:
+        length: T, tokens of a window.
+        facts: about the documents.
+    """
+
+    def __init__(self, stores: Sequence[TokenStore], packing: Packing, *, length: int, fill: int) -> None:
         """``fill``: token id of the padding."""
-        self.documents = documents
         self.length = length
+        self.facts = packing.facts
+        self._stores = list(stores)
+        self._pieces = packing.pieces
+        self._first_piece = packing.first_piece
         self._fill = fill
-        self.dropped: Counter[str] = Counter()
 
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def pieces(self, index: int) -> list[Piece]:
-        """Return the pieces of documents in a window, in order; together at most T tokens."""
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens of the documents, packed or dropped."""
-        return int(self.documents.lengths.sum())
+    def __len__(self) -> int:
+        return len(self._first_piece) - 1
 
     @property
     def padding(self) -> int:
         """Number of positions that hold no token."""
-        packed = self.tokens - self.dropped.total()
+        packed = self.facts.tokens - sum(self.facts.dropped.values())
         return len(self) * self.length - packed
 
     def __getitem__(self, index: int) -> Window:
         tokens = np.full(self.length, self._fill, dtype=np.int64)
         document_ids = np.full(self.length, PADDING, dtype=np.int64)
         targets = np.full(self.length, False)
+        first, end = self._first_piece[index : index + 2]
         used = 0
-        for document_id, piece in enumerate(self.pieces(index), start=1):
-            span = slice(used, used + piece.length)
-            tokens[span], targets[span] = self.documents.part(*piece)
+        for document_id, (store, start, length) in enumerate(self._pieces[first:end].tolist(), start=1):
+            span = slice(used, used + length)
+            tokens[span], targets[span] = self._stores[store].part(start, length)
             document_ids[span] = document_id
-            used += piece.length
+            used += length
         return Window(tokens, document_ids, targets)
-
-
-class ContiguousWindows(Windows):
-    """The concatenated documents, cut every T tokens: only the last window can contain padding.
-
-    A document that crosses a border counts as another document in the next window: its attention and positions
-    start afresh.
-    """
-
-    def __init__(self, documents: Documents, length: int, fill: int) -> None:
-        super().__init__(documents, length, fill)
-        # Where each document ends in the concatenation.
-        self._ends = documents.lengths.cumsum()
-
-    def __len__(self) -> int:
-        return -(-self.tokens // self.length)
-
-    def pieces(self, index: int) -> list[Piece]:
-        at = index * self.length
-        window_end = min(at + self.length, self.tokens)
-        # The first document that ends after ``at``. Empty documents, which end where they begin, are passed over.
-        document = int(np.searchsorted(self._ends, at, side="right"))
-        pieces = []
-        while at < window_end:
-            document_end = int(self._ends[document])
-            document_start = document_end - int(self.documents.lengths[document])
-            piece_end = min(document_end, window_end)
-            if piece_end > at:
-                pieces.append(Piece(document, at - document_start, piece_end - at))
-            at = piece_end
-            document += 1
-        return pieces
-
-
-class BestFitWindows(Windows):
-    """Whole documents, each in the window that it fills best (best-fit decreasing).
-
-    No document that fits a window is cut. Longer plain text is cut every T tokens, and its pieces are packed. A
-    longer example (a prompt with its response, or a chat) keeps its first T tokens; an example without a target
-    among them is dropped.
-    """
-
-    def __init__(self, documents: Documents, length: int, fill: int, *, supervised: bool) -> None:
-        """``supervised``: the documents are examples."""
-        super().__init__(documents, length, fill)
-        pieces = self._cut_examples() if supervised else self._cut_text()
-        # Longest first, which best fit needs; stable sorts, so that the packing is the same on every machine.
-        longest_first = pieces[np.argsort(-pieces[:, 2], kind="stable")]
-        window_of = _best_fit(longest_first[:, 2].tolist(), length)
-        windows = window_of.max(initial=-1) + 1
-        by_window = np.argsort(window_of, kind="stable")
-        self._pieces = longest_first[by_window]
-        # Window i holds the pieces from _first_piece[i] up to _first_piece[i + 1].
-        self._first_piece = np.searchsorted(window_of[by_window], np.arange(windows + 1))
-
-    def __len__(self) -> int:
-        return len(self._first_piece) - 1
-
-    def pieces(self, index: int) -> list[Piece]:
-        rows = self._pieces[self._first_piece[index] : self._first_piece[index + 1]]
-        return [Piece(*row) for row in rows.tolist()]
-
-    def _cut_text(self) -> np.ndarray:
-        """Return (P, 3): document, start and length of each piece."""
-        lengths = self.documents.lengths
-        pieces_of = -(-lengths // self.length)
-        document = np.repeat(np.arange(len(lengths)), pieces_of)
-        # Number the pieces within their documents: the running number, less that of the document's first piece.
-        first_piece_of = pieces_of.cumsum() - pieces_of
-        number = np.arange(len(document)) - np.repeat(first_piece_of, pieces_of)
-        start = number * self.length
-        length = np.minimum(lengths[document] - start, self.length)
-        return np.stack((document, start, length), axis=1)
-
-    def _cut_examples(self) -> np.ndarray:
-        """Return (P, 3) as ``_cut_text``, and count what is dropped."""
-        lengths = self.documents.lengths
-        kept = np.zeros(len(lengths), dtype=bool)
-        for number in range(len(lengths)):
-            kept[number] = self.documents.has_targets_within(number, self.length)
-        document = np.flatnonzero(kept)
-        beyond = (lengths[document] - self.length).clip(min=0)
-        self.dropped["nothing to predict within sequence_length"] = int(lengths[~kept].sum())
-        self.dropped["beyond sequence_length"] = int(beyond.sum())
-        return np.stack((document, np.zeros_like(document), lengths[document] - beyond), axis=1)
-
-
-def _best_fit(lengths: Sequence[int], capacity: int) -> np.ndarray:
-    """Assign pieces to windows: each to the one with the least room that suffices, or else to a new one.
-
-    It needs at most about 11/9 of the fewest possible windows (Johnson, 1973).
-
-    Args:
-        lengths: of the pieces, from the longest to the shortest, none above ``capacity``.
-
-    Returns:
-        (P) int64, the window of each piece.
-    """
-    window_of = np.empty(len(lengths), dtype=np.int64)
-    # Open windows by the room that they have left. There are at most ``capacity`` rooms, however many windows: a
-    # sorted list of rooms stays short, and the search takes log2(capacity) steps.
-    windows_with: dict[int, list[int]] = {}
-    rooms: list[int] = []
-    opened = 0
-    for piece, length in enumerate(lengths):
-        at = bisect_left(rooms, length)
-        if at == len(rooms):
-            window, room = opened, capacity
-            opened += 1
-        else:
-            room = rooms[at]
-            window = windows_with[room].pop()
-            if not windows_with[room]:
-                del windows_with[room]
-                del rooms[at]
-        window_of[piece] = window
-        left = room - length
-        if left == 0:
-            continue
-        if left not in windows_with:
-            windows_with[left] = []
-            insort(rooms, left)
-        windows_with[left].append(window)
-    return window_of

@@ -6,12 +6,13 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
-from filelock import FileLock
-
 from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
+from gptj_train.data.claims import claim, lock_of_host
+from gptj_train.data.formats import say
 from gptj_train.data.progress import Progress
 from gptj_train.data.store import FORMAT, TokenStore
 from gptj_train.data.text_config import DataConfig
@@ -21,6 +22,7 @@ from gptj_train.errors import UserError
 from gptj_train.launch.host import usable_cores
 
 _SMALL = 64 * 2**20  # bytes; this much is tokenized before worker processes have started
+_POLL = 1.0  # seconds
 _OPTIONS = (
     "kind",
     "text_field",
@@ -40,8 +42,8 @@ _OPTIONS = (
 def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> list[TokenStore]:
     """Return the store of each file; missing ones are made first.
 
-    Any number of processes may call this at once, without a process group: the first one works, and the others wait
-    for its lock. A killed process leaves no store that looks complete.
+    Any number of processes on any number of hosts may call this at once, without a process group: one process of each
+    host works, and the others wait; the hosts share the files. A killed process leaves no store that looks complete.
 
     Raises:
         UserError: a bad record or file, too large a share of bad records, or no document at all.
@@ -49,25 +51,41 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
     cache = Path(data.cache_dir)
     folders = [_store_folder(file, data, tokenizer) for file in files]
     if not all(_is_usable(folder, data) for folder in folders):
+        # By folder: a file that is listed twice is tokenized once.
+        file_of = dict(zip(folders, files, strict=True))
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with FileLock(cache / "preparing.lock"):
-                for leftover in cache.glob(
-                    SCRATCH_PATTERN
-                ):  # a killed process left it; the lock says that none is writing
-                    shutil.rmtree(leftover, ignore_errors=True)
-                # Look again: while this process waited for the lock, another one may have made them. And by folder:
-                # a file that is listed twice is tokenized once.
-                missing = {}
-                for folder, file in zip(folders, files, strict=True):
-                    if not _is_usable(folder, data):
-                        missing[folder] = file
-                _make(missing, data, tokenizer)
+            with lock_of_host(cache):
+                _remove_leftovers(cache)
+                _make_all(file_of, data, tokenizer)
         except OSError as error:
             raise UserError(cannot_write(cache, error)) from None
     stores = [TokenStore(folder) for folder in folders]
     _check(files, stores, data)
     return stores
+
+
+def _remove_leftovers(cache: Path) -> None:
+    """Remove what killed processes left, but not what another host is writing."""
+    for leftover in cache.glob(SCRATCH_PATTERN):
+        _, name, *_ = leftover.name.split(".")  # .NAME.RANDOM.tmp
+        with claim(cache / name) as is_free:
+            if is_free:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _make_all(file_of: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
+    """Make the stores that are missing, and wait for those that other hosts make."""
+    told = False
+    while True:
+        missing = {folder: file for folder, file in file_of.items() if not _is_usable(folder, data)}
+        if not missing:
+            return
+        made = _make(missing, data, tokenizer)
+        if made == 0:
+            if not told:
+                say(f"data: waiting for another host, which prepares {len(missing):,} of the files")
+                told = True
+            time.sleep(_POLL)
 
 
 def _store_folder(file: Path, data: DataConfig, tokenizer: Tokenizer) -> Path:
@@ -95,7 +113,7 @@ def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> Non
     documents = 0
     for store in stores:
         skipped.update(store.skipped)
-        documents += len(store.ends)
+        documents += len(store)
     share = skipped.total() / max(skipped.total() + documents, 1)
     if share > data.max_bad_share:
         reasons = ", ".join(f"{count:,} x {reason}" for reason, count in skipped.most_common())
@@ -113,18 +131,29 @@ def _some_names(files: list[Path]) -> str:
     return names if len(files) <= 3 else f"{names} and {len(files) - 3:,} more"
 
 
-def _make(missing: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
-    """Make the missing stores: folder -> its file."""
+def _make(missing: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> int:
+    """Make those of the missing stores (folder -> its file) that no other host is making; return how many."""
     sizes = {folder: file.stat().st_size for folder, file in missing.items()}
     total = sum(sizes.values())
     workers = min(len(missing), usable_cores()) if total > _SMALL else 1
+
+    def is_missing(folder: Path) -> bool:
+        return not _is_usable(folder, data)
+
     with Progress(total) as progress:
-        if workers == 1:
-            # The tokenizer uses all cores by itself; one process gains from it as long as reading is not the limit.
-            for folder, file in missing.items():
-                with new_folder(folder) as scratch:
-                    tokenize_file(file, scratch, data, tokenizer, progress=progress)
-        else:
+        if workers > 1:
             # The largest first: at the end no worker is left alone with a large file.
             largest_first = sorted(missing.items(), key=lambda job: -sizes[job[0]])
-            tokenize_in_workers(largest_first, data, tokenizer, workers=workers, progress=progress)
+            return tokenize_in_workers(
+                largest_first, data, tokenizer, workers=workers, progress=progress, is_missing=is_missing
+            )
+        # The tokenizer uses all cores by itself; one process gains from it as long as reading is not the limit.
+        made = 0
+        for folder, file in missing.items():
+            with claim(folder) as is_free:
+                # Look again: another host may have made it since.
+                if is_free and is_missing(folder):
+                    with new_folder(folder) as scratch:
+                        tokenize_file(file, scratch, data, tokenizer, progress=progress)
+                    made += 1
+        return made

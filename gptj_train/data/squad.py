@@ -12,6 +12,7 @@ from typing import Any, Literal
 from gptj_train.data.bad_records import check_share
 from gptj_train.data.files import chunks, find_files, kind_of
 from gptj_train.data.formats import say
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.json_arrays import begins_array
 from gptj_train.data.records import BadRecordError
 from gptj_train.errors import UserError
@@ -46,18 +47,22 @@ class Question:
     answer_start: int | None
 
 
-def read_questions(data: QADataConfig) -> tuple[list[Question], list[Question]]:
+def read_questions(data: QADataConfig, held_out: HeldOutShare) -> tuple[list[Question], list[Question]]:
     """Read the training and held-out questions. All files are found before any is read.
+
+    Args:
+        held_out: the part of the training data that is held out, where there are no validation files.
 
     Raises:
         UserError: a path that matches nothing, or a bad record, named by file and place.
     """
+    held_out.check(data.validation)
     train = find_files(data.train, "data.train", SUFFIXES)
     validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
     policy, share = data.bad_records, data.max_bad_share
     questions = read_files(train, "data.train", bad_records=policy, max_bad_share=share)
     if not validation:
-        return questions, []
+        return held_out.divide(questions, lambda question: question.context, "question")
     return questions, read_files(validation, "data.validation", bad_records=policy, max_bad_share=share)
 
 
@@ -97,7 +102,7 @@ def read_files(files: list[Path], key: str, *, bad_records: str, max_bad_share: 
         names = ", ".join(str(file) for file in files[:3])
         raise UserError(f"{names}: the data contain no question")
     if numbered:
-        say(f"{key}: {numbered:,} questions have no id; their numbers are taken for it")
+        say(f"{key}: questions without an id: {numbered:,}; their numbers are taken for it")
     return list(questions.values())
 
 

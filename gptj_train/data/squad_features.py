@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.squad import Question
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
@@ -68,7 +69,7 @@ class Features(Sequence[Feature]):
         room = self._room(length, max_question_tokens)
         if room < doc_stride:
             raise UserError(
-                f"sequence_length {length} leaves {room} tokens for the context beside a question of "
+                f"sequence_length {length} leaves {max(room, 0)} tokens for the context beside a question of "
                 f"{max_question_tokens}, fewer than task.doc_stride ({doc_stride}): tokens would be skipped; "
                 "raise sequence_length or lower the others"
             )
@@ -112,9 +113,10 @@ class Features(Sequence[Feature]):
     def __str__(self) -> str:
         answerable = sum(bool(question.answers) for question in self.questions)
         held = {feature.question for feature in self if feature.end < len(feature.input_ids) - 1}
-        text = f"{len(self.questions):,} questions, {answerable:,} with an answer, in {len(self):,} windows"
+        questions, windows = counted(len(self.questions), "question"), counted(len(self), "window")
+        text = f"{questions}, {answerable:,} with an answer, in {windows}"
         missing = answerable - len(held)
-        return f"{text}; {missing:,} answers fit in no window" if missing > 0 else text
+        return f"{text}; answers that fit in no window: {missing:,}" if missing > 0 else text
 
     def _room(self, length: int, question_tokens: int) -> int:
         """Return how many context tokens fit beside the question, the separators and EOS."""

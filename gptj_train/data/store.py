@@ -4,7 +4,8 @@ A store is a folder of
 
 * ``tokens.bin``: the token ids of all documents, concatenated; uint16 where they fit, else uint32;
 * ``targets.bin``: a byte for each token, 1 if it is to be predicted; absent if all are;
-* ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component;
+* ``documents.bin``: a record for each document: where it ends in tokens.bin, its UTF-8 bytes, its component, a hash of
+  its text;
 * ``store.json``: dtype, component names, skipped records, spelt special tokens and file sizes. It is written last: a
   folder without it is not a store.
 """
@@ -14,20 +15,22 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gptj_train.data.held_out_share import content_hasher, hash_number
 from gptj_train.data.joint_encoding import encode_joined
 from gptj_train.data.records import Segment
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
-FORMAT = 3
+FORMAT = 4
 """Part of every store's name: raise it if reading or tokenizing changes, so that no old store is reused."""
 
-_DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16)])
+_DOCUMENT = np.dtype([("end", np.int64), ("bytes", np.int64), ("component", np.uint16), ("hash", np.uint64)])
 _MOST_COMPONENTS = 2**16  # what uint16 can count
 # Enough text to keep all cores busy; a few times as many bytes of memory.
 _CHARACTERS_AT_ONCE = 4_000_000
@@ -37,11 +40,13 @@ class TokenStore:
     """The documents of one file.
 
     Attributes:
+        folder: of its files.
         tokens: (N) uint16 or uint32, memory-mapped.
         targets: (N) bool, memory-mapped; None if every token is to be predicted.
         ends: (D) int64, one past the last token of each document.
         bytes: (D) int64, UTF-8 bytes of each document's text.
         components: (D) uint16, index of each document's component in ``names``.
+        hashes: (D) uint64, of each document's text, template included.
         names: of the components, in the order of their first documents.
         skipped: reason -> number of records left out.
         special_tokens: special token -> how often the data spell it.
@@ -49,16 +54,52 @@ class TokenStore:
 
     def __init__(self, folder: Path) -> None:
         metadata = json.loads((folder / "store.json").read_text())
+        self.folder = folder
         self.names: list[str] = metadata["components"]
         self.skipped: dict[str, int] = metadata["skipped"]
         self.special_tokens: dict[str, int] = metadata["special_tokens"]
-        self.tokens = _mapped(folder / "tokens.bin", np.dtype(metadata["dtype"]))
-        targets = folder / "targets.bin"
-        self.targets = _mapped(targets, np.dtype(np.bool_)) if targets.exists() else None
-        documents = _mapped(folder / "documents.bin", _DOCUMENT)
-        self.ends = documents["end"]
-        self.bytes = documents["bytes"]
-        self.components = documents["component"]
+        self._dtype = np.dtype(metadata["dtype"])
+        sizes = metadata["bytes"]
+        self._has_targets = "targets.bin" in sizes
+        self._documents = sizes["documents.bin"] // _DOCUMENT.itemsize
+
+    def __len__(self) -> int:
+        """Return the number of documents."""
+        return int(self._documents)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return mapped(self.folder / "tokens.bin", self._dtype)
+
+    @property
+    def targets(self) -> np.ndarray | None:
+        return mapped(self.folder / "targets.bin", np.dtype(np.bool_)) if self._has_targets else None
+
+    @property
+    def ends(self) -> np.ndarray:
+        return self._column("end")
+
+    @property
+    def bytes(self) -> np.ndarray:
+        return self._column("bytes")
+
+    @property
+    def components(self) -> np.ndarray:
+        return self._column("component")
+
+    @property
+    def hashes(self) -> np.ndarray:
+        return self._column("hash")
+
+    def _column(self, name: str) -> np.ndarray:
+        column: np.ndarray = mapped(self.folder / "documents.bin", _DOCUMENT)[name]
+        return column
+
+    def part(self, start: int, length: int) -> tuple[np.ndarray, np.ndarray | bool]:
+        """Return token ids and target flags of a run of tokens; the flags are True if all are targets."""
+        span = slice(start, start + length)
+        targets = self.targets
+        return self.tokens[span], True if targets is None else targets[span]
 
     @staticmethod
     def exists(folder: Path) -> bool:
@@ -102,6 +143,7 @@ def write_store(
     ):
         end = 0  # of the tokens so far
         size = 0  # bytes of the current document so far
+        content = content_hasher()  # of the current document so far
         for batch in _batches(segments):
             documents = []
             for segment in batch:
@@ -114,11 +156,14 @@ def write_store(
                 if not all_targets:
                     np.full(len(ids), segment.target).tofile(target_file)
                 end += len(ids)
-                size += len(segment.text.encode())
+                text = segment.text.encode()
+                size += len(text)
+                content.update(text)
                 if segment.last:
                     component = components.setdefault(segment.component, len(components))
-                    documents.append((end, size, component))
+                    documents.append((end, size, component, hash_number(content)))
                     size = 0
+                    content = content_hasher()
             if len(components) > _MOST_COMPONENTS:
                 raise UserError(f"data.component_field: more than {_MOST_COMPONENTS:,} components; name another field")
             np.array(documents, dtype=_DOCUMENT).tofile(document_file)
@@ -166,7 +211,12 @@ def _encode(batch: list[Segment], tokenizer: Tokenizer, special_tokens: str) -> 
         yield tokenizer.encode(segment.text) if segment.template else next(ids_of_data)
 
 
-def _mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+@lru_cache(maxsize=128)
+def mapped(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Map a file of the cache, which never changes, into memory.
+
+    Each mapping keeps a file descriptor, of which a process usually has 1024: those used least recently are closed.
+    """
     if path.stat().st_size == 0:
         return np.empty(0, dtype)  # an empty file cannot be mapped
     return np.memmap(path, dtype, "r")

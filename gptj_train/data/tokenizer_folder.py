@@ -33,6 +33,9 @@ def load_backend(path: Path) -> tuple[Backend, str]:
         UserError: a file that is no such thing, or an EOS token that the vocabulary lacks: none is ever invented.
         Exception: whatever the library raises for a file that it cannot read.
     """
+    if not path.exists():
+        made = " (the script that the preset names makes it)" if "quickstart" in path.parts else ""
+        raise UserError(f"no such file or folder here{made}")
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
         for name in _FILES:

@@ -6,7 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from gptj_train.counted import counted
 from gptj_train.data.files import find_files
+from gptj_train.data.formats import recognised
 from gptj_train.data.sources import read_segments
 from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
@@ -27,17 +29,20 @@ def train_tokenizer(
     Raises:
         UserError: no files, a bad record, or a text that is too small for ``vocab_size``.
     """
-    assert data.train is not None
-    sample = _Sample(data, find_files(data.train, "data.train"), int(max_megabytes * 1e6))
+    if data.train is None:
+        raise UserError("data.train is null; give files to learn from")
+    files = find_files(data.train, "data.train")
+    sample = _Sample(recognised(data, files, "data.train"), files, int(max_megabytes * 1e6))
     tokenizer = Tokenizer.train(sample.texts(), vocab_size, special_tokens)
     entries = len(tokenizer)
-    facts = f"tokenizer of {entries:,} entries from {sample.used / 1e6:.1f} MB of text"
+    size = f"{sample.used / 1e6:.1f} MB" if sample.used >= 1e5 else f"{sample.used / 1e3:.1f} kB"
+    facts = f"tokenizer of {entries:,} entries from {size} of text"
     if sample.cut_off:
         facts += f" (the first; more was left out by max_megabytes={max_megabytes:g})"
     if entries < vocab_size:
         facts += f", fewer than vocab_size={vocab_size}: the text has no more pairs to merge"
     if sample.skipped:
-        facts += f"; {sample.skipped.total()} bad records skipped"
+        facts += f"; {counted(sample.skipped.total(), 'bad record')} skipped"
     if sample.used == 0:
         raise UserError(f"data.train: no text in {data.train}; give files with text")
     return tokenizer, facts

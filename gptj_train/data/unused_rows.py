@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from tokenizers import Tokenizer as Backend
 
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 
 _UNUSED = re.compile(r"<\|extratoken_\d+\|>")
@@ -73,8 +74,8 @@ def with_added_tokens(backend: Backend, names: list[str], rows: int) -> tuple[Ba
     free = unused_rows(backend, rows)[:-1]  # the last one is for padding
     if len(new) > len(free):
         raise UserError(
-            f"add_tokens: {len(new)} new tokens, but the vocabulary of {rows} has {len(free)} unused rows "
-            "(besides the one for padding); add fewer"
+            f"add_tokens: {counted(len(new), 'new token')}, but the vocabulary of {rows} has "
+            f"{counted(len(free), 'unused row')} (besides the one for padding); add fewer"
         )
     places = dict(zip(new, free, strict=False))
     # Not special: special tokens are plain text in data, and added tokens are meant to be used there.

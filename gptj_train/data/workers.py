@@ -41,6 +41,7 @@ from queue import Empty, SimpleQueue
 from threading import Event
 
 from gptj_train.atomic_write import new_folder
+from gptj_train.data.claims import claim
 from gptj_train.data.sources import read_segments
 from gptj_train.data.store import write_store
 from gptj_train.data.text_config import DataConfig
@@ -81,9 +82,18 @@ def cannot_write(cache: Path, error: OSError) -> str:
 
 
 def tokenize_in_workers(
-    jobs: Iterable[Job], data: DataConfig, tokenizer: Tokenizer, *, workers: int, progress: Callable[[int], None]
-) -> None:
-    """Make stores in several processes, in this order. The first error stops them all.
+    jobs: Iterable[Job],
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    *,
+    workers: int,
+    progress: Callable[[int], None],
+    is_missing: Callable[[Path], bool],
+) -> int:
+    """Make stores in several processes, in this order; return how many. The first error stops them all.
+
+    Args:
+        is_missing: tells whether a store, once it is locked, is still to be made; other hosts make some.
 
     Raises:
         UserError: a file with a mistake; the stores that are complete are kept.
@@ -98,12 +108,18 @@ def tokenize_in_workers(
         running = []
         for _ in range(workers):
             thread = threads.submit(
-                _drive_worker, queue, data, tokenizer, workers=workers, progress=progress, stop=stop
+                _drive_worker,
+                queue,
+                data,
+                tokenizer,
+                workers=workers,
+                progress=progress,
+                stop=stop,
+                is_missing=is_missing,
             )
             running.append(thread)
         try:
-            for thread in as_completed(running):
-                thread.result()
+            return sum(thread.result() for thread in as_completed(running))
         finally:
             # After an error, or an interruption of this thread: leaving the ``with`` waits for the other threads.
             stop.set()
@@ -117,8 +133,9 @@ def _drive_worker(
     workers: int,
     progress: Callable[[int], None],
     stop: Event,
-) -> None:
-    """Start a worker and hand it jobs until none is left.
+    is_missing: Callable[[Path], bool],
+) -> int:
+    """Start a worker and hand it jobs until none is left; return how many it did.
 
     The worker writes into scratch folders only, and this process renames them: if this process is killed, whatever
     the worker still writes is not taken for a store.
@@ -131,6 +148,7 @@ def _drive_worker(
     options = {field.name: getattr(data, field.name) for field in fields(DataConfig)}
     setup = {"data": options, "tokenizer": tokenizer.to_json(), "eos_token": tokenizer.eos_token}
     pipe = subprocess.PIPE
+    made = 0
     try:
         # Leaving the ``with`` closes the pipes, which ends an idle worker, and waits for its end.
         with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
@@ -139,10 +157,14 @@ def _drive_worker(
                 try:
                     folder, file = queue.get_nowait()
                 except Empty:
-                    return
-                with new_folder(folder) as scratch:
-                    _send(process, [str(scratch), str(file)])
-                    _wait_for_file(process, file, progress, stop)
+                    return made
+                with claim(folder) as is_free:
+                    if is_free and is_missing(folder):
+                        with new_folder(folder) as scratch:
+                            _send(process, [str(scratch), str(file)])
+                            _wait_for_file(process, file, progress, stop)
+                        made += 1
+            return made
     except BrokenPipeError:
         # The worker died before it read its job.
         raise RuntimeError(f"a worker that prepares data ended with exit code {process.returncode}") from None

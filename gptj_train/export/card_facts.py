@@ -10,10 +10,12 @@ from typing import Any
 
 import yaml
 
+from gptj_train.counted import counted
 from gptj_train.export.model_card import CardFacts
 from gptj_train.metrics_file import read_metrics, results_of
 
 _HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
+_HUB_DATASET = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+?)(?:@[^/]*)?/")
 
 
 def progress(run: Path, base: str | None, until: int | None = None) -> dict[str, str]:
@@ -26,7 +28,9 @@ def progress(run: Path, base: str | None, until: int | None = None) -> dict[str,
     step, evaluation = _last_lines(run, until)
     facts = {"start": "random weights" if base is None else Path(base).name}
     if step:
-        facts["training"] = f"{step['step']:,} steps, {step['tokens']:,} tokens, loss {step['loss']:.4f}"
+        facts["training"] = (
+            f"{counted(step['step'], 'step')}, {counted(step['tokens'], 'token')}, loss {step['loss']:.4f}"
+        )
     for name, value in results_of(evaluation).items():
         facts[name.replace("_", " ")] = f"{value:.4f}"
     return facts
@@ -58,10 +62,29 @@ def card_facts(
         base=_name_of(base),
         license=_text(front_matter.get("license")),
         language=_text(front_matter.get("language")),
+        datasets=_datasets(run),
         results=results_of(evaluation),
         chat=chat,
         adapter=adapter,
     )
+
+
+def _datasets(run: Path) -> tuple[str, ...]:
+    """Return the hub's names of a run's training data. Files of this machine have no name there."""
+    try:
+        data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return ()
+    if not isinstance(data, dict):
+        return ()
+    train = data.get("train") or []
+    places = [train] if isinstance(train, str) else list(train)
+    names = [data["dataset"]] if isinstance(data.get("dataset"), str) else []
+    for place in places:
+        found = _HUB_DATASET.match(str(place))
+        if found and found[1] not in names:
+            names.append(found[1])
+    return tuple(names)
 
 
 def base_path(base: str | None) -> str | None:

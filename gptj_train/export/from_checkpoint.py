@@ -21,7 +21,7 @@ from gptj_train.model.auto import class_of
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.lora import adapter_scale
 from gptj_train.training.model_files import ModelFiles
-from gptj_train.training.retention import newest_complete
+from gptj_train.training.retention import best_complete, newest_complete
 from gptj_train.weights.checkpoint_weights import CheckpointWeights, open_weights
 from gptj_train.weights.hf_writer import DTYPES, MAX_SHARD_BYTES
 from gptj_train.weights.manifest import Manifest
@@ -35,7 +35,8 @@ def export_checkpoint(
     """Write the export of a run as if it had ended at a checkpoint; one parameter or block is in memory at a time.
 
     Args:
-        run: a run folder, whose newest complete checkpoint is taken, or a ``step_...`` folder.
+        run: a run folder, whose best or newest complete checkpoint is taken, by its ``export_of``; or a ``step_...``
+            folder.
         folder: to write, which must not exist or be empty; None replaces ``export`` in the run folder.
         dtype: bf16, fp16 or fp32.
         shard_bytes: largest size of a weight file.
@@ -45,7 +46,8 @@ def export_checkpoint(
         ExportError: a check of the written folder failed; no new folder is left.
     """
     # resolve: run may be a link to a step folder, whose parents say which run it belongs to.
-    step_folder = newest_complete(run).resolve()
+    exports_best = _settings(Path(run)).get("export_of") == "best"
+    step_folder = (best_complete(run) if exports_best else newest_complete(run)).resolve()
     run_folder = step_folder.parent.parent
     if folder is None and step_folder.parent.name != "checkpoints":
         raise UserError(f"{step_folder} is not in a run's checkpoints folder; give output_dir=...")
@@ -57,8 +59,11 @@ def export_checkpoint(
     with torch.device("meta"):
         shapes = {name: parameter.shape for name, parameter in model_class(config).named_parameters()}
     settings = _settings(run_folder)
-    step, base = Manifest.read(step_folder).state["step"], settings.get("init_from")
+    state, base = Manifest.read(step_folder).state, settings.get("init_from")
+    step = state["step"]
     facts = progress(run_folder, base, until=step)
+    if state.get("best_step") == step:
+        facts["best"] = f"step {step}, {state['best_metric']} {state['best_value']:.4f}; the export is of it"
     chat = model_files.tokenizer.chat_template is not None
     with _open_model_weights(step_folder, settings) as weights:
         weights.match(shapes)

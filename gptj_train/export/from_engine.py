@@ -43,6 +43,7 @@ def export(
     shard_bytes: int = MAX_SHARD_BYTES,
     quantize: Quantization = "none",
     mean_rows: Mapping[int, Sequence[int]] | None = None,
+    until: int | None = None,
 ) -> Path:
     """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
@@ -58,6 +59,7 @@ def export(
         shard_bytes: largest size of a weight file.
         quantize: how the engine stores the base.
         mean_rows: embedding row -> rows whose mean the run put there.
+        until: the step that the weights are of; None: the last.
 
     Raises:
         ExportError: on all ranks, when a check fails; no new folder is left.
@@ -75,7 +77,7 @@ def export(
                 stored = _merged_into_stored(base, mean_rows or {}, trained, lora)
                 weights = ((name, stored.tensor(name)) for name in shapes)
                 expected = logits_of(stored, model_files.config, rows=len(live))
-            facts = dict(facts) | progress(target.parent, base)
+            facts = dict(facts) | progress(target.parent, base, until)
             chat = model_files.tokenizer.chat_template is not None
             report = write_verified(
                 target,
@@ -83,13 +85,13 @@ def export(
                 shapes,
                 dtype=DTYPES[dtype],
                 model_files=model_files,
-                facts=card_facts(facts, run=target.parent, base=base, chat=chat),
+                facts=card_facts(facts, run=target.parent, base=base, chat=chat, until=until),
                 expected=expected,
                 shard_bytes=shard_bytes,
             )
             if trained:
                 adapter = target.with_name("adapter")
-                about = card_facts(facts, run=target.parent, base=base, chat=chat, adapter=True)
+                about = card_facts(facts, run=target.parent, base=base, chat=chat, until=until, adapter=True)
                 _write_adapter_folder(adapter, trained, lora, model_files=model_files, base=base, facts=about)
             if quantize != "none":
                 report["logits"]["difference_of_quantized_base"] = round(relative_difference(live, expected), 4)

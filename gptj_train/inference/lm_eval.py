@@ -53,14 +53,21 @@ def run_tasks(
     unknown = sorted(set(tasks) - set(manager.all_tasks))
     if unknown:
         raise UserError(f"tasks: the harness has no {', '.join(unknown)}; add your own folder with include_path=DIR")
-    results = simple_evaluate(
-        HarnessModel(generator, batch_size),
-        tasks=tasks,
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        batch_size=batch_size,
-    )
+    try:
+        results = simple_evaluate(
+            HarnessModel(generator, batch_size),
+            tasks=tasks,
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            batch_size=batch_size,
+        )
+    except ConnectionError as error:
+        # The harness downloads the data of its tasks, with datasets.
+        raise UserError(
+            f"tasks: the data of {', '.join(tasks)} cannot be fetched ({error}); run this once where there is a "
+            "network, or give tasks with local files, include_path=DIR"
+        ) from None
     assert results is not None  # None only on ranks other than 0, and this is one process
     if output_dir is not None:
         Path(output_dir).mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -55,7 +56,11 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     composed = _composed(primary, overrides, own_configs, cls)
     adjust = getattr(cls, "adjust", None)
     if adjust is not None:
-        adjust(composed, {override.partition("=")[0].lstrip("+~") for override in overrides})
+        given = {}
+        for override in overrides:
+            key, _, value = override.partition("=")
+            given[key.lstrip("+~")] = value
+        adjust(composed, given)
     return validated(composed, cls)
 
 
@@ -67,8 +72,10 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     """
     # Hydra's compose() has no such option. Everything else is for Hydra: no --help here, no abbreviations.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config-dir", "-cd", type=Path)
-    known, others = parser.parse_known_args(list(arguments))
+    parser.add_argument("--config-dir", type=Path)
+    # Not as an option of the parser, which would take Hydra's -c for an abbreviation of it.
+    spelled_out = ["--config-dir" if argument == "-cd" else argument for argument in arguments]
+    known, others = parser.parse_known_args(spelled_out)
     if known.config_dir is not None and not known.config_dir.is_dir():
         raise UserError(f"--config-dir {known.config_dir}: no such folder; give the folder that holds config/NAME.yaml")
     return known.config_dir, others
@@ -159,17 +166,27 @@ def _explain(error: Exception, cls: type) -> str:
     """Return the user's line for an error of Hydra, OmegaConf or YAML."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
+        if group == "data":
+            return f"data={name}: files are data.train=FILES and data.validation=FILES"
         if group.split("/")[0] == "model":
             known = ", ".join(error.options)
             return f"no model named {name!r}; there are: {known}. These are shapes; weights are init_from=..."
-        return f"no {group or 'config'} named {name!r}; there are: {', '.join(error.options)}"
+        near = get_close_matches(name, error.options, n=1)
+        guess = f"did you mean {near[0]}? " if near else ""
+        return f"no {group or 'config'} named {name!r}; {guess}there are: {', '.join(error.options)}"
     # Hydra only mentions the key in its message; OmegaConf's error, its cause, has it as a field.
     unknown_key = getattr(error.__cause__, "full_key", None)
     if unknown_key:
         return unknown_key_message(unknown_key, cls)
+    # A group that the recipe does not have, such as model=gpt2 of recipes/generate.py.
+    no_group = re.match(r"Could not override '([^']+)'", str(error))
+    if no_group:
+        return unknown_key_message(no_group[1], cls)
     ambiguous = re.match(r"Ambiguous value for argument '(.*?)=(.*)'", str(error))
     if ambiguous:
         key, value = ambiguous.groups()
+        if key not in text_keys(cls) | list_keys(cls):
+            return f"{key}={value}: several values; for a list write '{key}=[{value}]', for a sweep add --multirun"
         text = shlex.quote(f'{key}="{value}"')
         return f"'{key}={value}' may be a list, {key}=[{value}], or a text with a comma, {text}"
     if isinstance(error, OverrideParseException):

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import cpuinfo
 
+from gptj_train.launch.ranks import ranks_on_host
+
 # Seconds. An extension takes about a minute on a free core; an older lock belongs to a process that was killed.
 _LONGEST_COMPILATION = 1800
 
@@ -63,8 +65,7 @@ def share_cores() -> None:
     """Set torch's threads to this rank's share of the host's cores, which an offloaded optimizer needs."""
     import torch
 
-    # LOCAL_WORLD_SIZE is set by torchrun and by ranks.py under srun, LOCAL_SIZE by the deepspeed launcher.
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    ranks_here = ranks_on_host()
     cores = usable_cores()
     # srun binds each task to its own cores by default: those are already this rank's share.
     already_shared = cores < int(os.environ.get("SLURM_CPUS_ON_NODE", "0")) and "SLURM_STEP_ID" in os.environ

@@ -34,6 +34,8 @@ class StopRequest:
 
     in_charge = False
     """Whether this process is in a training loop, which answers requests after its step."""
+    has_trained = False
+    """Whether this process has ended a training loop in good order: what follows it can be repeated."""
 
     def __init__(self, output_dir: str | Path, max_hours: float | None, rank: int) -> None:
         """``max_hours`` count from the start of this process."""
@@ -65,6 +67,7 @@ class StopRequest:
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         StopRequest.in_charge = False
+        StopRequest.has_trained = error is None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

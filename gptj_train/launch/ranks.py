@@ -19,6 +19,12 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"])
 
 
+def ranks_on_host() -> int:
+    """Return the number of ranks on this host; known before torch.distributed starts."""
+    # LOCAL_WORLD_SIZE is set by torchrun and by set_rank_variables under srun, LOCAL_SIZE by the deepspeed launcher.
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def set_rank_variables() -> None:
     """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher has not.
 
@@ -55,7 +61,7 @@ def _set_from_slurm(tasks: int) -> None:
     # Every rank must compute the same port, and two jobs on a node different ones.
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
     if "MASTER_ADDR" not in env and env.get("SLURM_NNODES", "1") != "1":
-        raise UserError("srun over several nodes needs MASTER_ADDR; submit the job with scripts/clm.sbatch")
+        raise UserError("srun over several nodes needs MASTER_ADDR; submit the job with scripts/train.sbatch")
 
 
 def _free_port() -> int:

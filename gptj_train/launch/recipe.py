@@ -22,6 +22,7 @@ from gptj_train.launch.exit_codes import EXIT_DONE, EXIT_MISTAKE, EXIT_PREEMPTED
 from gptj_train.launch.hub import with_local_folders
 from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals, launchers
 from gptj_train.launch.ranks import rank, set_rank_variables
+from gptj_train.launch.run_status import MOST_FRUITLESS, RunStatus
 
 T = TypeVar("T")
 
@@ -69,6 +70,7 @@ def recipe(
 
 
 def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one_process: bool) -> int:
+    RunStatus.current = None
     try:
         set_rank_variables()
         if one_process and rank() != 0:
@@ -87,7 +89,11 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
     except Preempted as reason:
         if rank() == 0:
             print(f"stopped: {reason}", file=sys.stderr, flush=True)
-        return _preempted()
+        return _preempted(str(reason))
+    except SystemExit as exit_:  # of _end_now
+        if exit_.code != EXIT_PREEMPTED:
+            raise
+        return _preempted("outside the training loop")
     except UserError as error:
         return _mistake(str(error))
     except OSError as error:
@@ -98,11 +104,21 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
 
 
 def _end_now(number: int, frame: FrameType | None) -> NoReturn:
-    """End a job that is not in its training loop: it prepares data, loads or exports, and a rerun does that again."""
+    """End a job that is not in its training loop: it prepares data, loads or exports, and a rerun does that again.
+
+    Before training, or after it has failed, only SIGUSR1, a scheduler's warning, asks for a rerun. SIGTERM may come
+    because another rank has failed, and then that is no preemption.
+    """
+    name = signal.Signals(number).name
+    code = EXIT_PREEMPTED if number == signal.SIGUSR1 or StopRequest.has_trained else 128 + number
     if os.environ.get("RANK", "0") == "0":
-        name = signal.Signals(number).name
-        print(f"stopped: {name} outside the training loop; rerun the same command", file=sys.stderr, flush=True)
-    sys.exit(_preempted())
+        if code == EXIT_PREEMPTED:
+            line = f"stopped: {name} outside the training loop; rerun the same command"
+        else:
+            line = f"ended by {name} outside the training loop, nothing was saved"
+        print(line, file=sys.stderr, flush=True)
+    _ignore_signals()
+    sys.exit(code)
 
 
 def _watch_launcher() -> None:
@@ -118,11 +134,25 @@ def _watch_launcher() -> None:
     os._exit(EXIT_PREEMPTED)
 
 
-def _preempted() -> int:
+def _preempted(reason: str) -> int:
+    """Return the exit code of a preempted job: that of a mistake where attempt after attempt makes no progress."""
+    _ignore_signals()
+    status = RunStatus.current
+    if status is None:
+        return EXIT_PREEMPTED
+    status.preempted(reason)
+    if not status.is_stuck:
+        return EXIT_PREEMPTED
+    return _mistake(
+        f"attempt {status.attempt} is the last of {MOST_FRUITLESS} in a row that saved no new checkpoint, so this job "
+        "is not to be queued again; give it a longer time limit, or see why its steps or saves take so long"
+    )
+
+
+def _ignore_signals() -> None:
     # Once the first rank has exited, the launcher sends SIGTERM to the others: it must not change their exit code.
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    return EXIT_PREEMPTED
 
 
 def _leave(code: int) -> NoReturn:
@@ -141,7 +171,10 @@ def _leave(code: int) -> NoReturn:
 def _mistake(message: str) -> int:
     number = os.environ.get("RANK", "0")
     if number != "0":
-        # Most mistakes occur on every rank. Then rank 0 prints the line and the launcher kills this process meanwhile.
+        # Most mistakes occur on every rank. Then rank 0 prints the line and the launcher kills this process meanwhile,
+        # whose code must not be higher than that of the mistake: srun returns the highest.
+        for signal_number in SIGNALS:
+            signal.signal(signal_number, lambda *_: os._exit(EXIT_MISTAKE))
         time.sleep(_LAUNCHER_KILLS_WITHIN)
         message = f"[rank {number}] {message}"
     one_line = " ".join(message.split())

@@ -15,6 +15,9 @@ _SWITCHES |= {"--shell-completion", "-sc", "--cfg", "-c"}
 _WITH_VALUE = {"--cfg", "-c", "--package", "-p", "--experimental-rerun"}
 _REPLACED = {"--config-path", "-cp", "--config-name", "-cn"}
 
+_NO_CHOICES = ("true", "false", "yes", "no", "on", "off", "1", "0", "null")
+"""Values that a group cannot take, and that Hydra answers with its internals."""
+
 _OWNER_OF_RECIPE = {"clm": "clm", "prepare_data": "clm", "classification": "classification", "qa": "qa"}
 """Recipes that take presets, and the recipe whose presets they take; ``plan`` takes all."""
 
@@ -58,18 +61,35 @@ def _check_override(argument: str, previous: str, following: str, cls: type, con
     key, equals, value = argument.partition("=")
     if key == "config" and equals:
         raise UserError(f"{argument}: presets are added with a plus; write +config={value or 'NAME'}")
-    if equals:
-        return
+    if key in ("preset", "+preset") or argument in ("config", "+config"):
+        raise UserError(f"{argument}: a preset is given as +config={value or following or 'NAME'}")
+    if key == "+config" and " " in value:
+        raise UserError(f"{argument!r} is one argument; leave out the quotes around several settings")
+    if equals and (configs / key).is_dir() and value.lower() in _NO_CHOICES:
+        choices = ", ".join(path.stem for path in sorted((configs / key).glob("*.yaml")))
+        raise UserError(f"{argument}: give one of its choices, {choices}")
+    if not equals:
+        _refuse_lone_word(argument, previous, following, cls, configs)
+
+
+def _refuse_lone_word(argument: str, previous: str, following: str, cls: type, configs: Path) -> None:
+    """Raise UserError for an argument without "=", with what was probably meant."""
     previous_key, _, previous_value = previous.lstrip("+").partition("=")
+    if previous_value.startswith("[") and argument.endswith("]"):
+        whole = shlex.quote(f"{previous}, {argument}")
+        raise UserError(f"{argument!r} stands alone: separate the elements of a list by commas, and quote it, {whole}")
     if previous_value and previous_key in text_keys(cls) | plain_text_keys(cls):
         # The shell splits at spaces that are not in quotes.
         whole = shlex.quote(f"{previous} {argument}")
         raise UserError(f"{argument!r} stands alone: quote a value with spaces, {whole}")
     if (configs / "config" / f"{argument}.yaml").is_file():
         raise UserError(f"{argument} is a preset; write +config={argument}")
-    if argument in keys_of(cls):
+    key = argument.removesuffix(":")  # as in YAML
+    if key in keys_of(cls):
+        if following.startswith("="):
+            raise UserError(f"{key}: write {key}={following[1:] or 'VALUE'}, without spaces around the =")
         value = following if "=" not in following else ""
-        raise UserError(f"{argument} has no value; {_right_spelling(argument, value, cls)}")
+        raise UserError(f"{key} has no value; {_right_spelling(key, value, cls)}")
     raise UserError(f"{argument!r} is no setting; write key=value, and see the keys with --help")
 
 
@@ -86,7 +106,7 @@ def _check_preset(argument: str, primary: str, configs: Path) -> None:
     key, _, name = argument.lstrip("+").partition("=")
     own = presets_of(primary, configs)
     if key == "config" and own and name not in own and (configs / "config" / f"{name}.yaml").is_file():
-        raise UserError(f"+config={name} is a preset of recipes/{_owner(name)}.py; choose one of {', '.join(own)}")
+        raise UserError(f"+config={name} is a preset of recipes/{owner_of(name)}.py; choose one of {', '.join(own)}")
 
 
 def presets_of(primary: str, configs: Path) -> list[str]:
@@ -96,10 +116,10 @@ def presets_of(primary: str, configs: Path) -> list[str]:
         return names
     if primary not in _OWNER_OF_RECIPE:
         return []
-    return [name for name in names if _owner(name) in (None, _OWNER_OF_RECIPE[primary])]
+    return [name for name in names if owner_of(name) in (None, _OWNER_OF_RECIPE[primary])]
 
 
-def _owner(preset: str) -> str | None:
+def owner_of(preset: str) -> str | None:
     """Return the recipe that a preset belongs to, by its name; None for one that suits all."""
     words = preset.split("_")
     for owner in ("classification", "qa"):

@@ -49,8 +49,11 @@ class Candidates:
 class BeamSearch:
     """One search over R prompts with K beams each; the model sees R * K rows, a prompt's beams side by side.
 
-    A row is done when it has K finished texts and its best running beam, at its present length, is no likelier
-    than the worst of them (Transformers' ``early_stopping=False``).
+    A row is done when it has K finished texts and, with ``early_stopping``
+
+    * True: at once;
+    * False: if its best running beam, at its present length, is no likelier than the worst of them;
+    * "never": if it would be no likelier at the length that favours it most.
     """
 
     def __init__(
@@ -64,8 +67,8 @@ class BeamSearch:
         generator: torch.Generator | None,
         cache: Any,
     ) -> None:
-        if criteria:
-            raise UserError("beam search takes neither stop_strings nor stopping_criteria; use num_beams=1")
+        if options.early_stopping not in (True, False, "never"):
+            raise UserError(f'early_stopping must be True, False or "never", got {options.early_stopping!r}')
         num_beams = options.num_beams
         rows = len(prompt.ids) // num_beams
         device = prompt.ids.device
@@ -73,6 +76,7 @@ class BeamSearch:
         self._options = options
         self._choice = choice
         self._next_logits = next_logits
+        self._criteria = criteria
         self._generator = generator
         self._cache = cache
         self._num_beams = num_beams
@@ -84,12 +88,15 @@ class BeamSearch:
         self._first_beams = torch.arange(rows, device=device)[:, None] * num_beams
         self._finished: list[list[Hypothesis]] = [[] for _ in range(rows)]
         self._done = [False] * rows
+        self._all_ended = False
         self._token_scores: list[Tensor] = []
 
     def output(self) -> Tensor | GenerateOutput:
         """Search, and return the best texts of each row, prompts included, filled up on the right."""
-        while self._length < self._prompt.max_length and not all(self._done):
+        while self._length < self._prompt.max_length and not all(self._done) and not self._all_ended:
             candidates = self._candidates()
+            # A criterion, unlike end tokens, may leave no candidate to extend.
+            self._all_ended = bool(candidates.ends.all())
             self._keep_finished(candidates)
             self._extend_beams(candidates)
             self._mark_done_rows()
@@ -136,13 +143,21 @@ class BeamSearch:
         else:
             best, index = sums.topk(count)
         tokens = index % vocabulary
+        beams = index // vocabulary + self._first_beams
+        ends = self._ends(beams, tokens, best)
+        return Candidates(scores=best, tokens=tokens, beams=beams, ends=ends)
+
+    def _ends(self, beams: Tensor, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Return which candidates end their text, (R, C) bool."""
         at_limit = self._length + 1 == self._prompt.max_length
-        return Candidates(
-            scores=best,
-            tokens=tokens,
-            beams=index // vocabulary + self._first_beams,
-            ends=torch.isin(tokens, self._prompt.end_ids) | at_limit,
-        )
+        ends = torch.isin(tokens, self._prompt.end_ids) | at_limit
+        if self._criteria:
+            texts = torch.cat((self._ids[beams.flatten()], tokens.view(-1, 1)), dim=1)
+            for criterion in self._criteria:
+                # One answer for the batch, or one for each candidate.
+                answer = torch.as_tensor(criterion(texts, scores.flatten()), device=ends.device)
+                ends = ends | answer.expand(ends.numel()).view_as(ends)
+        return ends
 
     def _keep_finished(self, candidates: Candidates) -> None:
         """Add the ending candidates to the finished texts, of which each row keeps the K best."""
@@ -172,9 +187,16 @@ class BeamSearch:
             self._cache.reorder_cache(beams)
 
     def _mark_done_rows(self) -> None:
+        stops_early = self._options.early_stopping
+        length = self._length
+        # A positive penalty raises the score of a longer text.
+        if stops_early == "never" and self._options.length_penalty > 0:
+            length = self._prompt.max_length
         for row, texts in enumerate(self._finished):
-            best_running = self._normalized(self._scores[row, 0].item(), self._length)
-            if len(texts) == self._num_beams and best_running <= texts[-1].score:
+            if len(texts) < self._num_beams:
+                continue
+            best_running = self._normalized(self._scores[row, 0].item(), length)
+            if stops_early is True or best_running <= texts[-1].score:
                 self._done[row] = True
 
     def _normalized(self, score: float, length: int) -> float:

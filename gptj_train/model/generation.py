@@ -32,6 +32,8 @@ class GenerationMixin:
     config: GPTJConfig
     generation_config: GenerationConfig
     get_input_embeddings: Callable[[], torch.nn.Embedding]
+    is_gradient_checkpointing: bool
+    training: bool
 
     def generate(
         self,
@@ -146,6 +148,12 @@ class GenerationMixin:
         if options.seed is not None:
             # A generator of its own leaves the global one, and so dropout and other draws, as they were.
             generator = torch.Generator(device=prompt.ids.device).manual_seed(options.seed)
+        cache = past_key_values
+        # Recomputed blocks keep no cache. Any other request knows its length, so that nothing is allocated later.
+        recomputes = self.is_gradient_checkpointing and self.training
+        if cache is None and options.use_cache and not recomputes:
+            embedded = prompt.mask.shape[1] - prompt.ids.shape[1]
+            cache = KVCache(room=embedded + prompt.max_length)
         kind = TokenLoop if options.num_beams == 1 else BeamSearch
         return kind(
             prompt,
@@ -154,7 +162,7 @@ class GenerationMixin:
             next_logits=partial(self._next_logits, inputs_embeds, options.use_cache),
             criteria=criteria,
             generator=generator,
-            cache=past_key_values,
+            cache=cache,
         )
 
     def _next_logits(

@@ -14,12 +14,33 @@ from gptj_train.errors import UserError
 
 FILE = "generation_config.json"
 
-# Keys that say where a file comes from, or what another kind of model does; they change nothing here.
+# Keys that say where a file comes from, what another kind of model does, or how an option works that is refused itself:
+# an assistant model, a static cache. They change nothing here.
 _WITHOUT_EFFECT = {
     *("transformers_version", "_from_model_config", "_commit_hash", "generation_kwargs", "decoder_start_token_id"),
-    *("is_assistant", "use_mtp", "use_model_defaults", "synced_gpus", "clean_up_tokenization_spaces"),
+    *("is_assistant", "use_mtp", "clean_up_tokenization_spaces", "disable_compile", "compile_config", "max_cache_len"),
+    *("num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "max_matching_ngram_size"),
 }
-_CACHES_LIKE_OURS = ("dynamic",)
+# Options of Transformers that are not offered, with the values besides None that switch them off: files of older
+# versions write all options out. For the others 0 and 1 are token ids, seconds or sizes.
+_OFF: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "guidance_scale", "num_beam_groups"), (1,)),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "min_p"), (0,)),
+    **dict.fromkeys(("suppress_tokens", "begin_suppress_tokens", "force_words_ids", "constraints"), ([],)),
+    "encoder_no_repeat_ngram_size": (0,),
+    "sequence_bias": ({}, []),
+    "cache_implementation": ("dynamic",),
+    "cache_config": ({},),
+    "use_model_defaults": (True,),
+    # Values that are True or a number, a text or an object.
+    **dict.fromkeys(("output_attentions", "output_hidden_states", "output_logits", "renormalize_logits"), (False,)),
+    **dict.fromkeys(("remove_invalid_values", "low_memory", "token_healing", "synced_gpus"), (False,)),
+    **dict.fromkeys(("max_time", "top_h", "forced_bos_token_id", "forced_eos_token_id", "dola_layers"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty", "watermarking_config", "prefill_chunk_size"), ()),
+    **dict.fromkeys(("assistant_early_exit", "prompt_lookup_num_tokens", "speculation_type"), ()),
+    "continuous_batching_config": (),
+}
 
 
 @dataclass
@@ -45,6 +66,7 @@ class GenerationConfig:
     stop_strings: str | list[str] | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    early_stopping: bool | str = False
     num_return_sequences: int = 1
     use_cache: bool = True
     bos_token_id: int | None = None
@@ -132,9 +154,10 @@ def option_names() -> set[str]:
 
 def changes_nothing(name: str, value: Any) -> bool:
     """Return whether an option that is not offered has no effect, or is switched off by its value."""
-    if name == "cache_implementation" and value in _CACHES_LIKE_OURS:
+    if value is None or name.startswith("_") or name in _WITHOUT_EFFECT:
         return True
-    return name.startswith("_") or name in _WITHOUT_EFFECT or value_is_off(value)
+    # False and True equal 0 and 1.
+    return any(value == off and isinstance(value, bool) == isinstance(off, bool) for off in _OFF.get(name, ()))
 
 
 def resolved(defaults: GenerationConfig, given: Any, options: Mapping[str, Any]) -> GenerationConfig:
@@ -145,7 +168,8 @@ def resolved(defaults: GenerationConfig, given: Any, options: Mapping[str, Any])
     Raises:
         UserError: options that are not offered; all of them are named, with the nearest one that is.
     """
-    unknown = sorted(name for name, value in options.items() if name not in option_names() and not value_is_off(value))
+    others = options.keys() - option_names()
+    unknown = sorted(name for name in others if not changes_nothing(name, options[name]))
     if unknown:
         close = get_close_matches(unknown[0], sorted(option_names()), n=1)
         hint = f"; did you mean {close[0]}?" if close else f"; it takes {', '.join(sorted(option_names()))}"
@@ -168,17 +192,9 @@ def resolved(defaults: GenerationConfig, given: Any, options: Mapping[str, Any])
     return config
 
 
-def value_is_off(value: Any) -> bool:
-    """Return whether a value switches an option off: older files of Transformers write all options out."""
-    if type(value) in (int, float):
-        # A penalty or probability of 1, a size of 0, one group. Not True, which equals 1.
-        return value in (0, 1)
-    return value is None or value is False or value in ([], {})
-
-
 # What an option has to be for its None.
 _NONE_MEANS: dict[str, Any] = {
     **{"min_length": 0, "do_sample": False, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0},
     **{"no_repeat_ngram_size": 0, "num_beams": 1, "length_penalty": 1.0, "num_return_sequences": 1, "use_cache": True},
-    **{"output_scores": False, "return_dict_in_generate": False},
+    **{"early_stopping": False, "output_scores": False, "return_dict_in_generate": False},
 }

@@ -186,12 +186,12 @@ class GPTJConfig(ConfigNames):
                 raise UserError(f"it is {instead}")
             values = read_json(path, _LARGEST_CONFIG)
         except (OSError, ValueError) as error:
-            advice = ""
+            advice = "; give the folder of a GPT-J, an export, or a hub id"
             if (Path(folder) / "export" / "config.json").is_file():
                 advice = f"; this is a run folder, use {Path(folder) / 'export'}"
             elif (Path(folder) / "checkpoints").is_dir():
                 advice = f"; this is a run folder: export it with recipes/export.py run={folder}, then use its export"
-            raise UserError(f"{path}: no readable GPT-J config.json here ({error}){advice}") from None
+            raise UserError(f"{path}: no readable GPT-J config.json here ({_reason(error)}){advice}") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise UserError(f"{path}: model_type must be 'gptj'")
         changed = field_values(cls, changes)
@@ -247,3 +247,8 @@ def _with_changes(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, 
     changes = dict(changes)
     extra = changes.pop("extra", {})
     return {**merged, **changes, **extra}
+
+
+def _reason(error: Exception) -> str:
+    """Return what is wrong with a file, without the path, which the message has already."""
+    return str(error.strerror) if isinstance(error, OSError) and error.strerror else str(error)

@@ -14,11 +14,16 @@ from gptj_train.errors import UserError
 class KVCache:
     """Keys and values of all past tokens, one pair of (B, N, T, H) tensors for each layer.
 
-    The first update of a layer is kept as it comes. Later ones are written behind it, into memory for twice the
-    tokens: appending a token then moves that token alone, where a concatenation would copy the whole past.
+    New tokens are written behind the past, into memory that is there already: appending a token moves that token
+    alone, where a concatenation would copy the whole past.
+
+    Args:
+        room: tokens that the memory of a layer holds, allocated by the layer's first update. 0 keeps this update as it
+            comes, and the next one allocates twice what it needs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, room: int = 0) -> None:
+        self._room = room
         self._keys: list[Tensor] = []  # (B, N, T, H), views of the memory's first T tokens
         self._values: list[Tensor] = []
         self._memory: dict[int, tuple[Tensor, Tensor]] = {}  # layer -> (B, N, room, H)
@@ -35,13 +40,18 @@ class KVCache:
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any) -> tuple[Tensor, Tensor]:
         """Append new keys and values (B, N, T, H) to a layer and return all of the layer's."""
-        if layer_idx == len(self._keys):
+        is_first = layer_idx == len(self._keys)
+        if is_first:
             self._keys.append(key_states)
             self._values.append(value_states)
-            return key_states, value_states
-        past_key, past_value = self[layer_idx]
         # Autograd, and a compiler's graph, keep the past as it was: nothing may be written into it.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        in_place = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if is_first:
+            if in_place and self._room > key_states.shape[2]:
+                self._allocate(layer_idx, self._room)
+            return self[layer_idx]
+        past_key, past_value = self[layer_idx]
+        if not in_place:
             key = torch.cat((past_key, key_states), dim=2)
             value = torch.cat((past_value, value_states), dim=2)
         else:
@@ -54,25 +64,34 @@ class KVCache:
         end = past + key.shape[2]
         memory = self._memory.get(layer)
         if memory is None or not _is_writable(memory[0], end):
-            memory = (_with_room(self._keys[layer], 2 * end), _with_room(self._values[layer], 2 * end))
-            self._memory[layer] = memory
-        keys, values = memory
+            self._allocate(layer, 2 * end)
+        keys, values = self._memory[layer]
         keys[:, :, past:end] = key
         values[:, :, past:end] = value
         return keys[:, :, :end], values[:, :, :end]
 
+    def _allocate(self, layer: int, room: int) -> None:
+        """Move a layer into memory for so many tokens."""
+        key, value = self[layer]
+        length = key.shape[2]
+        keys, values = _with_room(key, room), _with_room(value, room)
+        self._memory[layer] = keys, values
+        self._keys[layer], self._values[layer] = keys[:, :, :length], values[:, :, :length]
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Select batch rows: row i of the cache becomes the former ``beam_idx[i]``."""
         for layer in range(len(self)):
+            key, value = self[layer]
+            # Only the tokens that are there move, not the room behind them.
+            new_key, new_value = key.index_select(0, beam_idx), value.index_select(0, beam_idx)
             memory = self._memory.get(layer)
-            if memory is None:
-                self._keys[layer] = self._keys[layer][beam_idx]
-                self._values[layer] = self._values[layer][beam_idx]
-                continue
-            length = self.get_seq_length(layer)
-            keys, values = (whole.index_select(0, beam_idx) for whole in memory)
-            self._memory[layer] = keys, values
-            self._keys[layer], self._values[layer] = keys[:, :, :length], values[:, :, :length]
+            same_rows = len(beam_idx) == len(key)
+            if memory is not None and same_rows and _is_writable(memory[0], key.shape[2]):
+                key.copy_(new_key)
+                value.copy_(new_value)
+            else:
+                self._memory.pop(layer, None)
+                self._keys[layer], self._values[layer] = new_key, new_value
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first tokens; a negative length counts from the end."""

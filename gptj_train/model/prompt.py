@@ -114,7 +114,10 @@ def _length_limit(prompt_length: int, max_length: int | None, max_new_tokens: in
         # Only the default gives way to n_positions; a limit that the user gave is never cut silently.
         limit = min(prompt_length + _DEFAULT_NEW_TOKENS, n_positions)
     if limit <= prompt_length:
-        raise UserError(f"max_length {limit} leaves no room after the prompt of {prompt_length} tokens")
+        raise UserError(f"max_length {limit} leaves no room after the prompt of {prompt_length} tokens; raise it")
     if limit > n_positions:
-        raise UserError(f"prompt plus new tokens ({limit}) exceed the model's n_positions ({n_positions})")
+        raise UserError(
+            f"prompt plus new tokens ({limit}) exceed the model's n_positions ({n_positions}); shorten the prompt, or "
+            "lower max_new_tokens"
+        )
     return limit

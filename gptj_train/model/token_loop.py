@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gptj_train.model.generation_config import GenerationConfig
 from gptj_train.model.outputs import GenerateOutput
@@ -21,7 +22,7 @@ class TokenLoop:
     """One run of greedy or sampled generation, an iterator over columns of tokens (B).
 
     Attributes:
-        ids: (B, T) the texts so far.
+        ids: (B, T) the texts so far, a view of memory for the longest text.
     """
 
     def __init__(
@@ -35,6 +36,10 @@ class TokenLoop:
         generator: torch.Generator | None,
         cache: Any,
     ) -> None:
+        new_tokens = prompt.max_length - prompt.ids.shape[1]
+        # Filled in place: a concatenation for each token would copy the whole text each time.
+        self._texts = F.pad(prompt.ids, (0, new_tokens), value=prompt.filler)
+        self._mask = F.pad(prompt.mask, (0, new_tokens), value=1)
         self.ids = prompt.ids
         self._prompt = prompt
         self._options = options
@@ -48,17 +53,19 @@ class TokenLoop:
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
         prompt = self._prompt
-        mask = prompt.mask
+        embedded = prompt.mask.shape[1] - prompt.ids.shape[1]
         finished = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         while self.ids.shape[1] < prompt.max_length and not finished.all():
+            length = self.ids.shape[1]
+            mask = self._mask[:, : embedded + length]
             logits, self._cache = self._next_logits(self.ids, mask, self._cache)
-            scores = self._choice.scores(logits, self.ids, mask[:, mask.shape[1] - self.ids.shape[1] :])
+            scores = self._choice.scores(logits, self.ids, mask[:, embedded:])
             if self._options.output_scores:
                 self._scores.append(scores)
             token = self._choice.pick(scores, self._generator)
             token = token.masked_fill(finished, prompt.filler)
-            self.ids = torch.cat((self.ids, token[:, None]), dim=1)
-            mask = torch.cat((mask, mask.new_ones(len(token), 1)), dim=1)
+            self._texts[:, length] = token
+            self.ids = self._texts[:, : length + 1]
             finished = finished | torch.isin(token, prompt.end_ids)
             for criterion in self._criteria:
                 # One answer for the batch, or one for each row.
@@ -67,10 +74,12 @@ class TokenLoop:
 
     def output(self) -> Tensor | GenerateOutput:
         """Return the texts so far as the options ask for them."""
+        # Without the memory of a text that ended early.
+        sequences = self.ids.clone()
         if not self._options.return_dict_in_generate:
-            return self.ids
+            return sequences
         return GenerateOutput(
-            sequences=self.ids,
+            sequences=sequences,
             scores=tuple(self._scores) if self._options.output_scores else None,
             past_key_values=self._cache,
         )

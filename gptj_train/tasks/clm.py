@@ -87,12 +87,6 @@ class CausalLM:
             batches.append(self._batch([components[number][window] for number, window in rows]))
         return batches
 
-    def epochs(self, steps: int) -> str:
-        """Describe how often this number of steps visits the data, or each component of a mixture."""
-        assert self._sampler is not None
-        epochs = zip(self._train, self._sampler.epochs(steps), strict=True)
-        return ", ".join(f"{name} {count:.2f}".strip() for name, count in epochs)
-
     def evaluation_batches(self, rank: int, world_size: int) -> Iterator[EvaluationBatch]:
         for component, windows in self._held_out.items():
             # One component after the other, so that a batch's loss belongs to one.

@@ -7,6 +7,7 @@ from textwrap import shorten
 
 import numpy as np
 
+from gptj_train.counted import counted
 from gptj_train.data.labelled import LabelledRows
 
 
@@ -16,7 +17,7 @@ def label_facts(train: LabelledRows, validation: LabelledRows | None, names: Seq
     The baseline is what a constant answer reaches, the best one for the training data: a model below it has learned
     nothing.
     """
-    facts = {"data": f"{_texts(len(train))} to train on, {len(validation or ()):,} held out"}
+    facts = {"data": f"{counted(len(train), 'text')} to train on, {len(validation or ()):,} held out"}
     if train.labels.ndim == 1:
         counts = np.bincount(train.labels, minlength=len(names))
         facts["labels"] = f"{len(names)}: {_counted(dict(zip(names, counts.tolist(), strict=True)))}"
@@ -36,12 +37,10 @@ def label_facts(train: LabelledRows, validation: LabelledRows | None, names: Seq
     cut = train.truncated + (0 if validation is None else validation.truncated)
     if cut:
         rows = len(train) + len(validation or ())
-        facts["truncated"] = f"{cut:,} of {_texts(rows)} are longer than sequence_length; their end is not read"
+        facts["truncated"] = (
+            f"{cut:,} of {counted(rows, 'text')} are longer than sequence_length; their end is not read"
+        )
     return facts
-
-
-def _texts(count: int) -> str:
-    return f"{count:,} text" if count == 1 else f"{count:,} texts"
 
 
 def _counted(counts: Mapping[str, int]) -> str:

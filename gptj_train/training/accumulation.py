@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 
 
@@ -18,6 +19,6 @@ def accumulation_steps(global_batch_size: int, micro_batch_size: int, world_size
         nearest = max(windows_at_once, round(global_batch_size / windows_at_once) * windows_at_once)
         raise UserError(
             f"global_batch_size {global_batch_size} does not divide into micro_batch_size {micro_batch_size} "
-            f"x {world_size} ranks; the nearest that does is global_batch_size={nearest}"
+            f"x {counted(world_size, 'rank')}; the nearest that does is global_batch_size={nearest}"
         )
     return global_batch_size // windows_at_once

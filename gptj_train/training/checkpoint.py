@@ -48,6 +48,8 @@ class Checkpoints:
     def __init__(self, output_dir: str | Path, *, keep: int, keep_every: int, model_files: ModelFiles) -> None:
         self._output_dir, self._keep, self._keep_every = output_dir, keep, keep_every
         self._model_files = model_files
+        self.has_saved = False
+        """Whether this process has written a checkpoint."""
 
     def save(self, engine: Engine, state: TrainState) -> Path:
         """Write a checkpoint and remove old ones. Collective.
@@ -90,9 +92,10 @@ class Checkpoints:
                 shutil.rmtree(scratch, ignore_errors=True)
             raise
         if first_rank:
-            prune(target, self._keep, self._keep_every)
+            prune(target, self._keep, self._keep_every, state.best_step)
         # No rank may train on, and perhaps save again, while rank 0 removes folders.
         engine.wait()
+        self.has_saved = True
         return target
 
     def _commit(
@@ -173,6 +176,20 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
     # Ranks may see different folders on a slow network disk; all must take the same one.
     folders = engine.gathered([folders])[0]
     folder = _first_undamaged(engine, folders, note)
+    train_state = _restore(engine, folder)
+    note(f"resuming from {folder}")
+    return train_state
+
+
+def load_weights(engine: Engine, folder: Path) -> str:
+    """Restore the engine from one checkpoint, for its weights; return why it cannot be used, or "". Collective."""
+    damage = _find_damage(engine, folder)
+    if not damage:
+        _restore(engine, folder)
+    return damage
+
+
+def _restore(engine: Engine, folder: Path) -> TrainState:
     manifest = Manifest.read(folder)
     _check_same_model(engine, manifest, folder)
     train_state = _train_state(manifest, folder)
@@ -187,7 +204,6 @@ def load(engine: Engine, folders: list[Path], note: Callable[[str], None]) -> Tr
         for section in state.sections:
             _fill_section(section, readers)
     state.set_counters(manifest.optimizer)
-    note(f"resuming from {folder}")
     return train_state
 
 

@@ -130,6 +130,7 @@ class Engine:
                     mean_rows=mean_rows or {},
                     new_head_allowed=bool(plan.new_head_allowed),
                     lora=lora,
+                    share=(self.rank, self.world_size),
                 )
                 initial = stack.enter_context(opened)
                 if self.rank == 0:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.tasks.task import Task
 from gptj_train.training.engine import Engine
@@ -49,9 +50,9 @@ class Health:
         if state.skipped_in_a_row < self._max_skipped_steps:
             return f"step {state.step}: {found}: non-finite, update skipped"
         raise UserError(
-            f"step {state.step}: {found}: non-finite for {state.skipped_in_a_row} steps in a row (max_skipped_steps), "
-            f"no update since step {state.step - state.skipped_in_a_row}; lower optim.lr, raise optim.warmup_steps, "
-            "set engine.precision to bf16 or fp32, or correct the data named above; "
+            f"step {state.step}: {found}: non-finite for {counted(state.skipped_in_a_row, 'step')} in a row "
+            f"(max_skipped_steps), no update since step {state.step - state.skipped_in_a_row}; lower optim.lr, "
+            "raise optim.warmup_steps, set engine.precision to bf16 or fp32, or correct the data named above; "
             f"{way_back(self._output_dir)}"
         )
 

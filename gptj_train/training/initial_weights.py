@@ -88,6 +88,7 @@ def open_initial_weights(
     trained: Mapping[str, Size],
     mean_rows: Mapping[int, Sequence[int]],
     new_head_allowed: bool,
+    share: tuple[int, int],
     lora: LoraConfig | None = None,
 ) -> Iterator[InitialWeights]:
     """Open a folder of weights and check that they are this model's; nothing is read yet.
@@ -97,6 +98,7 @@ def open_initial_weights(
         mean_rows: embedding row -> rows whose mean initializes it.
         new_head_allowed: the folder may be another task's, whose head is left.
         lora: names the adapter folder to start from, if any.
+        share: (rank, ranks); each verifies its share of a checkpoint's files.
 
     Raises:
         UserError: missing or unexpected tensors, other shapes, moments of another model, or other adapters.
@@ -105,7 +107,8 @@ def open_initial_weights(
     # A model whose head is tied to the embedding has no such parameter; its folder may store one all the same.
     tied = frozenset({"lm_head.weight"}) - wanted.keys()
     with ExitStack() as stack:
-        weights: StoredWeights = stack.enter_context(WithMeanRows(open_weights(folder), mean_rows))
+        opened = open_weights(folder, share=share)
+        weights: StoredWeights = stack.enter_context(WithMeanRows(opened, mean_rows))
         names = weights.match(wanted, tied, new_head_allowed)
         moments = None
         if trained == shapes:  # adapters and frozen weights have no moments in a folder

@@ -19,7 +19,8 @@ _LEAST_EPS = 1e-37
 class OptimConfig:
     """AdamW (arXiv 1711.05101) on fp32 master weights, and its learning-rate schedule.
 
-    Steps are optimizer steps. ``decay_steps`` belongs to ``wsd``: the length of its final decay.
+    Steps are optimizer steps. ``warmup_steps`` replaces ``warmup_ratio``, a share of the run. ``decay_steps`` belongs
+    to ``wsd``: the length of its final decay.
     """
 
     lr: float
@@ -29,7 +30,8 @@ class OptimConfig:
     weight_decay: float
     clip_norm: float
     schedule: Literal["cosine", "linear", "constant", "wsd"]
-    warmup_steps: int
+    warmup_ratio: float
+    warmup_steps: int | None
     decay_steps: int
     final_lr_ratio: float
 
@@ -43,8 +45,11 @@ class OptimConfig:
         if self.eps < _LEAST_EPS:
             raise UserError(f"eps must be above 0 (at least {_LEAST_EPS:g}), got {self.eps}")
         for name in ("warmup_steps", "decay_steps", "clip_norm", "weight_decay", "final_lr_ratio"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name} must be 0 or more, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise UserError(f"{name} must be 0 or more, got {value}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise UserError(f"warmup_ratio must be at least 0 and below 1, got {self.warmup_ratio}")
 
 
 def decay_groups(model: nn.Module, weight_decay: float, lora_lr_ratio: float = 1.0) -> list[dict[str, Any]]:

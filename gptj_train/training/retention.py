@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from gptj_train.atomic_write import remove_folder
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
 
@@ -69,6 +70,23 @@ def newest_complete(run: str | Path) -> Path:
     raise UserError(f"{run}: {reason}")
 
 
+def best_complete(run: str | Path) -> Path:
+    """Return the checkpoint of a run's best evaluation, or the newest one if it has no evaluation.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    newest = newest_complete(run)
+    best_step = Manifest.read(newest).state.get("best_step", -1)
+    if best_step < 0 or newest == Path(run):
+        return newest
+    best = step_folder(run, best_step)
+    reason = why_incomplete(best)
+    if reason:
+        raise UserError(f"the best checkpoint cannot be used: {reason}; name another one: {newest}")
+    return best
+
+
 def why_incomplete(folder: Path) -> str:
     """Return why a checkpoint is incomplete; empty if all files have the sizes in its manifest."""
     try:
@@ -109,7 +127,7 @@ def later_than(output_dir: str | Path, step: int) -> list[Path]:
 # --- remove ---
 
 
-def prune(newest: Path, keep: int, keep_every: int) -> None:
+def prune(newest: Path, keep: int, keep_every: int, best_step: int = -1) -> None:
     """Remove the checkpoints that need not stay beside a new one, which has been verified.
 
     A checkpoint whose last step was skipped removes no good one: its weights may have exploded.
@@ -117,6 +135,7 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
     Args:
         keep: newest checkpoints that stay.
         keep_every: checkpoints of every so many steps stay as well; 0 for none.
+        best_step: step of the best evaluation, whose checkpoint stays; -1 for none.
     """
     folders = _step_folders(newest.parent)
     # Only complete ones count: a damaged checkpoint must not push out a good one.
@@ -128,7 +147,7 @@ def prune(newest: Path, keep: int, keep_every: int) -> None:
         # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
         removable += [folder for folder in folders if folder.name > newest.name]
     for folder in removable:
-        if not _is_permanent(folder, keep_every):
+        if not _is_permanent(folder, keep_every) and _step_of(folder) != best_step:
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
@@ -145,12 +164,14 @@ def check_space(
     save_every: int,
     keep: int,
     keep_every: int,
+    best_every: int = 0,
 ) -> None:
     """Check before a run begins that the disk will hold its checkpoints.
 
     Args:
         shapes: of the trained parameters.
         steps: that are still to be done, counted from 0.
+        best_every: steps between evaluations that may save the best; 0 for none.
 
     Raises:
         UserError: it will not.
@@ -163,6 +184,7 @@ def check_space(
         save_every=save_every,
         keep=keep,
         keep_every=keep_every,
+        best_every=best_every,
         existing=len(removable),
     )
     # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
@@ -172,35 +194,49 @@ def check_space(
     available = shutil.disk_usage(existing_parent).free + freed
     if most * size > available:
         raise UserError(
-            f"{output_dir}: {most} checkpoints of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of disk, "
-            f"{available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or give another output_dir"
+            f"{output_dir}: {counted(most, 'checkpoint')} of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of "
+            f"disk, {available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or "
+            "give another output_dir"
         )
 
 
 def disk_needed(
-    trained: int, *, steps: range, save_every: int, keep: int, keep_every: int, existing: int = 0
+    trained: int,
+    *,
+    steps: range,
+    save_every: int,
+    keep: int,
+    keep_every: int,
+    best_every: int = 0,
+    existing: int = 0,
 ) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and how many checkpoints are on disk at most at a time.
 
     Args:
         trained: number of trained parameters.
         steps: that are still to be done, counted from 0.
+        best_every: steps between evaluations that may save the best; 0 for none.
         existing: checkpoints that are there already and may be removed.
     """
     size = 4 * len(KINDS) * trained
     if not steps:
         return size, 0
     # By arithmetic, since a long run has millions of steps. The end of a run is always saved.
-    saves = _multiples(save_every, steps)
-    ends_between = not save_every or steps.stop % save_every != 0
-    saves += ends_between
+    ends_between = not any(every and steps.stop % every == 0 for every in (save_every, best_every))
+    saves = _multiples_of_either(save_every, best_every, steps) + ends_between
     permanent = 0
     if keep_every:
-        if save_every:
-            permanent = _multiples(math.lcm(save_every, keep_every), steps)
+        # lcm with 0 is 0, which has no multiples.
+        of_saves, of_best = math.lcm(save_every, keep_every), math.lcm(best_every, keep_every)
+        permanent = _multiples_of_either(of_saves, of_best, steps)
         permanent += ends_between and steps.stop % keep_every == 0
-    # keep + 1: the oldest is removed only after the new one has been verified.
-    return size, min(existing + saves - permanent, keep + 1) + permanent
+    # keep + 1: the oldest is removed only after the new one has been verified. The best stays beside them.
+    most = keep + 1 + (best_every > 0)
+    return size, min(existing + saves - permanent, most) + permanent
+
+
+def _multiples_of_either(first: int, second: int, steps: range) -> int:
+    return _multiples(first, steps) + _multiples(second, steps) - _multiples(math.lcm(first, second), steps)
 
 
 def _multiples(number: int, steps: range) -> int:

@@ -20,6 +20,12 @@ class TrainState:
         next_batch: as of the last save, a hash of the batch that comes next.
         settings: as of the last save, the config.
         wandb_id: as of the last save, the id of the Weights & Biases run.
+        schedule: start and end of each cycle of the learning rate (``schedule.Cycles``).
+        data: as of the last save, what decides the batches: settings, tokenizer and files.
+        best_metric: what ``best_value`` is a value of.
+        best_value: the best of all evaluations after step 0; None before the first.
+        best_step: its step; -1 before the first.
+        evaluations_since_best: evaluations that were no better.
     """
 
     step: int = 0
@@ -31,3 +37,9 @@ class TrainState:
     next_batch: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
     wandb_id: str | None = None
+    schedule: list[list[int]] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    best_metric: str = ""
+    best_value: float | None = None
+    best_step: int = -1
+    evaluations_since_best: int = 0

@@ -4,32 +4,39 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
 
-from gptj_train.data.sampler import fingerprint
+from gptj_train.counted import counted
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted, StopRequest
 from gptj_train.launch.run_folder import RunFolder
 from gptj_train.launch.watchdog import Watchdog
 from gptj_train.tasks.task import Task, count_tokens
 from gptj_train.tracking import Tracker
-from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, load
+from gptj_train.training.best import count_evaluation
+from gptj_train.training.checkpoint import Checkpoints, load_weights
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health, non_finite_rows
-from gptj_train.training.retention import check_space, later_than, way_back
-from gptj_train.training.schedule import lr_at
+from gptj_train.training.resuming import next_batch, resumed_state
+from gptj_train.training.retention import step_folder
+from gptj_train.training.saving import Saving
+from gptj_train.training.schedule import lr_in
 from gptj_train.training.state import TrainState
-from gptj_train.training.trainer_config import TrainerConfig, changed_settings, check_not_past, is_due, numeric_settings
+from gptj_train.training.trainer_config import TrainerConfig, is_due, numeric_settings
 
 _UNTIMED_SAVE = 300.0  # seconds to reserve for a save before the first has been timed
 
 
 class Trainer:
-    """Trains a task's model to ``max_steps``, with evaluations and checkpoints in between."""
+    """Trains a task's model to ``max_steps``, with evaluations and checkpoints in between.
+
+    Attributes:
+        ended: why the run ended before ``max_steps``, though not by a request to stop; None if it did not.
+    """
 
     def __init__(
         self,
@@ -40,22 +47,25 @@ class Trainer:
         checkpoints: Checkpoints,
         tracker: Tracker,
         folder: RunFolder | None = None,
+        data: Mapping[str, Any] | None = None,
     ) -> None:
+        """``data`` is what decides the batches, by name (``data.identity``); rank 0's counts."""
         self.config = config
         self.engine = engine
         self.task = task
-        self.checkpoints = checkpoints
         self.tracker = tracker
-        self.state = TrainState()
+        self.state = TrainState(schedule=[[0, config.steps]])
+        self.ended: str | None = None
+        self._data = dict(data or {})
         self._folder = folder
         self._health = Health(config.max_skipped_steps, config.output_dir)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank)
         self._request = StopRequest(config.output_dir, config.max_hours, engine.rank)
         self._stopping = False  # the same on all ranks
         self._step_seconds = 0.0
-        self._saved: int | None = None  # step of the last checkpoint
-        self._last_attempt = 0  # step of the last save, failed or not
-        self._save_seconds: float | None = None  # the longest save so far
+        self._saving = Saving(
+            config=config, engine=engine, checkpoints=checkpoints, tracker=tracker, watchdog=self._watchdog
+        )
 
     def train(self, resume_from: Sequence[Path] = ()) -> None:
         """Run to ``max_steps``, from scratch or from the first intact checkpoint of some. Collective.
@@ -71,41 +81,53 @@ class Trainer:
             if resume_from:
                 with self._watchdog.paused():
                     self.resume(resume_from)
-                self._saved = self.state.step
-            self._last_attempt = self.state.step
-            self._check_space()
+                self._saving.saved = self.state.step
+            self._saving.begin(self.state.step)
             evaluated = self.state.evaluated == self.state.step
-            self.tracker.start(self.state.step, config.max_steps, self.state.wandb_id, evaluated=evaluated)
-            self._announce_abandoned()
+            self.tracker.start(self.state.step, config.steps, self.state.wandb_id, evaluated=evaluated)
+            self._saving.announce_abandoned(self.state.step)
             # Before the first step, for a baseline; after a resume, if the evaluation of this step was cut short.
             if self._evaluation_due():
                 self.evaluate()
-            while self.state.step < config.max_steps and not self._stopping:
+                if self._saving.best_is_new:
+                    self.save()  # the checkpoint of this step was saved before its evaluation
+            self._check_patience()
+            while self.state.step < config.steps and not self._stopping and not self.ended:
                 self.tracker.step(self.train_step())
                 # Evaluate before saving, so that a checkpoint knows that its evaluation is done.
                 if self._evaluation_due():
                     self.evaluate()
-                if not self._stopping and self._save_due():
+                    self._check_patience()
+                if not self._stopping and (self.ended or self._saving.is_due(self.state)):
                     self.save()
             if self._stopping:
                 self._end_early()
 
-    def _check_space(self) -> None:
-        config, steps = self.config, range(self.state.step, self.config.max_steps)
-        check_space(
-            config.output_dir,
-            self.engine.trained,
-            steps=steps,
-            save_every=config.save_every,
-            keep=config.keep_checkpoints,
-            keep_every=config.keep_every,
+    def _check_patience(self) -> None:
+        state, config = self.state, self.config
+        if config.patience is None or state.evaluations_since_best < config.patience or state.step == config.steps:
+            return
+        self.ended = (
+            f"patience={config.patience}: no better {config.best_metric} in "
+            f"{counted(state.evaluations_since_best, 'evaluation')} since step {state.best_step}"
         )
+        self.tracker.note(f"{self.ended}; ended after step {state.step} of {config.steps}")
 
-    def _announce_abandoned(self) -> None:
-        later = later_than(self.config.output_dir, self.state.step)
-        if later:
-            names = ", ".join(folder.name for folder in later)
-            self.tracker.note(f"the next checkpoint replaces {names}, of an abandoned run")
+    def take_best(self) -> int:
+        """Put the weights to export into the engine: those of the best evaluation with ``export_of=best``. Collective.
+
+        Returns:
+            The step that the weights are of. They are the last ones if there was no evaluation, or if the best
+            checkpoint cannot be used, which is printed.
+        """
+        state = self.state
+        if self.config.export_of == "last" or state.best_step in (-1, state.step):
+            return state.step
+        damage = load_weights(self.engine, step_folder(self.config.output_dir, state.best_step))
+        if damage:
+            self.tracker.note(f"the best checkpoint cannot be exported: {damage}; exporting step {state.step} instead")
+            return state.step
+        return state.best_step
 
     def resume(self, folders: Sequence[Path]) -> None:
         """Load the first intact checkpoint of some. Collective.
@@ -113,24 +135,9 @@ class Trainer:
         Raises:
             UserError: none is intact, or the next batch is not the one that the checkpoint expects.
         """
-        self.state = load(self.engine, list(folders), self.tracker.note)
-        check_not_past(self.state.step, self.config.max_steps)
-        # Config or data may have been corrected: the run gets all its attempts again.
-        self.state.skipped_in_a_row = 0
-        # A resumed run must continue the straight one: other data or another order is never silent.
-        if self.state.next_batch != self._next_batch():
-            raise UserError(
-                f"step {self.state.step} would see other data than the checkpoint expects; restore data (files, "
-                "weights, packing, isolate), tokenizer, seed, sequence_length and global_batch_size, or start a new "
-                "run with init_from=<that checkpoint> and another output_dir"
-            )
-        changed = changed_settings(self.state.settings, self.config)
-        if changed:
-            self.tracker.note(f"changed since the checkpoint: {', '.join(changed)}")
-
-    def _next_batch(self) -> str:
-        """Return the hash of the next global batch, the same on any number of ranks."""
-        return fingerprint(self.task.training_batches(self.state.step, rank=0, world_size=1))
+        self.state = resumed_state(
+            self.engine, folders, config=self.config, task=self.task, data=self._data, note=self.tracker.note
+        )
 
     def train_step(self) -> dict[str, float]:
         """Run one optimizer step over the global batch; return its line for metrics.jsonl. Collective.
@@ -151,7 +158,7 @@ class Trainer:
             raise UserError(f"step {step + 1}: no token of the global batch is a training target; check the data")
 
         # Learning rate and dropout are functions of the step: a resumed run restores no random state.
-        lr = lr_at(step, self.config.max_steps, self.config.optim)
+        lr = lr_in(self.state.schedule, step, self.config.optim)
         torch.manual_seed(hash((self.config.seed, step, engine.rank)))
 
         # Forward and backward of each micro-batch; the last engine.step() clips and updates.
@@ -223,6 +230,8 @@ class Trainer:
         if not records:
             return {}
         metrics = self.task.metrics(records)
+        is_best = count_evaluation(self.state, metrics, self.config.best_metric)
+        self._saving.best_is_new = is_best and self.config.export_of == "best"
         if self.engine.rank == 0:
             try:
                 self.task.write_predictions(self.config.output_dir)
@@ -233,68 +242,39 @@ class Trainer:
 
     def _evaluation_due(self) -> bool:
         step, config = self.state.step, self.config
-        due = step in (0, config.max_steps) or is_due(step, config.eval_every)
+        due = step in (0, config.steps) or is_due(step, config.eval_every)
         return due and self.state.evaluated != step and not self._stopping
 
-    def _save_due(self) -> bool:
-        step, config = self.state.step, self.config
-        if step == config.max_steps:
-            return True
-        if not config.save_every or self.state.skipped_in_a_row:
-            # After a skipped step weights may have exploded: the save waits for the next step that counts.
-            return False
-        return step // config.save_every > self._last_attempt // config.save_every
-
     def save(self) -> None:
-        """Write a checkpoint; a failed one is reported, and ends the run only with ``failed_save=stop``. Collective.
-
-        Raises:
-            UserError: non-finite weights or moments, which no checkpoint may hold.
-        """
+        """Write a checkpoint. Collective. See ``Saving.save``."""
         state = self.state
-        self._last_attempt = state.step
-        if not self.engine.holds_only_finite():
-            raise UserError(
-                f"step {state.step}: weights or moments are non-finite and were not saved; lower optim.lr or set "
-                f"optim.clip_norm; {way_back(self.config.output_dir)}"
-            )
-        state.next_batch = self._next_batch()
+        state.next_batch = next_batch(self.task, state.step)
         state.settings = numeric_settings(self.config)
+        state.data = self._data
         state.wandb_id = self.tracker.wandb_id or state.wandb_id
-        began = time.monotonic()
-        try:
-            with self._watchdog.paused():
-                folder = self.checkpoints.save(self.engine, state)
-        except SaveFailedError as error:
-            if self.config.failed_save == "stop":
-                raise
-            self.tracker.note(f"step {state.step} was not saved: {error}; continuing, earlier checkpoints are intact")
-            return
-        self._saved = state.step
-        self._save_seconds = max(self._save_seconds or 0.0, time.monotonic() - began)
-        self.tracker.note(f"saved {folder}")
-        if state.skipped_in_a_row:
-            self.tracker.note("its last step was skipped, so that it does not count as good: no other was removed")
+        self._saving.save(state)
 
     # --- preemption ---
 
     def _reason(self) -> str | None:
         """Return why this rank would end the run now, or None."""
-        save_seconds = _UNTIMED_SAVE if self._save_seconds is None else self._save_seconds
+        save_seconds = _UNTIMED_SAVE if self._saving.seconds is None else self._saving.seconds
         return self._request.reason(self._step_seconds, save_seconds)
 
     def _end_early(self) -> NoReturn:
         """Save, if there is something to save and time for it, and raise Preempted. Collective."""
-        answers = self.engine.gathered([(self._reason(), self._request.leaves_time_for(self._save_seconds or 0.0))])
+        answers = self.engine.gathered([(self._reason(), self._request.leaves_time_for(self._saving.seconds or 0.0))])
         # The ranks' clocks differ: they save only if all of them have the time, or some would wait for the others.
         in_time = all(leaves_time for _, leaves_time in answers)
-        if (self._saved or 0) < self.state.step and in_time:
+        saved = self._saving.saved
+        if (saved or 0) < self.state.step and in_time:
             self.save()
+            saved = self._saving.saved
         self.tracker.finish()
         self.engine.wait()
         reason = next((reason for reason, _ in answers if reason), "a request to stop")
         outcome = "saved"
-        if self._saved != self.state.step:
+        if saved != self.state.step:
             outcome = "not saved" if in_time else "no time to save"
-            outcome += "; there is no checkpoint" if self._saved is None else f"; last checkpoint: step {self._saved}"
-        raise Preempted(f"{reason}: preempted after step {self.state.step} of {self.config.max_steps}, {outcome}")
+            outcome += "; there is no checkpoint" if saved is None else f"; last checkpoint: step {saved}"
+        raise Preempted(f"{reason}: preempted after step {self.state.step} of {self.config.steps}, {outcome}")

@@ -20,18 +20,23 @@ class CheckpointWeights(StoredWeights):
 
     All files but the moments are verified against the manifest's hashes before anything is read.
 
+    Args:
+        share: (rank, ranks) that verify the files together, each its share; all of them must open the folder.
+
     Raises:
         UserError: a folder without a valid manifest, or damaged files.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, *, share: tuple[int, int] = (0, 1)) -> None:
         self.folder = Path(folder)
         self._manifest = Manifest.read(self.folder)
         # Moments are two thirds of the bytes, and no weights.
         needed = set(self._manifest.files)
         for moment in MOMENTS:
             needed -= set(self._manifest.of_kind(moment))
-        if damage := self._manifest.damage(self.folder, needed):
+        rank, ranks = share
+        damage = self._manifest.damage(self.folder, sorted(needed)[rank::ranks])
+        if damage:
             raise UserError("; ".join(damage))
         self._reader = SliceReader(self.folder / file for file in self._manifest.of_kind("master"))
 
@@ -53,15 +58,18 @@ class CheckpointWeights(StoredWeights):
         self._reader.close()
 
 
-def open_weights(folder: str | Path) -> StoredWeights:
+def open_weights(folder: str | Path, *, share: tuple[int, int] = (0, 1)) -> StoredWeights:
     """Open the weights of a training checkpoint or of a Transformers folder.
+
+    Args:
+        share: see ``CheckpointWeights``.
 
     Raises:
         UserError: no weights, damaged weights, or a checkpoint of LoRA adapters only.
     """
     if not (Path(folder) / MANIFEST).exists():
         return HFWeights(folder)
-    weights = CheckpointWeights(folder)
+    weights = CheckpointWeights(folder, share=share)
     if any(is_adapter(name) for name in weights.names()):
         weights.close()
         raise UserError(

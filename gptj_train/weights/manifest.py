@@ -26,7 +26,15 @@ KINDS = ("master", *MOMENTS)
 _FORMAT = 1
 _LARGEST_MANIFEST = 100_000_000  # bytes; one of GPT-J on 64 ranks has 100 thousand
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
-_COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated")
+_COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated", "best_step", "evaluations_since_best")
+_TYPES: dict[str, tuple[type, ...]] = {
+    "next_batch": (str, type(None)),
+    "wandb_id": (str, type(None)),
+    "settings": (dict,),
+    "data": (dict,),
+    "best_metric": (str,),
+    "best_value": (float, type(None)),
+}
 _LARGEST_COUNT = 2**62  # of anything; larger ones overflow in arrays
 _HASHING_THREADS = 4  # hashing releases the GIL; beyond four the disk is the limit
 
@@ -119,12 +127,24 @@ class Manifest:
 def _check_counts(values: dict[str, Any], least: int) -> None:
     """Check the whole numbers, texts and settings among the trainer's values, by their names."""
     for name, value in values.items():
-        if name in ("next_batch", "wandb_id", "settings"):
-            expected: tuple[type, ...] = (dict,) if name == "settings" else (str, type(None))
-            if not isinstance(value, expected):
+        if name in _TYPES:
+            if not isinstance(value, _TYPES[name]):
                 raise UserError(f"{name} is {value!r}")
+        elif name == "schedule":
+            _check_schedule(value)
         elif name in _COUNTS and (type(value) is not int or not least <= value <= _LARGEST_COUNT):
             raise UserError(f"{name} is {value!r}")
+
+
+def _check_schedule(cycles: Any) -> None:
+    """Check the cycles of the learning rate: [start, end] each, in steps, the first from 0 on."""
+    is_valid = isinstance(cycles, list)
+    for number, cycle in enumerate(cycles):
+        start, end = cycle
+        is_whole = type(start) is int and type(end) is int
+        is_valid = is_valid and is_whole and 0 <= start <= end <= _LARGEST_COUNT and (number > 0 or start == 0)
+    if not is_valid:
+        raise UserError(f"schedule is {cycles!r}")
 
 
 def _checked_body(text: bytes) -> dict[str, Any]:

@@ -21,7 +21,8 @@ from torch.utils._pytree import tree_leaves
 from toy import engine_config, optim_config
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
-from gptj_train.planning import RunPlan
+from gptj_train.planning.memory import memory_items, page_locked, peak
+from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.training import engine as engine_module
 from gptj_train.training.engine import Engine, deepspeed
 from gptj_train.training.gradient_buffers import sums_on
@@ -81,12 +82,12 @@ def locked_bytes(job: dict[str, Any]) -> dict[str, float]:
             # Those of zero.Init have become views of DeepSpeed's flat buffer by now.
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     cfg = SimpleNamespace(engine=settings, quantize="none", micro_batch_size=2, sequence_length=16)
-    plan = RunPlan(engine.shapes, engine.trained, CONFIG, cfg)  # type: ignore[arg-type]
+    plan = RunPlan(ModelSizes(engine.shapes, engine.trained), CONFIG, cfg)  # type: ignore[arg-type]
     return {
         "parameters": sum(shape.numel() for shape in engine.shapes.values()),
         "locked": sum(storages.values()),
-        "planned": plan.page_locked(1),
-        "host": plan.memory(1)["host"],
+        "planned": page_locked(plan, 1),
+        "host": peak(memory_items(plan, 1, on_gpu=True), "host"),
     }
 
 

@@ -71,6 +71,20 @@ def test_greedy_of_left_padded_prompts(pair: tuple[Any, Any], penalty: float, us
     assert torch.equal(out[:1, 4:], alone)
 
 
+def test_padding_by_eos_without_a_spare_row(pair: tuple[Any, Any]) -> None:
+    """A text that ends a document keeps its end token; the mask alone tells it from padding."""
+    mask = padding_mask([5, 9, 3], "left", 9)
+    ids = prompts().masked_fill(mask == 0, PAD)
+    ids[2, -1] = PAD
+    out = assert_same_greedy_text(
+        pair, ids, attention_mask=mask, max_new_tokens=8, eos_token_id=PAD, pad_token_id=PAD, repetition_penalty=1.2
+    )
+    for row, length in enumerate((5, 9, 3)):
+        prompt = ids[row : row + 1, 9 - length :]
+        alone = pair[0].generate(prompt, max_new_tokens=8, eos_token_id=PAD, repetition_penalty=1.2)
+        assert torch.equal(out[row, 9 - length : 9 - length + alone.shape[1]], alone[0])
+
+
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("pad", [PAD, None])
 @pytest.mark.parametrize("ends", [1, 2])

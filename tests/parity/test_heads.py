@@ -70,6 +70,40 @@ def test_attention_mask_locates_row_ends_without_pad_id() -> None:
         ours(ids)
 
 
+def texts_padded_by_eos() -> tuple[list[Tensor], Tensor, Tensor]:
+    """Texts, two of which end with EOS, and a batch of them, padded with EOS on the right: the vocabulary is full."""
+    texts = [torch.randint(VOCAB - 1, (length,)) for length in (9, 6, 4, 1)]
+    texts[1][-1] = texts[2][-1] = PAD
+    ids, mask = torch.full((4, 9), PAD), torch.zeros(4, 9, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = text
+        mask[row, : len(text)] = 1
+    return texts, ids, mask
+
+
+def test_padding_by_eos_without_a_spare_row_in_classification() -> None:
+    ours, theirs = build_pair("GPTJForSequenceClassification", num_labels=3, pad_token_id=PAD, eos_token_id=PAD)
+    texts, ids, mask = texts_padded_by_eos()
+    found = ours(ids, attention_mask=mask).logits
+    for row, text in enumerate(texts):
+        assert_close(found[row], ours(text[None], attention_mask=torch.ones(1, len(text))).logits[0])
+    # Transformers looks for the last token that is not the pad id: before the end of texts that end with EOS.
+    other = theirs(ids, attention_mask=mask).logits
+    assert_close(found[[0, 3]], other[[0, 3]])
+    assert not torch.allclose(found[[1, 2]], other[[1, 2]], rtol=1e-2)
+
+
+def test_padding_by_eos_without_a_spare_row_in_question_answering() -> None:
+    ours, theirs = build_pair("GPTJForQuestionAnswering", pad_token_id=PAD, eos_token_id=PAD)
+    texts, ids, mask = texts_padded_by_eos()
+    found, other = ours(ids, attention_mask=mask), theirs(ids, attention_mask=mask)
+    for row, text in enumerate(texts):
+        alone = ours(text[None])
+        assert_close(found.start_logits[row, : len(text)], alone.start_logits[0])
+        assert_close(found.end_logits[row, : len(text)], alone.end_logits[0])
+        assert_close(found.start_logits[row, : len(text)], other.start_logits[row, : len(text)])
+
+
 @pytest.mark.parametrize("problem", LABELS)
 def test_num_items_in_batch_divides_the_summed_loss(problem: str) -> None:
     ours, _ = build_pair("GPTJForSequenceClassification", num_labels=3, pad_token_id=PAD, problem_type=problem)

@@ -124,3 +124,22 @@ def test_export(call: str) -> None:
     program = torch.export.export(model, (ids,), CALLS[call])
     out = program.module()(ids, **CALLS[call])
     assert_close(out.logits, model(ids, **CALLS[call]).logits)
+
+
+@pytest.mark.slow
+def test_generated_code_gives_the_same_numbers() -> None:
+    """By torch's default backend, which compiles C++."""
+    torch._dynamo.reset()
+    model, _ = build_pair()
+    compiled = torch.compile(model, fullgraph=True)
+    ids = random_ids()
+    found = []
+    for forward in (compiled, model):
+        model.zero_grad()
+        out = forward(ids, **CALLS["labels"])
+        out.loss.backward()
+        found.append((out.logits.detach(), gradients(model)))
+    (logits, compiled_gradients), (expected, expected_gradients) = found
+    assert_close(logits, expected)
+    for name, gradient in expected_gradients.items():
+        assert_close(compiled_gradients[name], gradient, 1e-4)

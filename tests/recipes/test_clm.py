@@ -120,7 +120,7 @@ def test_trains_resumes_and_exports(corpus: Path, runs: list[subprocess.Complete
     assert environment["ranks"] == environment["hosts"][0]["ranks"] == 2
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["command"].startswith("my_recipe.py --config-dir presets ")
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000006", "step_00000012"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step_00000008", "step_00000012"}
 
     run = corpus / "second"
     assert again.returncode == 0, again.stdout + again.stderr
@@ -143,7 +143,7 @@ def test_trains_resumes_and_exports(corpus: Path, runs: list[subprocess.Complete
     for component in ("even", "odd", "forgetting"):
         assert f">{component}</h" in report
     epochs = next(line for line in first.stdout.splitlines() if line.startswith("epochs "))
-    assert re.fullmatch(r"epochs +even \d+\.\d\d, odd \d+\.\d\d", epochs)
+    assert re.fullmatch(r"epochs +even \d+\.\d\d, odd \d+\.\d\d in 12 steps", epochs)
     assert evaluations[-1]["eval_loss"] < 0.6 * evaluations[0]["eval_loss"]
 
     # Nothing on stderr, and no line printed by two ranks.
@@ -186,7 +186,7 @@ def test_other_data_are_refused_on_resume(corpus: Path) -> None:
     assert done.returncode == 2
     message = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert len(message) == 1
-    assert "step 18 would see other data than the checkpoint expects; restore data (files" in message[0]
+    assert "step 18 would see other data than the checkpoint expects: seed 0 -> 7; restore that, or" in message[0]
     assert "Traceback" not in done.stderr
 
 

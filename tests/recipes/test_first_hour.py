@@ -27,8 +27,8 @@ def corpus(folder: Path) -> None:
     ]
     (folder / "my" / "text.txt").write_text("\n".join(lines))
     (folder / "my" / "held_out.txt").write_text("\n".join(lines[:100]))
-    chat = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "The cat sat."}]
-    (folder / "my" / "chats.jsonl").write_text((json.dumps({"messages": chat}) + "\n") * 200)
+    chats = [[{"role": "user", "content": "Hello"}, {"role": "assistant", "content": line}] for line in lines[:200]]
+    (folder / "my" / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     labels = [{"text": line, "label": "even" if number % 2 else "odd"} for number, line in enumerate(lines[:64])]
     (folder / "my" / "labels.jsonl").write_text("".join(json.dumps(label) + "\n" for label in labels))
     (folder / "recipes").symlink_to(ROOT / "recipes")
@@ -56,14 +56,15 @@ def test_every_block_runs(tmp_path: Path) -> None:
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         printed.append(done.stdout)
-    tokenizer, small, text, more, _, chat, labels = printed
+    tokenizer, small, text, more, chats, chat, labels = printed
     assert "tokenizer of 600 entries" in tokenizer
     assert "Held-out: eval_loss" in small
     assert text.startswith("The ")
     assert "Held-out: eval_loss" in more
+    assert "held out: 20 of 200 documents of data.train, 10.0%" in chats
     assert chat.strip() or chat == "\n"
-    assert "2: even 32, odd 32" in labels
-    assert "accuracy 0.500 by always answering" in labels
+    assert "48 texts to train on, 16 held out" in labels
+    assert "by always answering" in labels
     config = (tmp_path / "runs" / "more" / "config.yaml").read_text()
     assert "n_embd: 32" in config
     assert "tokenizer: null" in config

@@ -16,6 +16,7 @@ import zstandard
 
 from gptj_train import GPTJConfig, finetune
 from gptj_train.data.tokenizer import Tokenizer
+from gptj_train.launch.preemption import StopRequest
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "clm.py"
@@ -122,15 +123,15 @@ MISTAKES = {
     ),
     "batch that does not divide": (
         ["global_batch_size=30"],
-        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 ranks; "
+        "global_batch_size 30 does not divide into micro_batch_size 4 x 1 rank; "
         "the nearest that does is global_batch_size=32",
     ),
     "missing data": (
         ["data.train={}/nowhere/*.jsonl"],
-        ".parquet, .arrow file at '{}/nowhere/*.jsonl' (working directory: ",
+        "data.train: no file at '{}/nowhere/*.jsonl' (working directory: ",
     ),
-    "missing held-out data": (["data.validation={}/gone"], "data.validation: no .jsonl, .jsonl.zst, .jsonl.gz, "),
-    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no .jsonl, .jsonl.zst, .jsonl.gz, "),
+    "missing held-out data": (["data.validation={}/gone"], "data.validation: no file at '{}/gone' "),
+    "missing forgetting set": (["data.forgetting={}/gone"], "data.forgetting: no file at '{}/gone' "),
     "data of another kind": (
         ["data.train={}/not_a_model/readme"],
         "data.train: {}/not_a_model/readme is none of .jsonl",
@@ -240,6 +241,7 @@ MISTAKES = {
     ),
     "no hours": (["max_hours=0"], "max_hours must be above 0, or null for no limit, got 0"),
     "a negative timeout": (["hang_timeout=-1"], "hang_timeout must be 0 (never) or more, got -1"),
+    "no time to come": (["rendezvous_timeout=0"], "rendezvous_timeout must be above 0 seconds, got 0"),
     "no step to be skipped": (["max_skipped_steps=0"], "max_skipped_steps must be at least 1, got 0"),
     "odd rotary_dim": (["model.rotary_dim=7"], "model.rotary_dim (7) must be even"),
     "no layers": (["model.n_layer=0"], "model.n_layer must be at least 1, got 0"),
@@ -259,7 +261,23 @@ def test_a_mistake_is_one_line(clm: Command, place: Path, changes: list[str], ca
 
 def test_a_signal_before_training_ends_the_run_at_once(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGUSR1))
-    assert clm() == (85, "stopped: SIGUSR1 outside the training loop; rerun the same command\n")
+    warned = "stopped: SIGUSR1 outside the training loop; rerun the same command\n"
+    for _ in range(2):
+        assert clm() == (85, warned)
+        signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # as in a new process
+    # Without progress a job must not be queued again for ever.
+    code, message = clm()
+    assert (code, message.startswith(f"{warned}error: attempt 3 is the last of 3 in a row that saved no new")) == (
+        2,
+        True,
+    )
+
+
+def test_sigterm_before_training_is_not_a_preemption(clm: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes to the others when one rank fails, and then that rank's exit code must decide."""
+    monkeypatch.setattr(finetune, "Engine", lambda **_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(StopRequest, "has_trained", False)
+    assert clm() == (143, "ended by SIGTERM outside the training loop, nothing was saved\n")
 
 
 @pytest.mark.parametrize("tag", ["python/object/apply:os.mkdir [{}]", "python/name:os.mkdir", "python/module:os"])

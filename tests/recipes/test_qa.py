@@ -41,6 +41,12 @@ def questions(count: int, offset: int) -> list[dict[str, Any]]:
     return found
 
 
+def example_of(folder: Path) -> str:
+    """Return the code in a folder's card without its last line, the call."""
+    example = (folder / "README.md").read_text().partition("```python\n")[2].partition("print(answer")[0]
+    return example.replace('"this folder"', repr(str(folder)))
+
+
 @pytest.mark.distributed
 def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     for name, records in (("train", questions(40, 0)), ("validation", questions(7, 100))):
@@ -86,6 +92,14 @@ def test_a_run_on_two_ranks(tmp_path: Path) -> None:
     assert all(0 <= evaluations[1][name] <= 100 for name in ("exact_match", "f1", "has_answer_f1"))
     predictions = json.loads((run / "predictions.json").read_text())
     assert predictions.keys() == {str(number) for number in range(100, 107)}
+    # The exported folder alone gives the same answers, by the function in its card. It computes in bf16 as the run did.
+    names: dict[str, Any] = {}
+    exec(example_of(run / "export"), names)
+    for question in questions(7, 100):
+        found = names["answer"](
+            names["model"].bfloat16(), names["tokenizer"], question["question"], question["context"]
+        )
+        assert found == predictions[question["id"]]
 
     features = Features(
         read_files([tmp_path / "validation.jsonl"], "data.validation", bad_records="error", max_bad_share=0),
@@ -155,10 +169,9 @@ def test_the_model_cards_function_answers_as_we_do(tmp_path: Path) -> None:
                 evaluated += task.records(model.eval()(**batch.inputs, num_items_in_batch=1.0), batch)
         task.metrics(evaluated)
         # The card's own text is run, in which a changed function would show.
-        card = model_card("GPTJForQuestionAnswering", CardFacts(table={}))
-        example = card.partition("```python\n")[2].partition("```")[0].partition("print(answer")[0]
+        (folder / "README.md").write_text(model_card("GPTJForQuestionAnswering", CardFacts(table={})))
         names: dict[str, Any] = {}
-        exec(example.replace('"this folder"', repr(str(folder))), names)
+        exec(example_of(folder), names)
         found = {}
         for question in read:
             found[question.id] = names["answer"](

@@ -23,7 +23,7 @@ from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, load
 from gptj_train.training.retention import check_space, last_good, later_than, resume_candidates, way_back
 from gptj_train.training.state import TrainState
 from gptj_train.weights.checkpoint_weights import CheckpointWeights
-from gptj_train.weights.manifest import KINDS, Manifest
+from gptj_train.weights.manifest import KINDS, Manifest, state_file
 from gptj_train.weights.slices import SliceWriter
 
 
@@ -85,6 +85,29 @@ def test_one_parameter_at_a_time(tmp_path: Path) -> None:
         assert weights.names() == list(rank.shapes)
         assert weights.shape_and_dtype("lm_head.weight") == ((31, 16), "F32")
         assert torch.equal(weights.tensor("lm_head.weight"), rank.model.lm_head.weight)
+
+
+def test_ranks_share_the_verification_of_initial_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1, world_size=2)
+    hashed: list[list[str]] = []
+    monkeypatch.setattr(Manifest, "damage", lambda self, folder, names: hashed.append(list(names)) or [])
+    needed = set(Manifest.read(newest(tmp_path)).files) - {
+        state_file(kind, rank, 2) for kind in KINDS[1:] for rank in range(2)
+    }
+    for ranks in (1, 2, 3):
+        hashed.clear()
+        for rank in range(ranks):
+            CheckpointWeights(newest(tmp_path), share=(rank, ranks)).close()
+        found = [name for names in hashed for name in names]
+        assert sorted(found) == sorted(needed)
+        assert max(map(len, hashed)) <= min(map(len, hashed)) + 1
+
+
+def test_a_written_file_leaves_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[int, int, int]] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *how: calls.append(how))
+    save(tmp_path, 1, world_size=2)
+    assert calls == [(0, 0, os.POSIX_FADV_DONTNEED)] * len(KINDS) * 2
 
 
 @pytest.mark.parametrize("readers", [1, 3, 4])

@@ -94,15 +94,6 @@ def test_messages_name_training_rows_by_component_and_window(data: TextData, tok
     assert rows == sampler_of(joined).windows(0, 0, 1)
 
 
-def test_epochs_by_component(data: TextData, tokenizer: Tokenizer) -> None:
-    sizes = {name: len(windows) for name, windows in data.train.windows.items()}
-    expected = f"a {100 * 8 * 0.75 / sizes['a']:.2f}, b {100 * 8 * 0.25 / sizes['b']:.2f}"
-    assert task_of(data, tokenizer).epochs(100) == expected
-    components = {"": data.train.windows["a"]}
-    joined = training_only(components, tokenizer, sampler_of(components))
-    assert joined.epochs(100) == f"{800 / sizes['a']:.2f}"
-
-
 def test_isolated_documents_predict_nothing_of_each_other(data: TextData, tokenizer: Tokenizer) -> None:
     (batch, *_) = task_of(data, tokenizer).training_batches(0, 0, 1)
     owners, ids = batch["document_ids"], batch["input_ids"]

@@ -15,13 +15,21 @@ from typing import Any
 import pytest
 import yaml
 
-from gptj_train.config import ClmConfig, GenerateConfig, model_config_of
+from gptj_train.config import (
+    ClassificationConfig,
+    ClmConfig,
+    FinetuneConfig,
+    GenerateConfig,
+    QAConfig,
+    model_config_of,
+)
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
-from gptj_train.finetune import build_vocabulary
 from gptj_train.launch.command_line import _quote_text, compose
 from gptj_train.launch.ranks import set_rank_variables
 from gptj_train.schema import keys_of, plain_text_keys, text_keys
+from gptj_train.training.schedule import lr_at, warmup_of
+from gptj_train.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).parents[2]
 FILLED = ["output_dir=out", "init_from=null", "max_steps=7", "data.train=a.jsonl"]
@@ -105,10 +113,19 @@ def test_all_wrong_values_are_reported() -> None:
     [
         ("max_steps=-1", "max_steps must be 0 or more, got -1"),
         ("max_steps=2.5", "max_steps: input should be a valid integer, got a number with a fractional part, got 2.5"),
-        ("max_steps=null", "max_steps: input should be a valid integer, got None"),
+        ("max_steps=null", "give either max_steps=... or epochs=..., and null to the other"),
         ("micro_batch_size=-1", "micro_batch_size must be at least 1, got -1"),
         ("keep_checkpoints=0", "keep_checkpoints must be at least 1, got 0"),
         ("eval_every=-1", "eval_every must be 0 (only at the end) or more, got -1"),
+        ("epochs=3", "max_steps=7 and epochs=3 are both given; give one of them, and null to the other"),
+        ("patience=0", "patience must be at least 1, or null for no limit, got 0"),
+        ("best_metric=loss", "best_metric=loss: choose one of eval_loss, perplexity, "),
+        ("optim.warmup_ratio=1", "optim: warmup_ratio must be at least 0 and below 1, got 1.0"),
+        (
+            "optim.warmup_steps=7",
+            "optim.warmup_steps=7: a warm-up of 7 steps is not shorter than the run of 7 steps, which would end at its "
+            "highest learning rate; lower optim.warmup_steps",
+        ),
         ("optim.lr=0", "optim: lr must be above 0, got 0.0"),
         ("optim.betas=[0.9]", "optim.betas.1 is missing"),
         ("engine.stage=2", "engine.offload_parameters=cpu needs engine.stage=3"),
@@ -149,6 +166,74 @@ def test_invalid_values(override: str, message: str) -> None:
         assert "must be a string or a list" in message_of(override)
     else:
         assert message_of(override).startswith(message)
+
+
+def with_preset(folder: Path, preset: str, *overrides: str) -> ClmConfig:
+    (folder / "config").mkdir(exist_ok=True)
+    (folder / "config" / "mine.yaml").write_text(f"# @package _global_\n{preset}")
+    filled = [override for override in FILLED if not override.startswith("max_steps")]
+    return compose("clm", ["--config-dir", str(folder), "+config=mine", *filled, *overrides], ClmConfig)
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "steps", "epochs"),
+    [
+        ("max_steps: 9\n", "seed=1", 9, None),
+        ("max_steps: 9\n", "epochs=3", None, 3.0),
+        ("epochs: 3\n", "seed=1", None, 3.0),
+        ("epochs: 3\n", "max_steps=9", 9, None),
+        ("epochs: 3\n", "epochs=0.5", None, 0.5),
+        ("max_steps: null\nepochs: 3\n", "seed=1", None, 3.0),
+    ],
+)
+def test_the_command_line_replaces_steps_by_epochs_and_epochs_by_steps(
+    tmp_path: Path, preset: str, override: str, steps: int | None, epochs: float | None
+) -> None:
+    made = with_preset(tmp_path, preset, override)
+    assert (made.max_steps, made.epochs) == (steps, epochs)
+
+
+def test_two_lengths_in_presets_or_none_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_steps=9 and epochs=3 are both set by presets; give one of them"):
+        with_preset(tmp_path, "max_steps: 9\nepochs: 3\n")
+    with pytest.raises(UserError, match=r"missing: max_steps; give max_steps=\.\.\."):
+        with_preset(tmp_path, "seed: 1\n")
+    with pytest.raises(UserError, match=r"epochs must be above 0, got 0\.0"):
+        with_preset(tmp_path, "epochs: 0\n")
+
+
+def test_a_warm_up_ratio_replaces_the_steps_of_a_preset(tmp_path: Path) -> None:
+    preset = "max_steps: 100\noptim: {warmup_steps: 9}\n"
+    assert with_preset(tmp_path, preset).optim.warmup_steps == 9
+    made = with_preset(tmp_path, preset, "optim.warmup_ratio=0.2").optim
+    assert (made.warmup_steps, made.warmup_ratio) == (None, 0.2)
+    with pytest.raises(UserError, match=r"optim\.warmup_ratio and optim\.warmup_steps are both given"):
+        with_preset(tmp_path, preset, "optim.warmup_ratio=0.2", "optim.warmup_steps=3")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cls", "preset", "warmup"),
+    [
+        ("clm", ClmConfig, "quickstart", 20),
+        ("clm", ClmConfig, "gptj_6b_zero3", 50),
+        ("clm", ClmConfig, "gptj_6b_zero3_offload", 50),
+        ("clm", ClmConfig, "gptj_6b_lora", 50),
+        ("classification", ClassificationConfig, "gptj_6b_classification", 50),
+        ("classification", ClassificationConfig, "classification_quickstart", 20),
+        ("qa", QAConfig, "gptj_6b_qa", 400),
+        ("qa", QAConfig, "qa_quickstart", 40),
+    ],
+)
+def test_presets_have_the_warm_up_that_they_were_tried_with(
+    recipe: str, cls: type[FinetuneConfig], preset: str, warmup: int
+) -> None:
+    made = compose(recipe, [f"+config={preset}", "init_from=null", "data.train=a"], cls)
+    assert warmup_of(made.optim, made.steps) == warmup
+    short = compose(recipe, [f"+config={preset}", "init_from=null", "data.train=a", "max_steps=20"], cls)
+    # Near the peak in the beginning, near a tenth of it at the end.
+    rates = [lr_at(step, 20, short.optim) / short.optim.lr for step in range(20)]
+    assert max(rates[:4]) > 0.9
+    assert rates[-1] == pytest.approx(0.1)
 
 
 def test_model_config() -> None:

@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gptj_train.environment import describe_environment, describe_host
 from gptj_train.export.card_facts import base_path, card_facts
+from gptj_train.export.model_card import model_card
 from gptj_train.weights.hf_writer import parse_size
 
 
@@ -44,6 +46,23 @@ def test_base_license_and_language_are_those_of_the_bases_card(tmp_path: Path) -
     assert card_facts({}, run=tmp_path, base=str(base), chat=False).base == "EleutherAI/gpt-j-6b"
     (base / "README.md").write_text("---\nlicense: [\n---\n")
     assert card_facts({}, run=tmp_path, base=str(base), chat=False).license is None
+
+
+@pytest.mark.parametrize(
+    ("data", "names"),
+    [
+        ("{train: /private/a.jsonl}", ()),
+        ("{dataset: squad, train: null}", ("squad",)),
+        ("{train: [hf://datasets/me/texts/a.jsonl, 'hf://datasets/me/texts@main/b.jsonl', /c.jsonl]}", ("me/texts",)),
+        ("[1]", ()),
+    ],
+)
+def test_datasets_of_the_hub_are_named_in_the_card(tmp_path: Path, data: str, names: tuple[str, ...]) -> None:
+    (tmp_path / "config.yaml").write_text(f"data: {data}\n")
+    facts = card_facts({}, run=tmp_path, base=None, chat=False)
+    assert facts.datasets == names
+    _, front, _ = model_card("GPTJForCausalLM", facts).split("---\n", 2)
+    assert yaml.safe_load(front).get("datasets", []) == list(names)
 
 
 def test_the_base_of_adapters_is_found_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

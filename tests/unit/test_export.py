@@ -72,7 +72,7 @@ def test_a_last_step_without_a_loss_is_no_hindrance(parts: tuple[PlainEngine, Mo
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     run(parts, tmp_path / "export")
     report = json.loads((tmp_path / "export_report.json").read_text())
-    assert report["run"]["training"] == "1 steps, 7 tokens, loss 2.5000"
+    assert report["run"]["training"] == "1 step, 7 tokens, loss 2.5000"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -13,6 +13,7 @@ import pandas
 import pytest
 import zstandard
 
+from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.labelled import LabelledDataConfig, LabelledRows, join_pair, prepare_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
@@ -54,7 +55,9 @@ def read(
     given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"}
     given |= {"bad_records": "error", "max_bad_share": 0.01} | fields
     data = LabelledDataConfig(train=train, **given)
-    return prepare_labelled(data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length)
+    return prepare_labelled(
+        data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length, held_out=HeldOutShare()
+    )
 
 
 @pytest.mark.parametrize("kind", [".jsonl", ".csv", ".parquet", ""])
@@ -176,7 +179,7 @@ def test_a_mistake_is_named(
 
 
 def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"data.train: no .jsonl, .*\.parquet, \.arrow file at"):
+    with pytest.raises(UserError, match=r"data\.train: no file at '.*/nowhere\.csv'"):
         read(tokenizer, str(tmp_path / "nowhere.csv"))
     for name in ("bad.jsonl", "bad.parquet"):
         (tmp_path / name).write_text('{"text": "a", "label": "x"}\n{"text": \n')
@@ -335,6 +338,7 @@ def test_fields_with_text_that_is_not_read_are_named(
 ) -> None:
     rows = [{"text": "a", "hypothesis": "b", "n": 1, "empty": "", "label": label} for label in "xy"]
     read(tokenizer, lines(tmp_path / "a.jsonl", *rows))
-    assert capsys.readouterr().out == "data.train: text that is not read, in the fields hypothesis\n"
+    said = "data.train: text that is not read, in the fields hypothesis"
+    assert said in capsys.readouterr().out.splitlines()
     read(tokenizer, lines(tmp_path / "a.jsonl", *rows), second_text_field="hypothesis")
-    assert capsys.readouterr().out == ""
+    assert "not read" not in capsys.readouterr().out

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gptj_train.data.packing import PADDING, BestFitWindows, ContiguousWindows, Documents, Window, Windows
+from gptj_train.data.best_fit import best_fit as place_best
+from gptj_train.data.packing import PADDING, Method, Window, Windows, pack
 from gptj_train.data.records import Segment
 from gptj_train.data.store import TokenStore, write_store
 from gptj_train.data.tokenizer import Tokenizer
@@ -24,18 +25,31 @@ lengths = st.integers(1, 12)
 examples = st.lists(st.lists(st.tuples(st.integers(0, 99), st.booleans()), min_size=1, max_size=30), max_size=12)
 
 
+class StoreInMemory(SimpleNamespace):
+    """What a ``TokenStore`` holds."""
+
+    part = TokenStore.part
+
+
 def store_of(texts: list[list[int]], targets: list[list[bool]] | None = None, names: str = "") -> Any:
-    """What a ``TokenStore`` holds, in memory; ``names`` has a letter for each document's component."""
+    """Documents in memory; ``names`` has a letter for each document's component."""
     known = list(dict.fromkeys(names)) or ["all"]
-    return SimpleNamespace(
+    return StoreInMemory(
         tokens=np.array([token for text in texts for token in text], dtype=np.uint16),
         targets=None if targets is None else np.array([flag for flags in targets for flag in flags], dtype=bool),
         ends=np.cumsum([len(text) for text in texts], dtype=np.int64),
         bytes=np.array([2 * len(text) for text in texts], dtype=np.int64),
         components=np.array([known.index(name) for name in names] or [0] * len(texts), dtype=np.uint16),
         names=known,
-        skipped={},
     )
+
+
+def windows_of(stores: list[Any], method: Method, length: int, component: str | None = None) -> Windows:
+    return Windows(stores, pack(stores, component, method=method, length=length), length=length, fill=FILL)
+
+
+def dropped(windows: Windows) -> int:
+    return sum(windows.facts.dropped.values())
 
 
 def reference(texts: Iterable[list[int]], length: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -55,12 +69,12 @@ def reference(texts: Iterable[list[int]], length: int) -> Iterator[tuple[list[in
         yield tokens + [FILL] * missing, owners + [PADDING] * missing
 
 
-def contiguous(texts: list[list[int]], length: int) -> ContiguousWindows:
-    return ContiguousWindows(Documents([store_of(texts)]), length, FILL)
+def contiguous(texts: list[list[int]], length: int) -> Windows:
+    return windows_of([store_of(texts)], "contiguous", length)
 
 
-def best_fit(texts: list[list[int]], length: int) -> BestFitWindows:
-    return BestFitWindows(Documents([store_of(texts)]), length, FILL, supervised=False)
+def best_fit(texts: list[list[int]], length: int) -> Windows:
+    return windows_of([store_of(texts)], "text", length)
 
 
 def all_of(windows: Windows) -> list[Window]:
@@ -81,7 +95,7 @@ def test_contiguous_by_hand() -> None:
     # The documents 3456 and 89 cross a border: they are number 1 of the next window.
     assert [window.document_ids.tolist() for window in all_of(windows)] == [[1, 1, 2, 2], [1, 1, 2, 3], [1, 0, 0, 0]]
     assert windows[2].targets.tolist() == [True, False, False, False]
-    assert (windows.tokens, windows.padding, windows.dropped.total()) == (9, 3, 0)
+    assert (windows.facts.tokens, windows.padding, dropped(windows)) == (9, 3, 0)
     assert {array.dtype for window in all_of(windows) for array in window[:2]} == {np.dtype(np.int64)}
 
 
@@ -102,7 +116,7 @@ def test_contiguous_windows_are_those_of_the_reference(texts: list[list[int]], l
 @given(documents, lengths, st.integers(0, 12))
 def test_several_stores_are_one_stream(texts: list[list[int]], length: int, cut: int) -> None:
     stores = [store_of(texts[:cut]), store_of([]), store_of(texts[cut:])]
-    windows = ContiguousWindows(Documents(stores), length, FILL)
+    windows = windows_of(stores, "contiguous", length)
     assert [(w.tokens.tolist(), w.document_ids.tolist()) for w in all_of(windows)] == list(reference(texts, length))
 
 
@@ -122,11 +136,10 @@ def test_a_component_has_its_own_documents_in_their_order(texts: list[list[int]]
     stores = [store_of(texts[:cut], names=names[:cut]), store_of(texts[cut:], names=names[cut:])]
     for component in "abcd":
         own = [text for text, name in zip(texts, names, strict=True) if name == component]
-        found = Documents(stores, component)
-        assert found.lengths.tolist() == [len(text) for text in own]
-        assert found.bytes == 2 * sum(map(len, own))
-        windows = all_of(ContiguousWindows(found, 5, FILL))
-        assert [window.tokens.tolist() for window in windows] == [tokens for tokens, _ in reference(own, 5)]
+        windows = windows_of(stores, "contiguous", 5, component)
+        assert windows.facts.documents == len(own)
+        assert windows.facts.bytes == 2 * sum(map(len, own))
+        assert [window.tokens.tolist() for window in all_of(windows)] == [tokens for tokens, _ in reference(own, 5)]
 
 
 # --- best fit ---
@@ -141,8 +154,8 @@ def test_best_fit_keeps_every_token_and_cuts_nothing_that_fits(texts: list[list[
     windows = best_fit(texts, length)
     found = [stretch for window in all_of(windows) for stretch in stretches(window)]
     assert sorted(found) == sorted(piece for text in texts for piece in cut_every(text, length))
-    assert windows.dropped.total() == 0
-    assert windows.tokens == sum(map(len, texts))
+    assert dropped(windows) == 0
+    assert windows.facts.tokens == sum(map(len, texts))
     for window in all_of(windows):
         used = window.document_ids != PADDING
         assert (np.diff(used.astype(int)) <= 0).all()  # padding is at the end
@@ -195,21 +208,42 @@ def test_ragged_corpora_fill_the_windows(median: int, spread: float) -> None:
     store = store_of([])
     store.tokens, store.ends = np.zeros(sizes.sum(), dtype=np.uint16), sizes.cumsum()
     store.bytes = store.components = np.zeros_like(sizes)
-    own = Documents([store])
-    for windows, least in (
-        (ContiguousWindows(own, 2048, FILL), 0.999),
-        (BestFitWindows(own, 2048, FILL, supervised=False), 0.99),
-    ):
-        assert windows.tokens / (len(windows) * 2048) > least
-        assert windows.tokens == sizes.sum()
+    methods: list[tuple[Method, float]] = [("contiguous", 0.999), ("text", 0.99)]
+    for method, least in methods:
+        windows = windows_of([store], method, 2048)
+        assert windows.facts.tokens / (len(windows) * 2048) > least
+        assert windows.facts.tokens == sizes.sum()
+
+
+def one_by_one(lengths: list[int], capacity: int) -> list[int]:
+    """Best fit of a piece at a time; of windows with the same room, the one that got it last."""
+    rooms: list[list[int]] = []  # [room, number], in the order in which they got their room
+    found = []
+    for length in lengths:
+        fitting = [entry for entry in rooms if entry[0] >= length]
+        if fitting:
+            least = min(room for room, _ in fitting)
+            entry = [entry for entry in fitting if entry[0] == least][-1]
+            rooms.remove(entry)
+        else:
+            entry = [capacity, max(found, default=-1) + 1]
+        found.append(entry[1])
+        rooms.append([entry[0] - length, entry[1]])
+    return found
+
+
+@given(st.integers(1, 24), st.data())
+def test_equal_lengths_are_placed_together_as_one_by_one(capacity: int, data: st.DataObject) -> None:
+    lengths = sorted(data.draw(st.lists(st.integers(1, capacity), max_size=80)), reverse=True)
+    assert place_best(np.array(lengths, dtype=np.uint32), capacity).tolist() == one_by_one(lengths, capacity)
 
 
 # --- examples ---
 
 
-def supervised(rows: list[list[tuple[int, bool]]], length: int) -> BestFitWindows:
+def supervised(rows: list[list[tuple[int, bool]]], length: int) -> Windows:
     tokens, flags = ([[cell[side] for cell in row] for row in rows] for side in (0, 1))
-    return BestFitWindows(Documents([store_of(tokens, flags)]), length, FILL, supervised=True)
+    return windows_of([store_of(tokens, flags)], "examples", length)
 
 
 @given(examples, st.integers(2, 12))
@@ -227,16 +261,12 @@ def test_examples_keep_their_targets_and_dropped_tokens_are_counted(
     assert sorted(found) == sorted(row[:length] for row in kept)
     without = sum(len(row) for row in rows if row not in kept)
     beyond = sum(max(0, len(row) - length) for row in kept)
-    assert +windows.dropped == {
-        reason: count
-        for reason, count in {
-            "nothing to predict within sequence_length": without,
-            "beyond sequence_length": beyond,
-        }.items()
-        if count
+    assert windows.facts.dropped == {
+        "nothing to predict within sequence_length": without,
+        "beyond sequence_length": beyond,
     }
     packed = sum(int((window.document_ids != PADDING).sum()) for window in all_of(windows))
-    assert packed + windows.dropped.total() == windows.tokens == sum(map(len, rows))
+    assert packed + dropped(windows) == windows.facts.tokens == sum(map(len, rows))
 
 
 def test_examples_by_hand() -> None:
@@ -249,15 +279,15 @@ def test_examples_by_hand() -> None:
     windows = supervised(rows, 3)
     assert [window.tokens.tolist() for window in all_of(windows)] == [[8, 9, 10], [1, 2, FILL]]
     assert [window.targets.tolist() for window in all_of(windows)] == [[False, True, True], [False, True, False]]
-    assert windows.dropped == {"nothing to predict within sequence_length": 5, "beyond sequence_length": 1}
+    assert windows.facts.dropped == {"nothing to predict within sequence_length": 5, "beyond sequence_length": 1}
 
 
 def test_windows_over_a_store_on_disk(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["abc"], 257)
     segments = [Segment("ab", "x", target=False, last=False), Segment("c", "x"), Segment("cc", "y", target=False)]
     write_store(tmp_path, segments, tokenizer, skipped=Counter(), all_targets=False)
-    windows = BestFitWindows(Documents([TokenStore(tmp_path)]), 5, 0, supervised=True)
+    windows = windows_of([TokenStore(tmp_path)], "examples", 5)
     (window,) = all_of(windows)
     assert tokenizer.decode(window.tokens.tolist()) == "abc"
     assert window.targets.tolist() == [False, False, True, True, False]
-    assert windows.dropped["nothing to predict within sequence_length"] == 3
+    assert windows.facts.dropped["nothing to predict within sequence_length"] == 3

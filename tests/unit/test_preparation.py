@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -20,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 
 from gptj_train.atomic_write import SCRATCH_PATTERN
 from gptj_train.config import EvaluationDataConfig
-from gptj_train.data import preparation, progress, store, workers
+from gptj_train.data import claims, preparation, progress, store, workers
 from gptj_train.data.corpus import prepare
 from gptj_train.data.preparation import open_stores
 from gptj_train.data.store import TokenStore
@@ -49,16 +50,16 @@ def opened(cache: Path, tokenizer: Tokenizer) -> Any:
 
 
 def folders(cache: Path) -> list[Path]:
-    """Also those that are no stores yet."""
-    return sorted(path for path in cache.iterdir() if path.is_dir())
+    """Stores, also those that are not complete yet."""
+    return sorted(path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(("packed_", "locks")))
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in sorted(cache.glob("*/*"))}
+    return {str(path.relative_to(cache)): path.read_bytes() for folder in folders(cache) for path in folder.iterdir()}
 
 
 def times(cache: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in cache.glob("*/*")}
+    return {path: path.stat().st_mtime_ns for folder in folders(cache) for path in folder.iterdir()}
 
 
 # --- what a store holds ---
@@ -354,6 +355,61 @@ def test_workers_make_the_same_stores(
     assert [len(made.ends) for made in stores] == [100] * 3
     assert contents(there) == contents(here)
     assert len(folders(there)) == 3
+
+
+@pytest.mark.parametrize("small", [preparation._SMALL, 0])  # in this process, or by workers
+def test_hosts_share_the_files(
+    several: list[Path], cache: Path, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    """Two processes that take each other for another host: each file is tokenized once, by one of them."""
+    files = [*several, *(jsonl(tmp_path / f"{name}.jsonl", *DOCUMENTS[::2]) for name in "defgh")]
+    data = text_data(cache_dir=str(cache))
+    monkeypatch.setattr(preparation, "_SMALL", small)
+    monkeypatch.setattr(preparation, "_POLL", 0.05)
+    make = preparation.new_folder if small else workers.new_folder
+    made: list[str] = []
+
+    def counted(folder: Path) -> Any:
+        made.append(folder.name)
+        time.sleep(0.2)  # so that the other one gets some too
+        return make(folder)
+
+    monkeypatch.setattr(preparation, "new_folder", counted)
+    monkeypatch.setattr(workers, "new_folder", counted)
+
+    def prepare_as(host: str) -> Callable[[Connection], None]:
+        def run(connection: Connection) -> None:
+            claims.socket.gethostname = lambda: host
+            connection.send("ready")
+            connection.recv()
+            connection.send([len(one) for one in open_stores(files, data, tokenizer)])
+            connection.send(made)
+
+        return run
+
+    hosts = [forked(prepare_as(host)) for host in ("one", "two")]
+    assert [connection.recv() for _, connection in hosts] == ["ready"] * 2
+    for _, connection in hosts:
+        connection.send("go")
+    assert [connection.recv() for _, connection in hosts] == [[100] * 3 + [150] * 5] * 2
+    shares = [connection.recv() for _, connection in hosts]
+    assert all(shares)
+    for process, _ in hosts:
+        process.join(60)
+    assert sorted(name for share in shares for name in share) == [folder.name for folder in folders(cache)]
+    open_stores(files, text_data(cache_dir=str(tmp_path / "alone")), tokenizer)
+    assert contents(cache) == contents(tmp_path / "alone")
+
+
+def test_what_a_killed_host_left_is_removed_and_what_another_host_writes_is_not(
+    file: Path, cache: Path, opened: Any
+) -> None:
+    left, live = cache / ".left.0000.tmp", cache / ".live.0000.tmp"
+    for folder in (left, live):
+        folder.mkdir(parents=True)
+    with claims.lock_of(cache / "live"):
+        opened(file)
+        assert (left.exists(), live.exists()) == (False, True)
 
 
 def test_a_bad_record_in_a_worker_is_one_error(

@@ -120,7 +120,7 @@ def test_charts_facts_and_sample(folder: Path) -> None:
         "Numbers",
         *CHARTS,
         "Held-out perplexity",
-        "Held-out bits_per_byte",
+        "Held-out bits per byte",
         "Sample from the export",
     ]
     assert {"data", "3 documents", "a sample\nof text", "max_steps: 4 # <b>\n"} <= set(made.words)
@@ -131,8 +131,8 @@ def test_charts_facts_and_sample(folder: Path) -> None:
 
 def test_first_best_and_last_numbers(tmp_path: Path) -> None:
     made = page(run(tmp_path, evaluated(0, 6.0), step(1), evaluated(2, 2.0), evaluated(4, 2.5)))
-    at = made.words.index("eval_loss")
-    assert made.words[at : at + 4] == ["eval_loss", "6", "2 (step 2)", "2.5"]
+    at = made.words.index("eval loss")
+    assert made.words[at : at + 4] == ["eval loss", "6", "2 (step 2)", "2.5"]
 
 
 def test_the_file_needs_nothing_else(folder: Path) -> None:
@@ -160,6 +160,16 @@ def test_components_have_small_charts(tmp_path: Path) -> None:
     made = page(run(tmp_path, evaluated(0, 6.0) | {"eval_loss/Web": 3.0}, evaluated(1, 5.0) | {"eval_loss/Web": 2.0}))
     assert made.headings[-2:] == ["Held-out loss by component", "Web"]
     assert made.curves()[-1] == [(0, 3.0), (1, 2.0)]
+    at = made.words.index("Numbers by component")
+    assert "eval loss/Web" in made.words[at:]
+    assert "eval loss/Web" not in made.words[:at]
+
+
+def test_small_charts_share_their_y_axis(tmp_path: Path) -> None:
+    components = [{"eval_loss/Web": 3.0, "eval_loss/Books": 9.0}, {"eval_loss/Web": 1.0, "eval_loss/Books": 8.0}]
+    lines = [evaluated(number, 5.0) | component for number, component in enumerate(components)]
+    ranges = re.findall(r'"name":"Range1d","id":"[^"]*","attributes":(\{[^}]*\})', page(run(tmp_path, *lines)).text)
+    assert [json.loads(one) for one in ranges] == 2 * [{"start": 0.6, "end": 9.4}]
 
 
 def test_a_long_curve_keeps_its_spikes() -> None:
@@ -216,7 +226,7 @@ def test_text_is_text(tmp_path: Path) -> None:
 
 
 def test_summary(folder: Path) -> None:
-    text = summary(str(folder), "GPTJForCausalLM", "line one\nline two")
+    text = summary(str(folder), "GPTJForCausalLM", sample="line one\nline two")
     assert "Done. Training loss 4.500 -> 3.000 in 4 steps." in text
     assert "eval_loss 6.000 -> 2.500" in text
     assert "    line one\n    line two\n" in text
@@ -238,3 +248,24 @@ def test_summary_with_losses_that_are_no_numbers(tmp_path: Path) -> None:
 
 def test_summary_without_metrics(tmp_path: Path) -> None:
     assert summary(str(tmp_path), "GPTJForCausalLM").startswith("\nDone.\n")
+
+
+def test_summary_of_forgetting_is_from_start_to_end(tmp_path: Path) -> None:
+    first, last = {"eval_loss/forgetting": 3.0}, {"eval_loss/forgetting": 3.5, "eval_loss/Web": 2.0}
+    run(tmp_path, evaluated(0, 6.0) | first, evaluated(4, 2.0) | last)
+    text = summary(str(tmp_path), "GPTJForCausalLM").splitlines()
+    assert "Text from outside (data.forgetting): loss 3.000 -> 3.500." in text
+    assert "Held-out loss by component: Web 2.000." in text
+
+
+@pytest.mark.parametrize("facts", ['{"trained_parameters": 1500, "parameters": 60000}', "{}", "no JSON"])
+def test_summary_of_a_lora_run_names_the_adapter(tmp_path: Path, facts: str) -> None:
+    run(tmp_path, step(1))
+    assert "adapter" not in summary(str(tmp_path), "GPTJForCausalLM")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "environment.json").write_text(facts)
+    counts = "1,500 of 60,000 parameters, 2.50%; " if "1500" in facts else ""
+    line = f"  adapter       {tmp_path}/adapter   ({counts}PEFT loads it on the base model)"
+    text = summary(str(tmp_path), "GPTJForCausalLM")
+    assert line in text.splitlines()
+    assert "Training loss 4.500 -> 4.500 in 1 step." in text

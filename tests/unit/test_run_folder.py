@@ -87,6 +87,38 @@ def test_status_follows_the_run(tmp_path: Path) -> None:
     assert is_done(tmp_path, request) is None
 
 
+def preempt(folder: Path, *, saved: bool) -> RunStatus:
+    """A process that starts the run and is preempted."""
+    status = RunStatus(folder, 0, {})
+    status.progressed = lambda: saved
+    with pytest.raises(Preempted), status:
+        raise Preempted("SIGUSR1 reached rank 0")
+    return status
+
+
+def test_three_preempted_attempts_without_a_checkpoint_are_stuck(tmp_path: Path) -> None:
+    assert [preempt(tmp_path, saved=False).is_stuck for _ in range(2)] == [False, False]
+    assert not preempt(tmp_path, saved=True).is_stuck  # the count begins anew
+    assert [preempt(tmp_path, saved=False).is_stuck for _ in range(3)] == [False, False, True]
+    assert json.loads((tmp_path / "status.json").read_text())["attempt"] == 6
+
+
+def test_an_attempt_that_ends_before_the_run_has_a_folder_counts(tmp_path: Path) -> None:
+    """A signal while the data are prepared."""
+    for stuck in (False, False, True):
+        status = RunStatus(tmp_path / "run", 0, {})
+        status.preempted("outside the training loop")
+        assert status.is_stuck == stuck
+
+
+def test_a_signal_that_ends_the_attempt_without_a_rerun_does_not_count(tmp_path: Path) -> None:
+    for _ in range(3):
+        status = RunStatus(tmp_path, 0, {})
+        with pytest.raises(SystemExit), status:
+            sys.exit(143)
+        assert not status.is_stuck
+
+
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"state": "done"}', "[" * 100000])
 def test_a_damaged_status_is_not_done(tmp_path: Path, text: str) -> None:
     (tmp_path / "status.json").write_text(text)

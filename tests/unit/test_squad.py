@@ -132,7 +132,7 @@ def test_a_long_question_is_truncated() -> None:
 
 def test_an_answer_longer_than_any_window_is_counted() -> None:
     context = "word " * 100
-    assert "1 answers fit in no window" in str(features_of(question(context, context.strip(), 0)))
+    assert "answers that fit in no window: 1" in str(features_of(question(context, context.strip(), 0)))
 
 
 def test_windows_that_would_skip_tokens_are_refused() -> None:
@@ -250,7 +250,7 @@ def test_ids_are_text_and_missing_ones_are_numbered(tmp_path: Path, capsys: pyte
     asked = [{"question": "Who?", "answers": [answer]} | given for given in ({"id": 11899}, {}, {"id": "4"}, {}, {})]
     (tmp_path / "a.json").write_text(json.dumps({"data": [nested(*asked)]}))
     assert [question.id for question in read(tmp_path / "a.json")] == ["11899", "2", "4", "5", "6"]
-    assert capsys.readouterr().out == "data.train: 3 questions have no id; their numbers are taken for it\n"
+    assert capsys.readouterr().out == "data.train: questions without an id: 3; their numbers are taken for it\n"
 
 
 ANSWERS = {

@@ -30,7 +30,7 @@ CONFIG = config(
     "clm",
     ClmConfig,
     *("max_steps=6", "global_batch_size=2", "micro_batch_size=2", "eval_every=2", "save_every=3", "keep_checkpoints=1"),
-    *("max_skipped_steps=3", "hang_timeout=60"),
+    *("max_skipped_steps=3", "hang_timeout=60", "export_of=last"),
 )
 
 
@@ -75,12 +75,18 @@ class FakeEngine:
 
 
 class FakeTask:
-    """Four evaluation batches; sends itself a signal in a chosen evaluation or step."""
+    """Four evaluation batches; sends itself a signal in a chosen evaluation or step.
+
+    ``results`` are the values of eval_loss, one entry an evaluation; without them it is the mean of the records.
+    """
 
     targets_name = "labels"
 
-    def __init__(self, signal_in_evaluation: int | None, signal_in_step: int | None) -> None:
+    def __init__(
+        self, signal_in_evaluation: int | None, signal_in_step: int | None, results: list[float] | None
+    ) -> None:
         self.evaluations = 0
+        self.results = results
         self.signal_in_evaluation, self.signal_in_step = signal_in_evaluation, signal_in_step
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
@@ -107,7 +113,7 @@ class FakeTask:
 
     def metrics(self, records: list[float]) -> dict[str, float]:
         assert len(records) == 4
-        return {"eval_loss": sum(records) / 4}
+        return {"eval_loss": self.results.pop(0) if self.results else sum(records) / 4, "accuracy": 0.25}
 
     def write_predictions(self, folder: str | Path) -> None:
         pass
@@ -136,10 +142,11 @@ class Run:
         signal_in_evaluation: int | None = None,
         signal_in_step: int | None = None,
         resumed_from: Run | None = None,
+        evaluations: list[float] | None = None,
         **changes: Any,
     ) -> None:
         self.folder, self.checkpoints = folder, FakeCheckpoints()
-        self.task = FakeTask(signal_in_evaluation, signal_in_step)
+        self.task = FakeTask(signal_in_evaluation, signal_in_step, evaluations)
         self.trainer = Trainer(
             config=replace(CONFIG, output_dir=str(folder), **changes),
             engine=FakeEngine(losses or [2.0], norms or [1.0], finite),  # type: ignore[arg-type]
@@ -303,3 +310,84 @@ def test_non_finite_weights_are_never_saved(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="step 3: weights or moments are non-finite and were not saved"):
         run.trainer.train()
     assert run.saved == []
+
+
+# --- the best model ---
+
+
+def best_of(run: Run) -> list[tuple[int, int, float | None, int]]:
+    """(step, best step, best value, evaluations since) of each checkpoint."""
+    found = []
+    for state in run.checkpoints.saved:
+        found.append((state.step, state.best_step, state.best_value, state.evaluations_since_best))
+    return found
+
+
+def test_each_better_evaluation_is_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Evaluations at steps 0, 2, 4 and 6; the one before the first step is no result of the run."""
+    run = Run(tmp_path, evaluations=[1.0, 3.0, 2.5, 2.75], export_of="best")
+    run.trainer.train()
+    assert best_of(run) == [(2, 2, 3.0, 0), (3, 2, 3.0, 0), (4, 4, 2.5, 0), (6, 4, 2.5, 1)]
+    printed = capsys.readouterr().out
+    assert "saved step_2, the best so far: eval_loss 3.0000\n" in printed
+    assert "saved step_6\n" in printed
+
+
+def test_nan_is_never_the_best(tmp_path: Path) -> None:
+    run = Run(tmp_path, evaluations=[1.0, math.nan, 2.5, math.inf], export_of="best", save_every=0)
+    run.trainer.train()
+    assert best_of(run) == [(4, 4, 2.5, 0), (6, 4, 2.5, 1)]
+
+
+def test_higher_is_better_for_other_metrics(tmp_path: Path) -> None:
+    run = Run(tmp_path, best_metric="accuracy", export_of="best", save_every=0)
+    run.trainer.train()
+    assert best_of(run) == [(2, 2, 0.25, 0), (6, 2, 0.25, 2)]
+    with pytest.raises(UserError, match=r"best_metric=f1: the evaluation has no such number; it has eval_loss, acc"):
+        Run(tmp_path / "other", best_metric="f1").trainer.train()
+
+
+def test_a_step_that_was_skipped_is_not_the_best(tmp_path: Path) -> None:
+    """Its weights may have exploded: such a state is not saved."""
+    run = Run(tmp_path, evaluations=[4.0, 1.0, 2.0, 3.0], norms=[1.0, math.inf, 1.0], export_of="best", save_every=0)
+    run.trainer.train()
+    assert best_of(run) == [(4, 4, 2.0, 0), (6, 4, 2.0, 1)]
+
+
+def test_patience_ends_a_run_and_saves_it(tmp_path: Path) -> None:
+    run = Run(tmp_path, evaluations=[1.0, 2.0, 3.0, 4.0], patience=1, save_every=0)
+    run.trainer.train()
+    assert run.trainer.ended == "patience=1: no better eval_loss in 1 evaluation since step 2"
+    assert best_of(run) == [(4, 2, 2.0, 1)]
+    again = Run(tmp_path, resumed_from=run, patience=1)
+    again.trainer.train()
+    assert (again.task.evaluations, again.trainer.state.step, again.trainer.ended) == (0, 4, run.trainer.ended)
+    longer = Run(tmp_path, resumed_from=run, patience=2, evaluations=[1.5])
+    longer.trainer.train()
+    assert longer.trainer.ended is None
+    assert best_of(longer)[-1] == (6, 6, 1.5, 0)
+
+
+def test_patience_at_the_last_step_is_the_usual_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, evaluations=[1.0, 2.0, 3.0, 4.0], patience=2, save_every=0)
+    run.trainer.train()
+    assert (run.trainer.ended, run.saved) == (None, [6])
+
+
+def test_an_interrupted_evaluation_that_becomes_the_best_is_saved_at_its_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, evaluations=[5.0, 4.0], signal_in_evaluation=2, export_of="best", save_every=0)
+    with pytest.raises(Preempted, match="preempted after step 2 of 6, saved"):
+        run.trainer.train()
+    assert best_of(run) == [(2, -1, None, 0)]
+    resumed = Run(tmp_path, resumed_from=run, evaluations=[2.0, 3.0, 4.0], export_of="best", save_every=0)
+    resumed.trainer.train()
+    assert best_of(resumed) == [(2, -1, None, 0), (2, 2, 2.0, 0), (6, 2, 2.0, 2)]
+
+
+def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
+    run = Run(tmp_path, evaluations=[1.0, 0.1, 2.0, 3.0], save_every=2, max_steps=4)
+    run.trainer.train()
+    resumed = Run(tmp_path, resumed_from=run, best_metric="accuracy", save_every=0)
+    resumed.trainer.train()
+    state = resumed.checkpoints.saved[-1]
+    assert (state.step, state.best_metric, state.best_step, state.best_value) == (6, "accuracy", 6, 0.25)

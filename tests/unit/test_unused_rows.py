@@ -94,7 +94,7 @@ def test_one_row_stays_for_padding(gpt2: Tokenizer) -> None:
     assert full.pad_id(ROWS) == 299
     with pytest.raises(UserError, match="33 new tokens, but the vocabulary of 300 has 32 unused rows"):
         gpt2.with_added_tokens(tokens, ROWS)
-    with pytest.raises(UserError, match="1 new tokens, but the vocabulary of 267 has 0 unused rows"):
+    with pytest.raises(UserError, match="1 new token, but the vocabulary of 267 has 0 unused rows"):
         gpt2.with_added_tokens(tokens[:1], 267)
     assert gpt2.pad_id(267) == gpt2.eos_id
 
