@@ -3,6 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+# Before torch, whose import takes seconds: it notes which process launched this one, in case that one dies early.
+from gptj_train.launch import launchers as _launchers  # noqa: F401
+
 if TYPE_CHECKING:
     from gptj_train.model.gptj import GPTJModel
     from gptj_train.model.gptj_config import GPTJConfig

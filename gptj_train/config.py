@@ -66,8 +66,8 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
     add_tokens: list[str]
     export_dtype: Literal["bf16", "fp16", "fp32"]
     export_shard_size: str
-    quantize: Quantization
     plan: Literal["warn", "error", "off"]
+    quantize: Quantization
     model: ModelConfig
     lora: LoraConfig
     engine: EngineConfig

@@ -166,11 +166,11 @@ class Finetune:
         model_config: GPTJConfig,
         sample_prompt: str | None,
     ) -> None:
-        if cfg.quantize != "none":
-            facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
         if world_size() > 1:
             # Before the model is loaded, which takes minutes.
             self._meet(cfg, task, facts)
+        if cfg.quantize != "none":
+            facts = dict(facts) | {"base": quantized_base_fact(cfg.quantize)}
         report = dict(facts)
         report["start"] = cfg.init_from or f"random weights, seed {cfg.seed}"
         tracker = Tracker(
@@ -243,9 +243,9 @@ class Finetune:
             lora=cfg.lora,
             base=cfg.init_from,
             shard_bytes=parse_size(cfg.export_shard_size),
+            until=exported_step,
             quantize=cfg.quantize,
             mean_rows=self._mean_rows,
-            until=exported_step,
         )
         tracker.finish()
         if engine.rank != 0:

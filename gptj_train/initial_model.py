@@ -25,7 +25,7 @@ def use_initial_model(composed: DictConfig, given: set[str]) -> None:
         UserError: the command line gives another shape than ``init_from`` has.
     """
     folder = OmegaConf.select(composed, "init_from", throw_on_missing=False)
-    if folder is None or not (Path(folder) / "config.json").is_file():
+    if not isinstance(folder, str) or not (Path(folder) / "config.json").is_file():
         return  # random weights, or an error that comes later with a better message
     if "tokenizer" not in given and has_tokenizer(folder):
         composed.tokenizer = None

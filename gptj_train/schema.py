@@ -152,6 +152,10 @@ def unknown_key_message(key: str, cls: type) -> str:
         if key == free or key.startswith(f"{free}."):
             return f"{key!r} is not there yet; add it with +{key}=..."  # Hydra's override needs the plus
     known = list(keys_of(cls))
+    if key in known:  # its group was removed by ~GROUP or replaced by a plain value
+        return (
+            f"{key!r}: groups of keys are not removed or replaced; set single keys, GROUP.KEY=..., or give GROUP=NAME"
+        )
     full_names: dict[str, str] = {}
     for name in known:
         full_names.setdefault(name.rpartition(".")[2], name)  # the first one, of several in different groups

@@ -22,8 +22,9 @@ torch.set_num_threads(
 
 
 COMPILATION = """
-import gptj_train.training.engine
+from gptj_train.training.engine import OpBuilder, compile_under_lock
 from deepspeed.ops import op_builder
+compile_under_lock(OpBuilder)
 for builder in (op_builder.CPUAdamBuilder(), op_builder.FusedAdamBuilder(), op_builder.AsyncIOBuilder()):
     builder.is_compatible(verbose=False) and builder.load(verbose=False)
 """
@@ -41,7 +42,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
 
 
-_HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+_HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
 @pytest.fixture(autouse=True)

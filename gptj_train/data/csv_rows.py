@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gptj_train.counted import counted
 from gptj_train.data.files import LONGEST_LINE
-from gptj_train.data.records import BadRecordError
+from gptj_train.data.parsing import BadRecordError
 from gptj_train.errors import UserError
 
 

@@ -1,4 +1,4 @@
-"""The settings of held-out data for a finished model of any task."""
+"""The config of held-out data for a checkpoint of any task."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ class EvaluationDataConfig(DataConfig):
     validation: str | list[str]
     second_text_field: str | None
     label_field: str | list[str]
+
+    @property
+    def splits_by_key(self) -> dict[str, str | None]:
+        """Evaluation has one split, ``data.split``; in the config of a training run it is validation_split."""
+        return {"validation": self.split or self.validation_split}
 
     @property
     def labelled(self) -> LabelledFields:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import glob
 import gzip
+import json
 import os
 import re
 import zlib
@@ -17,9 +17,13 @@ import zstandard
 from gptj_train.data.remote_files import fetched, is_url
 from gptj_train.errors import UserError
 from gptj_train.failed_download import LFS_POINTER, what_it_is
+from gptj_train.near_name import near_name
 
-TEXT_SUFFIXES = (".jsonl", ".json", ".txt")
-SUFFIXES = (*(text + packed for text in TEXT_SUFFIXES for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
+_PACKED = ("", ".zst", ".gz")
+_OF_RECORDS = (".jsonl", ".json", ".csv", ".tsv")
+_TABLES = (".parquet", ".arrow")
+RECORD_SUFFIXES = (*(text + packed for text in _OF_RECORDS for packed in _PACKED), *_TABLES)
+SUFFIXES = (*(text + packed for text in (*_OF_RECORDS, ".txt") for packed in _PACKED), *_TABLES)
 
 _NO_DATA = re.compile(r"dataset_info\.json|dataset_dict\.json|state\.json|cache-.*\.arrow")
 """What ``datasets`` writes beside the files of a saved dataset."""
@@ -28,6 +32,7 @@ LONGEST_LINE = 256 * 2**20
 """In bytes. A line is held in memory several times over; no record of text is this long."""
 
 _CHUNK = 2**20  # bytes read at once
+_HEAD = 1024  # bytes that tell a failed download
 # Bytes decompressed at once. A zstd block takes at least 4 bytes and expands to at most 128 KiB, so that 4 KiB of a
 # decompression bomb fill 128 MiB, and no more.
 _ZSTD_CHUNK = 2**12
@@ -57,10 +62,13 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     found: list[Path] = []
     for path in _separate(paths):
         files: dict[Path, None] = {}
-        for match in fetched(path, key) if is_url(path) else _matches(path):
+        for match in fetched(path, key, suffixes) if is_url(path) else _matches(path):
             # ** matches folders and the files inside them: each file counts once.
-            files |= dict.fromkeys(_files_at(Path(match), suffixes))
+            files |= dict.fromkeys(_files_at(Path(match), key, suffixes))
+            if (Path(match) / "dataset_dict.json").is_file() and os.environ.get("RANK", "0") == "0":
+                print(f"{key}: the split {key.rpartition('.')[2]!r} of {match}", flush=True)
         if not files:
+            _check_readable(path, key)
             raise UserError(f"{key}: {_why_none(path, suffixes)}")
         found += files
     if not found:
@@ -74,13 +82,13 @@ def find_files(paths: str | list[str], key: str, suffixes: tuple[str, ...] = SUF
     return found
 
 
-def local_files(paths: str | list[str] | None) -> list[Path]:
+def local_files(paths: str | list[str] | None, key: str) -> list[Path]:
     """Return the files at paths, folders and globs, of any kind and without those at URLs; [] for none."""
     files: dict[Path, None] = {}
     for path in _separate(paths or []):
         if not is_url(path):
             for match in _matches(path):
-                files |= dict.fromkeys(_files_at(Path(match), ("",)))
+                files |= dict.fromkeys(_files_at(Path(match), key, ("",)))
     return [file for file in files if file.is_file()]
 
 
@@ -115,29 +123,45 @@ def _matches(path: str) -> list[str]:
     return [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
 
 
-def near_name(path: str) -> str:
-    """Return "did you mean ...?; " with the most similar name in the folder of a path that does not exist."""
-    folder, name = os.path.split(path)
-    try:
-        names = os.listdir(folder or ".")
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-    return f"did you mean {os.path.join(folder, near[0])!r}?; " if near else ""
+def _check_readable(path: str, key: str) -> None:
+    """Raise UserError for the first folder of a path that may not be read: in it no file is seen."""
+    folder = Path(path).absolute()
+    for part in [*reversed(folder.parents), folder]:
+        if part.is_dir() and not os.access(part, os.R_OK | os.X_OK):
+            raise UserError(f"{key}: {part} cannot be read; correct its permissions")
 
 
-def _files_at(path: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Return the path itself, or the files of these kinds in a folder."""
+def _files_at(path: Path, key: str, suffixes: tuple[str, ...]) -> list[Path]:
+    """Return the path itself, or the files of these kinds in a folder, or those of a dataset that was saved there."""
     if not path.is_dir():
         return [path]
     if (path / "dataset_dict.json").is_file():
-        splits = sorted(str(state.parent) for state in path.glob("*/state.json"))
-        raise UserError(f"{path}: contains several splits; name one of them: {', '.join(splits)}")
+        splits = sorted(state.parent for state in path.glob("*/state.json"))
+        split = key.rpartition(".")[2]  # "train" of data.train
+        if path / split not in splits:
+            names = ", ".join(map(str, splits))
+            raise UserError(f"{path}: contains several splits; name one of them: {names}")
+        path /= split
+    if (path / "state.json").is_file():
+        return _files_saved(path)
     files = []
     for file in path.rglob("*"):
         if file.name.lower().endswith(suffixes) and not _NO_DATA.fullmatch(file.name):
             files.append(file)
     return sorted(files)
+
+
+def _files_saved(folder: Path) -> list[Path]:
+    """Return the files of a dataset that ``datasets`` saved: earlier ones and caches may lie beside them."""
+    try:
+        state = json.loads((folder / "state.json").read_bytes())
+        names = [str(entry["filename"]) for entry in state["_data_files"]]
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{folder / 'state.json'}: not what datasets writes; save the dataset again") from None
+    for name in names:
+        if name != os.path.basename(name):
+            raise UserError(f"{folder / 'state.json'}: refused, it names {name}, which is outside of the folder")
+    return [folder / name for name in names]
 
 
 def numbered_lines(file: Path, progress: Callable[[int], None]) -> Iterator[tuple[int, bytes]]:
@@ -181,9 +205,11 @@ def chunks(file: Path, progress: Callable[[int], None]) -> Iterator[bytes]:
     """Read the bytes of a file, decompressed, in pieces of any length. Arguments and errors as ``numbered_lines``."""
     try:
         with open(file, "rb") as raw:
-            if raw.read(len(LFS_POINTER)) == LFS_POINTER:
-                # As a .txt it would be trained on.
-                raise UserError(f"{file}: this is {what_it_is(LFS_POINTER)}")
+            head = raw.read(_HEAD)
+            instead = what_it_is(head) if head else None
+            # A .txt may be a page of HTML that is meant; a Git LFS pointer is never meant.
+            if instead and (kind_of(file) != ".txt" or head.startswith(LFS_POINTER)):
+                raise UserError(f"{file}: this is {instead}")
             raw.seek(0)
             watched = _Watched(raw, progress)
             if file.suffix.lower() == ".zst":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gptj_train.data.files import kind_of
+from gptj_train.data.parsing import value_of
 from gptj_train.data.record_files import first_records
 from gptj_train.data.sources import columns_of
 from gptj_train.data.text_config import DataConfig
@@ -60,9 +61,11 @@ def _recognised(data: DataConfig, records: list[dict[str, Any]]) -> DataConfig:
         return replace(data, kind="text")
     if data.kind in ("auto", "chat"):
         for name in (data.messages_field, *_MESSAGES):
-            if any(isinstance(record.get(name), list) for record in records):
+            if any(isinstance(value_of(record, name), list) for record in records):
                 changed = data.kind != "chat" or name != data.messages_field
                 return replace(data, kind="chat", messages_field=name) if changed else data
+        for name in _fields_of_messages(records):
+            return replace(data, kind="chat", messages_field=name)
     if data.kind in ("auto", "completion"):
         configured = (data.prompt_field, data.response_field)
         for prompt, response in (configured, *_COMPLETIONS):
@@ -78,7 +81,20 @@ def _recognised(data: DataConfig, records: list[dict[str, Any]]) -> DataConfig:
 
 
 def _holds_text(records: list[dict[str, Any]], field: str) -> bool:
-    return any(isinstance(record.get(field), str) and record[field] for record in records)
+    return any(isinstance(value_of(record, field), str) and value_of(record, field) for record in records)
+
+
+def _fields_of_messages(records: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield the fields, also those inside another, that hold messages by another name than the usual ones."""
+    for record in records:
+        for name, value in record.items():
+            inner = value.items() if isinstance(value, dict) else ()
+            for field, messages in ((name, value), *((f"{name}.{key}", one) for key, one in inner)):
+                first = messages[0] if isinstance(messages, list) and messages else None
+                if isinstance(first, dict) and (
+                    {"role", "content"} <= first.keys() or {"from", "value"} <= first.keys()
+                ):
+                    yield field
 
 
 def say_unread(records: Iterable[dict[str, Any]], read: set[str], key: str) -> None:

@@ -34,7 +34,7 @@ def data_identity(config: Mapping[str, Any], tokenizer: str) -> dict[str, Any]:
     # Language modeling has no settings of its task.
     for name, value in config.get("task", {}).items():
         identity[f"task.{name}"] = value
-    for file in local_files(config["data"].get("train")):
+    for file in local_files(config["data"].get("train"), "data.train"):
         identity[f"file {file}"] = _describe(file)
     result: dict[str, Any] = json.loads(json.dumps(identity, default=str))
     return result

@@ -14,13 +14,14 @@ from gptj_train.data.held_out_share import HeldOutShare
 from gptj_train.data.labelled_files import LabelledFields, LabelledRecord, read_labelled
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import DatasetKeys
 from gptj_train.schema import schema
 
 _TEXTS_AT_ONCE = 1024  # tokenized by all cores together
 
 
 @schema
-class LabelledDataConfig(LabelledFields):
+class LabelledDataConfig(LabelledFields, DatasetKeys):
     """Labelled texts to train on and to hold out. Paths may be files, folders or globs, one or a list."""
 
     train: str | list[str]

@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptj_train.data.bad_records import check_share
-from gptj_train.data.files import find_files
+from gptj_train.data.files import RECORD_SUFFIXES, find_files
 from gptj_train.data.formats import say_unread
+from gptj_train.data.parsing import BadRecordError, parse_record, value_of, with_outermost
 from gptj_train.data.record_files import first_records, read_records
-from gptj_train.data.records import BadRecordError, checked_text, parse_line
+from gptj_train.data.records import checked_text
 from gptj_train.errors import UserError
 from gptj_train.schema import schema
-
-_TEXT = (".jsonl", ".json", ".csv", ".tsv")
-SUFFIXES = (*(text + packed for text in _TEXT for packed in ("", ".zst", ".gz")), ".parquet", ".arrow")
 
 
 @schema
@@ -62,17 +60,17 @@ def read_labelled(paths: str | list[str], key: str, fields: LabelledFields) -> l
     Raises:
         UserError: no file, a file that cannot be read, a row without text or label, named, or too many of those.
     """
-    files = find_files(paths, key, SUFFIXES)
-    columns = {*fields.text_fields, *fields.label_fields}
+    files = find_files(paths, key, RECORD_SUFFIXES)
+    columns = with_outermost([*fields.text_fields, *fields.label_fields])
     records: list[LabelledRecord] = []
     skipped = Counter[str]()
     for file in files:
-        for where, record in read_records(file, columns, lambda read: None):
+        for row in read_records(file, columns, lambda read: None):
             try:
-                records.append(_record(record, where, fields))
+                records.append(_record(parse_record(row["record"]), row["where"], fields))
             except BadRecordError as error:
                 if fields.bad_records == "error":
-                    raise UserError(f"{where}: {error}") from None
+                    raise UserError(f"{row['where']}: {error}") from None
                 skipped[error.reason] += 1
     check_share(key, skipped, len(records), fields.max_bad_share)
     if not records:
@@ -89,22 +87,16 @@ def _first_of(files: list[Path]) -> list[dict[str, Any]]:
     return []
 
 
-def _record(row: Any, where: str, fields: LabelledFields) -> LabelledRecord:
+def _record(row: dict[str, Any], where: str, fields: LabelledFields) -> LabelledRecord:
     """Return the texts and the label of a row.
 
     Raises:
         BadRecordError: one of them is missing.
     """
-    if isinstance(row, BadRecordError):
-        raise row
-    if isinstance(row, bytes):
-        row = parse_line(row)
-    if not isinstance(row, dict):
-        raise BadRecordError("not a record", "write a JSON object with a text and a label")
     filled = ", ".join(name for name, value in row.items() if not _is_missing(value))
     texts = []
     for field in fields.text_fields:
-        text = row.get(field)
+        text = value_of(row, field)
         # The second text of a pair may be empty, such as a title: what is missing is null or has no field.
         may_be_empty = field != fields.text_field
         if not isinstance(text, str) or not (text or may_be_empty):
@@ -112,7 +104,7 @@ def _record(row: Any, where: str, fields: LabelledFields) -> LabelledRecord:
             advice = f"the fields with a value are {filled}; set {key} or fix it"
             raise BadRecordError(f"no text in {field!r}", advice)
         texts.append(checked_text(text))
-    labels = [row.get(field) for field in fields.label_fields]
+    labels = [value_of(row, field) for field in fields.label_fields]
     if any(_is_missing(label) for label in labels):
         advice = f"the fields with a value are {filled}; set data.label_field or fix it"
         raise BadRecordError(f"no {fields.label_field!r}", advice)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,7 +15,7 @@ from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
 from gptj_train.data.claims import claim, lock_of_host
 from gptj_train.data.formats import say
 from gptj_train.data.progress import Progress
-from gptj_train.data.store import FORMAT, TokenStore
+from gptj_train.data.store import FORMAT, TokenStore, damage_of
 from gptj_train.data.text_config import DataConfig
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.data.workers import cannot_write, tokenize_file, tokenize_in_workers
@@ -75,6 +76,8 @@ def _remove_leftovers(cache: Path) -> None:
 
 def _make_all(file_of: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
     """Make the stores that are missing, and wait for those that other hosts make."""
+    for folder in file_of:
+        _announce_damage(folder)
     told = False
     while True:
         missing = {folder: file for folder, file in file_of.items() if not _is_usable(folder, data)}
@@ -106,6 +109,12 @@ def _is_usable(folder: Path, data: DataConfig) -> bool:
     if not TokenStore.exists(folder):
         return False
     return data.bad_records == "skip" or not TokenStore(folder).skipped
+
+
+def _announce_damage(folder: Path) -> None:
+    damage = damage_of(folder)
+    if damage and folder.exists():
+        print(f"{folder}: damaged, {damage}; it is made again", file=sys.stderr, flush=True)
 
 
 def _check(files: list[Path], stores: list[TokenStore], data: DataConfig) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import codecs
-import json
 import re
 from typing import Any, NamedTuple
 
 from gptj_train.data.chat_template import ASSISTANT, DEFAULT, TemplateFailedError, is_jinja, render, special_tokens_of
+from gptj_train.data.parsing import BadRecordError, parse_record, value_of
 from gptj_train.data.text_config import DataConfig
 
 _ROLE = re.compile(r"[\w -]+")
@@ -39,34 +38,20 @@ class Segment(NamedTuple):
     joined: bool = False
 
 
-class BadRecordError(ValueError):
-    """A record that cannot be used.
-
-    Bad records are counted by reason, so a reason must not contain anything of the record itself. The advice may.
-    """
-
-    def __init__(self, reason: str, advice: str) -> None:
-        super().__init__(f"{reason}; {advice}")
-        self.reason = reason
-
-
 def document_of(record: Any, data: DataConfig, *, default_component: str) -> list[Segment]:
     """Return the segments of a record's document.
 
     Args:
-        record: a line of JSON as bytes, or a row of a table.
+        record: as ``parse_record`` takes it.
         default_component: for a record that does not name its component.
 
     Raises:
         BadRecordError: the record cannot be used.
     """
-    if isinstance(record, bytes):
-        record = parse_line(record)
-    if not isinstance(record, dict):
-        raise BadRecordError("not a record", "write a JSON object with a text in it")
+    record = parse_record(record)
     component = _component_of(record, data.component_field) or default_component
     if data.kind == "chat":
-        return _chat(record.get(data.messages_field), component, data)
+        return _chat(value_of(record, data.messages_field), component, data)
     if data.kind == "completion":
         prompt = _prompt_of(record, data.prompt_field)
         response = _text_of(record, data.response_field, "data.response_field")
@@ -89,27 +74,9 @@ def checked_text(text: str) -> str:
     return text
 
 
-def parse_line(line: bytes) -> Any:
-    """Parse a line of JSON.
-
-    Raises:
-        BadRecordError: no UTF-8, or no JSON.
-    """
-    try:
-        # A byte order mark stands at the start of a file, so in its first line.
-        return json.loads(line.removeprefix(codecs.BOM_UTF8).decode())
-    except UnicodeDecodeError as error:
-        place = f"{error.reason} at byte {error.start} of the line"
-        raise BadRecordError("not UTF-8 text", f"convert it ({place})") from None
-    except (ValueError, RecursionError) as error:  # ValueError: JSON's own, or an integer with too many digits
-        raise BadRecordError("not a line of JSON", f"each line must be one record ({error})") from None
-
-
 def _component_of(record: dict[str, Any], field: str) -> str:
-    """Return what a field such as "meta.pile_set_name" contains; empty if the record lacks it."""
-    value: Any = record
-    for name in field.split("."):
-        value = value.get(name) if isinstance(value, dict) else None
+    """Return what the field contains; empty if the record lacks it."""
+    value = value_of(record, field)
     if not isinstance(value, str):
         return ""
     if not checked_text(value).isprintable():
@@ -119,7 +86,7 @@ def _component_of(record: dict[str, Any], field: str) -> str:
 
 
 def _text_of(record: dict[str, Any], field: str, key: str) -> str:
-    text = record.get(field)
+    text = value_of(record, field)
     if not isinstance(text, str) or not text:
         advice = f"set {key} or correct the record"
         if isinstance(record.get("messages"), list):
@@ -150,7 +117,7 @@ def _prompt_of(record: dict[str, Any], prompt_field: str | list[str]) -> str:
         return _text_of(record, prompt_field, "data.prompt_field")
     texts = {}
     for name in names:
-        text = record.get(name)
+        text = value_of(record, name)
         if text is not None and not isinstance(text, str):
             raise BadRecordError(f"no text in field {name!r}", "set data.prompt_field or correct the record")
         texts[name] = checked_text(text or "")

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, kind_of
+from gptj_train.data.parsing import BadRecordError, with_outermost
 from gptj_train.data.record_files import read_records
-from gptj_train.data.records import BadRecordError, Segment, checked_text, document_of, prompt_fields
+from gptj_train.data.records import Segment, checked_text, document_of, prompt_fields
 from gptj_train.data.text_config import DataConfig
 from gptj_train.errors import UserError
 
@@ -40,14 +41,12 @@ def read_segments(
         yield from _read_txt(file, data, progress)
         return
     default_component = _without_suffix(file)
-    for where, record in read_records(file, columns_of(data), progress):
+    for row in read_records(file, columns_of(data), progress):
         try:
-            if isinstance(record, BadRecordError):
-                raise record
-            document = document_of(record, data, default_component=default_component)
+            document = document_of(row["record"], data, default_component=default_component)
         except BadRecordError as error:
             if data.bad_records == "error":
-                raise UserError(f"{where}: {error}, or skip such records with data.bad_records=skip") from None
+                raise UserError(f"{row['where']}: {error}, or skip such records with data.bad_records=skip") from None
             skipped[error.reason] += 1
             continue
         for segment in document:
@@ -67,13 +66,14 @@ def _without_suffix(file: Path) -> str:
 
 
 def columns_of(data: DataConfig) -> set[str]:
-    """Return the fields of a record that are read."""
-    component, _, _ = data.component_field.partition(".")
+    """Return the fields of a record that are read, and the outermost names of those inside others."""
     if data.kind == "chat":
-        return {component, data.messages_field}
-    if data.kind == "completion":
-        return {component, *prompt_fields(data.prompt_field), data.response_field}
-    return {component, data.text_field}
+        read = [data.messages_field]
+    elif data.kind == "completion":
+        read = [*prompt_fields(data.prompt_field), data.response_field]
+    else:
+        read = [data.text_field]
+    return with_outermost([*read, data.component_field])
 
 
 def _read_txt(file: Path, data: DataConfig, progress: Callable[[int], None]) -> Iterator[Segment]:

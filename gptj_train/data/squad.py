@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -10,19 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gptj_train.data.bad_records import check_share
-from gptj_train.data.files import chunks, find_files, kind_of
+from gptj_train.data.files import RECORD_SUFFIXES, find_files
 from gptj_train.data.formats import say
 from gptj_train.data.held_out_share import HeldOutShare
-from gptj_train.data.json_arrays import begins_array
-from gptj_train.data.records import BadRecordError
+from gptj_train.data.parsing import BadRecordError, parse_record
+from gptj_train.data.record_files import read_records
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import DatasetKeys
 from gptj_train.schema import schema
 
-SUFFIXES = tuple(text + packed for text in (".json", ".jsonl") for packed in ("", ".zst", ".gz"))
+_FIELDS = {"id", "question", "context", "answers", "is_impossible"}
 
 
 @schema
-class QADataConfig:
+class QADataConfig(DatasetKeys):
     """Questions to train on and to hold out: SQuAD's .json or flat .jsonl. Files, folders or globs, one or a list."""
 
     train: str | list[str]
@@ -57,8 +57,8 @@ def read_questions(data: QADataConfig, held_out: HeldOutShare) -> tuple[list[Que
         UserError: a path that matches nothing, or a bad record, named by file and place.
     """
     held_out.check(data.validation)
-    train = find_files(data.train, "data.train", SUFFIXES)
-    validation = find_files(data.validation, "data.validation", SUFFIXES) if data.validation else []
+    train = find_files(data.train, "data.train", RECORD_SUFFIXES)
+    validation = find_files(data.validation, "data.validation", RECORD_SUFFIXES) if data.validation else []
     policy, share = data.bad_records, data.max_bad_share
     questions = read_files(train, "data.train", bad_records=policy, max_bad_share=share)
     if not validation:
@@ -118,80 +118,42 @@ def _free_id(taken: dict[str, Question]) -> str:
 
 def _records(file: Path) -> Iterator[tuple[Any, str]]:
     """Yield flat records, or an error in place of one, and the place of each for messages."""
-    text = _read_text(file)
-    if kind_of(file) == ".jsonl" and not begins_array(text[:1000].encode(errors="replace")):
-        yield from _records_of_lines(file, text)
-        return
-    try:
-        whole = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        if getattr(error, "msg", "") == "Extra data":
-            # Something follows the first value: a record a line, by the name of .json.
-            yield from _records_of_lines(file, text)
-            return
-        raise UserError(f"{file}: not JSON ({error}); correct the file") from None
-    if isinstance(whole, list):
-        entries, prefix = whole, f"{file}: "
-    elif isinstance(whole, dict) and "data" not in whole and ("paragraphs" in whole or "question" in whole):
-        entries, prefix = [whole], f"{file}: "
-    else:
+    for row in read_records(file, _FIELDS, lambda read: None):
         try:
-            entries, prefix = _field(whole, "data", list), f"{file}: data"
+            record = parse_record(row["record"])
         except BadRecordError as error:
-            raise UserError(f"{file}: {error}") from None
-    for number, entry in enumerate(entries):
-        yield from _flat(entry, f"{prefix}[{number}]")
+            yield error, row["where"]
+            continue
+        yield from _flat(record, row["where"])
 
 
-def _read_text(file: Path) -> str:
-    data = b"".join(chunks(file, lambda read: None))
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); convert it") from None
-
-
-def _records_of_lines(file: Path, text: str) -> Iterator[tuple[Any, str]]:
-    # Not splitlines, which would also split at Unicode's other line separators.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            where = f"{file}:{number}"
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield BadRecordError("not JSON", f"each line must be one record ({error})"), where
-                continue
-            if isinstance(record, dict) and isinstance(record.get("data"), list):
-                for position, entry in enumerate(record["data"]):
-                    yield from _flat(entry, f"{where}: data[{position}]")
-            else:
-                yield from _flat(record, where)
-
-
-def _flat(entry: Any, where: str) -> Iterator[tuple[Any, str]]:
+def _flat(entry: dict[str, Any], where: str) -> Iterator[tuple[Any, str]]:
     """Yield the questions of an article, or of a paragraph, or the entry itself, which is a flat record."""
+    if "qas" in entry:
+        yield from _records_of_paragraph(entry, where)
+    elif "paragraphs" in entry:
+        try:
+            paragraphs = _field(entry, "paragraphs", list)
+        except BadRecordError as error:
+            yield error, where
+            return
+        for number, paragraph in enumerate(paragraphs):
+            yield from _records_of_paragraph(paragraph, f"{where}.paragraphs[{number}]")
+    else:
+        yield entry, where
+
+
+def _records_of_paragraph(paragraph: Any, where: str) -> Iterator[tuple[Any, str]]:
+    """Flatten SQuAD's nested form: each question gets a copy of its paragraph's context."""
     try:
-        if isinstance(entry, dict) and "paragraphs" in entry:
-            yield from _records_of_article(entry, where)
-        else:
-            yield entry, where
+        context = _field(paragraph, "context", str)
+        entries = _field(paragraph, "qas", list)
     except BadRecordError as error:
         yield error, where
-
-
-def _records_of_article(article: dict[str, Any], where: str) -> Iterator[tuple[Any, str]]:
-    """Flatten SQuAD's nested form: each question gets a copy of its paragraph's context."""
-    for i, paragraph in enumerate(_field(article, "paragraphs", list)):
-        inside = f"{where}.paragraphs[{i}]"
-        try:
-            context = _field(paragraph, "context", str)
-            entries = _field(paragraph, "qas", list)
-        except BadRecordError as error:
-            yield error, inside
-            continue
-        for j, question in enumerate(entries):
-            record = {**question, "context": context} if isinstance(question, dict) else question
-            yield record, f"{inside}.qas[{j}]"
+        return
+    for number, question in enumerate(entries):
+        record = {**question, "context": context} if isinstance(question, dict) else question
+        yield record, f"{where}.qas[{number}]"
 
 
 # --- fields of a record ---

@@ -103,15 +103,40 @@ class TokenStore:
 
     @staticmethod
     def exists(folder: Path) -> bool:
-        """Return whether there is a complete store: all files have the sizes that store.json gives.
+        """Return whether there is a complete store."""
+        return (folder / "store.json").exists() and not damage_of(folder)
 
-        Clusters that delete old files may leave a part of one.
-        """
-        try:
-            sizes = json.loads((folder / "store.json").read_text())["bytes"]
-            return all((folder / name).stat().st_size == size for name, size in sizes.items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return False
+
+def damage_of(folder: Path) -> str:
+    """Return why a store cannot be used; empty if it is whole: all files have the sizes that store.json gives.
+
+    Clusters that delete old files may leave a part of one. To read a memory-mapped file beyond its end kills a process
+    without a word.
+    """
+    try:
+        metadata = json.loads((folder / "store.json").read_text())
+        _check_metadata(metadata)
+        for name, expected in metadata["bytes"].items():
+            size = (folder / name).stat().st_size
+            if size != expected:
+                return f"{name} has {size:,} bytes instead of {expected:,}"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return "its store.json is damaged"
+    return ""
+
+
+def _check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise one of several errors for a store.json that ``write_store`` did not write."""
+    names, sizes = metadata["components"], metadata["bytes"]
+    if metadata["dtype"] not in ("uint16", "uint32") or not {"tokens.bin", "documents.bin"} <= sizes.keys():
+        raise ValueError("dtype or bytes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("components")
+    for counts in (metadata["skipped"], metadata["special_tokens"], sizes):
+        if not all(type(count) is int and count >= 0 for count in counts.values()):
+            raise ValueError("counts")
 
 
 def write_store(

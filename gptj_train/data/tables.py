@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gptj_train.data.records import BadRecordError
+from gptj_train.data.parsing import BadRecordError
 from gptj_train.errors import UserError
 from gptj_train.failed_download import failed_download
 
@@ -36,6 +36,9 @@ def read_rows(
         with pa.memory_map(str(file)) as source:
             for share, batch in _batches(source, file.suffix.lower()):
                 wanted = [name for name in batch.schema.names if name in columns]
+                twice = next((name for name in wanted if wanted.count(name) > 1), None)
+                if twice is not None:
+                    raise ValueError(f"it has the column {twice!r} twice")
                 labels = _class_labels(batch.schema)
                 for row in _dictionaries(batch.select(wanted) if wanted else batch):
                     if isinstance(row, dict):
@@ -67,7 +70,7 @@ def first_rows(file: Path, count: int) -> list[dict[str, Any]]:
                 for name in head.schema.names:
                     try:
                         values = head.column(name).to_pylist()
-                    except (ValueError, OverflowError):
+                    except (ValueError, OverflowError, KeyError):  # KeyError: a name that two columns have
                         continue
                     for row, value in zip(rows, values, strict=True):
                         row[name] = value

@@ -6,11 +6,12 @@ from typing import Literal
 
 from gptj_train.data.chat_template import is_jinja
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import DatasetKeys
 from gptj_train.schema import schema
 
 
 @schema
-class DataConfig:
+class DataConfig(DatasetKeys):
     """Text to train on and to hold out. Paths may be files, folders or globs, one or a list."""
 
     train: str | list[str] | None

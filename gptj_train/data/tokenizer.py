@@ -21,6 +21,7 @@ from gptj_train.data.tokenizer_files import write_tokenizer_files
 from gptj_train.data.tokenizer_folder import EOS_TOKEN, byte_level, load_backend
 from gptj_train.data.unused_rows import AddedToken
 from gptj_train.errors import UserError
+from gptj_train.near_name import near_name
 
 _PROBE = "An old caf\u00e9,\n\u4e16\u754c \U0001f600\x00"
 
@@ -64,9 +65,8 @@ class Tokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the backend raises plain Exceptions, and its panics are BaseExceptions
-            raise UserError(
-                f"tokenizer {path}: {error}; give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
-            ) from None
+            wanted = "give a tokenizer.json, a folder that holds one, or vocab.json + merges.txt"
+            raise UserError(f"tokenizer {path}: {near_name(path)}{error}; {wanted}") from None
 
     @classmethod
     def choose(cls, path: str | None, init_from: str | None) -> Tokenizer:

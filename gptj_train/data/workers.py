@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -221,6 +222,8 @@ def _work() -> None:
 
 
 if __name__ == "__main__":
+    # Ctrl-C reaches workers too. They end without a traceback; what to say is their parent's part.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         _work()
     except BrokenPipeError:

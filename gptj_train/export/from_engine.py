@@ -41,9 +41,9 @@ def export(
     lora: LoraConfig,
     base: str | None,
     shard_bytes: int = MAX_SHARD_BYTES,
+    until: int | None = None,
     quantize: Quantization = "none",
     mean_rows: Mapping[int, Sequence[int]] | None = None,
-    until: int | None = None,
 ) -> Path:
     """Write weights, config, tokenizer and model card that Transformers loads unchanged. Collective.
 
@@ -57,9 +57,9 @@ def export(
         facts: about the run, for model card and report.
         base: the folder or hub id that the run started from.
         shard_bytes: largest size of a weight file.
+        until: the step that the weights are of; None: the last.
         quantize: how the engine stores the base.
         mean_rows: embedding row -> rows whose mean the run put there.
-        until: the step that the weights are of; None: the last.
 
     Raises:
         ExportError: on all ranks, when a check fails; no new folder is left.

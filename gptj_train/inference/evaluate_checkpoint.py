@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from gptj_train.config import EvaluateConfig
 from gptj_train.data.corpus import prepare
-from gptj_train.data.files import find_files
+from gptj_train.data.files import RECORD_SUFFIXES, find_files
 from gptj_train.data.labelled import labelled_rows
-from gptj_train.data.squad import SUFFIXES, read_files
+from gptj_train.data.squad import read_files
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.inference.placement import place
@@ -86,7 +86,7 @@ def _classification(cfg: EvaluateConfig, model_config: GPTJConfig, tokenizer: To
 
 def _question_answering(cfg: EvaluateConfig, tokenizer: Tokenizer, length: int) -> Task:
     questions = read_files(
-        find_files(cfg.data.validation, "data.validation", SUFFIXES),
+        find_files(cfg.data.validation, "data.validation", RECORD_SUFFIXES),
         "data.validation",
         bad_records=cfg.data.bad_records,
         max_bad_share=cfg.data.max_bad_share,

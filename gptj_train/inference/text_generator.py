@@ -14,6 +14,7 @@ from gptj_train.inference.placement import place
 from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.model.heads import GPTJForCausalLM
 from gptj_train.model.quantized import Quantization
+from gptj_train.near_name import near_name
 from gptj_train.weights.hf_writer import DTYPES
 
 _REPLACEMENT = "\ufffd"  # U+FFFD, what the first bytes of a character decode to until its last byte is there
@@ -199,7 +200,7 @@ def read_prompts(file: str, batch_size: int) -> list[list[str]]:
         # Bytes, and only \n ends a line: prompts may contain Unicode's other line separators.
         lines = [line.removesuffix("\r") for line in Path(file).read_bytes().decode("utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompts={file}: cannot be read as text ({error})") from None
+        raise UserError(f"prompts={file}: {near_name(file)}cannot be read as text ({error})") from None
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts={file}: holds no prompt; write one per line")

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from gptj_train.errors import UserError
+from gptj_train.launch.datasets_by_name import make_room
 from gptj_train.launch.key_help import help_lines
 from gptj_train.launch.spelling import check_spelling
 from gptj_train.schema import list_keys, plain_text_keys, text_keys, unknown_key_message, validated
@@ -54,12 +55,13 @@ def compose(primary: str, arguments: Sequence[str], cls: type[T]) -> T:
     check_spelling(overrides, primary, cls, CONFIGS)
     overrides = [_quote_text(override, cls) for override in overrides]
     composed = _composed(primary, overrides, own_configs, cls)
+    given = {}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        given[key.lstrip("+~")] = value
+    make_room(composed, set(given))
     adjust = getattr(cls, "adjust", None)
     if adjust is not None:
-        given = {}
-        for override in overrides:
-            key, _, value = override.partition("=")
-            given[key.lstrip("+~")] = value
         adjust(composed, given)
     return validated(composed, cls)
 
@@ -138,7 +140,8 @@ def _composed(
     try:
         with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
             return hydra.compose(primary, overrides=overrides, return_hydra_config=with_hydra)
-    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:  # Hydra raises all four
+    # Hydra raises all of them; OSError for the name of a config that is too long for a file.
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
         raise UserError(_explain(error, cls)) from None
 
 

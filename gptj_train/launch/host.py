@@ -7,16 +7,11 @@ import functools
 import io
 import os
 import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import cpuinfo
 
 from gptj_train.launch.ranks import ranks_on_host
-
-# Seconds. An extension takes about a minute on a free core; an older lock belongs to a process that was killed.
-_LONGEST_COMPILATION = 1800
 
 
 def prepare_environment() -> None:
@@ -37,21 +32,6 @@ def prepare_environment() -> None:
         # The CPU optimizer is compiled at first use: once per virtual environment, whose bin has ninja.
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", f"{sys.prefix}/torch_extensions")
         os.environ["PATH"] = f"{sys.prefix}/bin{os.pathsep}{os.environ.get('PATH', '')}"
-
-
-def announce_compilation(extension: str) -> None:
-    """Print a line if a DeepSpeed extension must first be compiled: the run would otherwise seem to hang."""
-    folder = os.environ.get("TORCH_EXTENSIONS_DIR")
-    if folder is not None and not any(Path(folder).rglob(f"{extension}*.so")):
-        print(f"Compiling DeepSpeed's {extension}; once per installation, about a minute ...", flush=True)
-
-
-def clear_stale_locks() -> None:
-    """Remove the locks of compilations that were killed: torch would wait for them forever."""
-    for lock in Path(os.environ.get("TORCH_EXTENSIONS_DIR", "/nonexistent")).glob("*/lock"):
-        with contextlib.suppress(OSError):  # another rank was faster
-            if time.time() - lock.stat().st_mtime > _LONGEST_COMPILATION:
-                lock.unlink()
 
 
 def usable_cores() -> int:

@@ -15,6 +15,7 @@ from typing import TypeVar
 from filelock import FileLock
 
 from gptj_train.errors import UserError
+from gptj_train.near_name import near_name
 from gptj_train.schema import schema
 
 T = TypeVar("T")
@@ -99,6 +100,7 @@ def fetch(name: str, key: str, *, revision: str | None, weights: bool) -> Path:
     )
 
     said = f"{key}={name}"
+    not_here = f"{said}: {near_name(name)}no such folder here"
     command = f"hf download {name} --local-dir {name.partition('/')[2]}"
     if revision is not None:
         command += f" --revision {revision}"
@@ -115,18 +117,18 @@ def fetch(name: str, key: str, *, revision: str | None, weights: bool) -> Path:
             f"{said}: the hub asks for an agreement first; accept it on the model's page, then 'hf auth login'"
         ) from None
     except RepositoryNotFoundError:
-        raise UserError(f"{said}: no such folder here, and no such model on the hub; correct it") from None
+        raise UserError(f"{not_here}, and no such model on the hub; correct it") from None
     except RevisionNotFoundError:
         raise UserError(f"{said}: the model has no revision {revision!r}; give a branch, tag or commit") from None
     except HFValidationError as error:
-        raise UserError(f"{said}: no such folder here, and no valid id ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{not_here}, and no valid id ({str(error).splitlines()[0]})") from None
     except Exception as error:  # no network: each version of the client has other errors for it
         folder = _from_cache(name, revision, weights=weights)
         if folder is None:
             lines = str(error).splitlines()
             reason = lines[0] if lines else type(error).__name__
             raise UserError(
-                f"{said}: no such folder here, and the hub cannot be reached ({reason}); where there is a network, run "
+                f"{not_here}, and the hub cannot be reached ({reason}); where there is a network, run "
                 f"'{command}', and give that folder"
             ) from None
         print(f"{said}: the hub cannot be reached; taken from its cache, {folder}", flush=True)

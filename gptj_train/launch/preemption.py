@@ -12,12 +12,17 @@ from typing import Any
 
 import psutil
 
-SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
-"""Requests to stop. SIGINT is Ctrl-C; SIGHUP comes when an ssh session is closed."""
+from gptj_train.launch.launchers import launcher_has_exited
+from gptj_train.launch.stacks import remove_stacks_file, stacks_file
+
+SIGNALS = signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP
+"""Requests to stop. SIGINT is Ctrl-C, SIGQUIT Ctrl-\\; SIGHUP comes when an ssh session is closed."""
 STOP_FILE = "STOP"
 
-# Seconds. The terminal and the launcher both pass Ctrl-C on: one key press arrives twice.
-_SAME_KEY_PRESS = 0.5
+_KEYS = {signal.SIGINT: "Ctrl-C", signal.SIGQUIT: "Ctrl-\\"}
+# Seconds. The terminal and the launcher both pass a key on: one press arrives twice. On a busy host the second comes
+# late, and taken for a second press it would cost the save.
+_SAME_KEY_PRESS = 1.0
 _MARGIN = 60  # seconds, the safety margin before Slurm kills the job
 
 
@@ -41,6 +46,7 @@ class StopRequest:
         """``max_hours`` count from the start of this process."""
         # Only rank 0 looks: on a shared disk other ranks may see the file later, or after its removal.
         self._stop_file = Path(output_dir) / STOP_FILE if rank == 0 else None
+        self._stacks = stacks_file(output_dir, rank)
         self._max_hours = max_hours
         self.progressed = False
         """Whether this process has done a step: a shorter ``max_hours`` than the start-up must not end every job."""
@@ -52,7 +58,6 @@ class StopRequest:
             self._deadline = time.monotonic() - age + max_hours * 3600
         self._killed_at = float(os.environ.get("SLURM_JOB_END_TIME") or "inf")
         self._rank = rank
-        self._launchers = launchers()
         self._signal: int | None = None
         self._interrupted_at: float | None = None
         self._old_handlers: dict[int, Any] = {}
@@ -70,20 +75,21 @@ class StopRequest:
         StopRequest.has_trained = error is None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT:
-            self._interrupted()
+        if number in _KEYS:
+            self._interrupted(_KEYS[signal.Signals(number)])
         if self._signal is None:
             self._signal = number
 
-    def _interrupted(self) -> None:
-        """Explain the first Ctrl-C; end at once on the second."""
+    def _interrupted(self, key: str) -> None:
+        """Explain the first press of a key that interrupts; end at once on the second."""
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at = now
             if self._rank == 0:
-                print("\nCtrl-C: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
+                print(f"\n{key}: finishing the step and saving; once more ends at once", file=sys.stderr, flush=True)
         elif now - self._interrupted_at > _SAME_KEY_PRESS:
-            # Everything on disk is whole at any moment: there is nothing to tidy up.
+            # Everything on disk is whole at any moment: there is nothing to tidy up but the watchdog's file.
+            remove_stacks_file(self._stacks)
             os._exit(128 + signal.SIGINT)
 
     def reason(self, step_seconds: float, save_seconds: float) -> str | None:
@@ -101,7 +107,7 @@ class StopRequest:
             return f"max_hours={self._max_hours} have passed"
         if self._seconds_left() < 2 * (step_seconds + save_seconds) + _MARGIN:
             return f"the Slurm job ends in {self._seconds_left():.0f} s"
-        if launchers() != self._launchers:
+        if launcher_has_exited():
             # A killed launcher leaves its ranks to the init process: without this they would train on unseen.
             return f"the launcher of rank {self._rank} has exited"
         return None
@@ -117,16 +123,3 @@ class StopRequest:
 def handled_signals() -> list[signal.Signals]:
     """Return the signals to handle: not those that nohup or a shell's background job asks to ignore."""
     return [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-
-
-def launchers() -> tuple[int, ...]:
-    """Return the process ids of this rank's launcher; empty without one."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun, the parent
-        return (os.getppid(),)
-    if "CROSS_RANK" in os.environ:  # deepspeed: its launch.py is the parent, the command itself the grandparent
-        parent = os.getppid()
-        try:
-            return (parent, psutil.Process(parent).ppid())
-        except psutil.NoSuchProcess:  # it exited just now
-            return (parent, 0)
-    return ()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import socket
+from collections.abc import Iterator
 
 from gptj_train.errors import UserError
 
@@ -62,6 +64,26 @@ def _set_from_slurm(tasks: int) -> None:
     env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
     if "MASTER_ADDR" not in env and env.get("SLURM_NNODES", "1") != "1":
         raise UserError("srun over several nodes needs MASTER_ADDR; submit the job with scripts/train.sbatch")
+
+
+@contextlib.contextmanager
+def port_in_use_is_a_mistake() -> Iterator[None]:
+    """Explain the failure of torch.distributed to listen on MASTER_PORT.
+
+    Raises:
+        UserError: another process listens there, such as a run whose launcher was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch's DistNetworkError has no error number
+        if "EADDRINUSE" not in str(error):
+            raise
+        port = os.environ["MASTER_PORT"]
+        raise UserError(
+            f"port {port} on {socket.gethostname()}, where the ranks would meet, is in use by another process; "
+            f"wait for that run or end it ('ss -ltnp sport = :{port}' shows it), or give another port: "
+            "deepspeed --master_port=PORT, torchrun --master-port=PORT, MASTER_PORT=PORT under srun"
+        ) from None
 
 
 def _free_port() -> int:

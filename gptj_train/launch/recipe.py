@@ -17,10 +17,13 @@ from typing import NoReturn, TypeVar
 import torch.distributed as dist
 
 from gptj_train.errors import UserError
+from gptj_train.launch.activity import activity
 from gptj_train.launch.command_line import HELP, compose, print_help, run_hydra, split_config_dir
+from gptj_train.launch.datasets_by_name import with_dataset_files
 from gptj_train.launch.exit_codes import EXIT_DONE, EXIT_MISTAKE, EXIT_PREEMPTED
 from gptj_train.launch.hub import with_local_folders
-from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals, launchers
+from gptj_train.launch.launchers import launcher_has_exited
+from gptj_train.launch.preemption import SIGNALS, Preempted, StopRequest, handled_signals
 from gptj_train.launch.ranks import rank, set_rank_variables
 from gptj_train.launch.run_status import MOST_FRUITLESS, RunStatus
 
@@ -28,8 +31,10 @@ T = TypeVar("T")
 
 _WITHOUT_WEIGHTS = ("plan", "prepare_data")  # recipes that read only a model's config and tokenizer
 # Faults of a disk, which no code of ours can mend, wherever they occur.
-_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
+_DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN)
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 
+_LONGEST_MESSAGE = 1500  # characters
 _LAUNCHER_KILLS_WITHIN = 10  # seconds after rank 0 has failed
 _LAUNCHER_POLL = 1.0  # seconds
 
@@ -82,7 +87,8 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
             run_hydra(script, primary, cls)
         else:
             config = compose(primary, sys.argv[1:], cls)
-            job(with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS))
+            config = with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS)
+            job(with_dataset_files(config))
     except NothingToDo as reason:
         if rank() == 0:
             print(reason, flush=True)
@@ -97,9 +103,12 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
     except UserError as error:
         return _mistake(str(error))
     except OSError as error:
-        if error.errno not in _DISK_FAULTS:
-            raise
-        return _mistake(f"{error.filename or 'the disk'}: {error.strerror}; free the disk, or give another place")
+        place = f"{error.filename or 'the disk'}: {error.strerror}"
+        if error.errno in _FORBIDDEN:
+            return _mistake(f"{place}; correct the permissions, or give another place")
+        if error.errno in _DISK_FAULTS:
+            return _mistake(f"{place}; free or mend the disk, or give another place")
+        raise
     return EXIT_DONE
 
 
@@ -113,9 +122,9 @@ def _end_now(number: int, frame: FrameType | None) -> NoReturn:
     code = EXIT_PREEMPTED if number == signal.SIGUSR1 or StopRequest.has_trained else 128 + number
     if os.environ.get("RANK", "0") == "0":
         if code == EXIT_PREEMPTED:
-            line = f"stopped: {name} outside the training loop; rerun the same command"
+            line = f"stopped: {name} {activity(frame)}; rerun the same command"
         else:
-            line = f"ended by {name} outside the training loop, nothing was saved"
+            line = f"ended by {name} {activity(frame)}, nothing was saved"
         print(line, file=sys.stderr, flush=True)
     _ignore_signals()
     sys.exit(code)
@@ -126,8 +135,7 @@ def _watch_launcher() -> None:
 
     Without this, ranks whose launcher was killed while they load would train on unseen.
     """
-    first = launchers()
-    while StopRequest.in_charge or launchers() == first:
+    while StopRequest.in_charge or not launcher_has_exited():
         time.sleep(_LAUNCHER_POLL)
     print("stopped: the launcher has exited outside the training loop; rerun the command", file=sys.stderr, flush=True)
     # Not sys.exit: the main thread may wait in a collective, for ranks that are gone. All files are whole.
@@ -178,5 +186,8 @@ def _mistake(message: str) -> int:
         time.sleep(_LAUNCHER_KILLS_WITHIN)
         message = f"[rank {number}] {message}"
     one_line = " ".join(message.split())
+    if len(one_line) > _LONGEST_MESSAGE:
+        # A stranger's value in it has no end; the remedy stands at the end of the line.
+        one_line = f"{one_line[:_LONGEST_MESSAGE]} ... {one_line[-200:]}"
     print(f"error: {one_line}", file=sys.stderr, flush=True)
     return EXIT_MISTAKE

@@ -34,6 +34,7 @@ class RunFolder:
         self._is_first_rank = rank == 0
         self._lock: TextIO | None = None
         self._identity: tuple[int, int] | None = None
+        self._checkpoints_device: int | None = None
         check_run_folder(output_dir)
         if self._path.is_dir():
             self._acquire()
@@ -49,15 +50,32 @@ class RunFolder:
         self._path.mkdir(parents=True, exist_ok=True)
         self._acquire()
         self._identity = _identity(self._path)
+        self.is_same()  # notes the checkpoints' disk
 
     def is_same(self) -> bool:
-        """Return whether the path still leads to the folder that ``create`` locked; True on other ranks than 0."""
-        return self._identity is None or _identity(self._path) == self._identity
+        """Return whether the path still leads to the folder that ``create`` locked; True on other ranks than 0.
+
+        So must the checkpoints' disk, which may be another one: once it is gone, its mount point is an empty folder.
+        """
+        if self._identity is None:
+            return True
+        return _identity(self._path) == self._identity and self._has_checkpoints_disk()
+
+    def _has_checkpoints_disk(self) -> bool:
+        checkpoints = self._path / "checkpoints"
+        device = (_identity(checkpoints) or (None, None))[0]
+        if device is None and not checkpoints.is_symlink():
+            return True  # not there yet, or removed by the user: the next save makes it
+        if self._checkpoints_device is None:
+            self._checkpoints_device = device
+        return device is not None and device == self._checkpoints_device
 
     def _acquire(self) -> None:
         if self._lock is not None or not self._is_first_rank:
             return
         path = self._path / LOCK_FILE
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+            raise UserError(f"{path} is not an ordinary file; remove it")
         # Not "w": the content belongs to the holder until the lock is ours. O_NONBLOCK: a pipe of this name must not
         # block.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)

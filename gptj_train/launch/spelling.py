@@ -65,7 +65,11 @@ def _check_override(argument: str, previous: str, following: str, cls: type, con
         raise UserError(f"{argument}: a preset is given as +config={value or following or 'NAME'}")
     if key == "+config" and " " in value:
         raise UserError(f"{argument!r} is one argument; leave out the quotes around several settings")
-    if equals and (configs / key).is_dir() and value.lower() in _NO_CHOICES:
+    if equals and key != key.strip():
+        right = shlex.quote(f"{key.strip()}={value.strip()}")
+        raise UserError(f"{argument!r} has a space before the '='; write {right}")
+    groups = {path.name for path in configs.iterdir() if path.is_dir()}
+    if equals and key in groups and value.lower() in _NO_CHOICES:
         choices = ", ".join(path.stem for path in sorted((configs / key).glob("*.yaml")))
         raise UserError(f"{argument}: give one of its choices, {choices}")
     if not equals:
@@ -82,7 +86,7 @@ def _refuse_lone_word(argument: str, previous: str, following: str, cls: type, c
         # The shell splits at spaces that are not in quotes.
         whole = shlex.quote(f"{previous} {argument}")
         raise UserError(f"{argument!r} stands alone: quote a value with spaces, {whole}")
-    if (configs / "config" / f"{argument}.yaml").is_file():
+    if argument in presets_of("plan", configs):
         raise UserError(f"{argument} is a preset; write +config={argument}")
     key = argument.removesuffix(":")  # as in YAML
     if key in keys_of(cls):

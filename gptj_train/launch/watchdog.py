@@ -15,6 +15,7 @@ from types import TracebackType
 
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted
+from gptj_train.launch.stacks import remove_stacks_file, stacks_file
 
 _TICK = 0.5  # seconds
 
@@ -31,7 +32,7 @@ class Watchdog:
 
     def __init__(self, output_dir: str | Path, limit: float, rank: int) -> None:
         """``limit`` is in seconds; 0 sets no limit."""
-        self._path = Path(output_dir) / "stacks" / f"rank_{rank}.txt"
+        self._path = stacks_file(output_dir, rank)
         self._limit = limit
         self._rank = rank
         self._ticks = 0
@@ -69,9 +70,7 @@ class Watchdog:
         if isinstance(error, Exception) and not isinstance(error, Preempted | UserError):
             traceback.print_exception(error, file=self._file)
         else:
-            self._path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # not empty: another rank's file is still there
-                self._path.parent.rmdir()
+            remove_stacks_file(self._path)
         self._file.close()
 
     def _watch(self) -> None:

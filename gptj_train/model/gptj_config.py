@@ -12,6 +12,7 @@ from gptj_train.failed_download import failed_download
 from gptj_train.model.activations import ACTIVATIONS
 from gptj_train.model.config_checks import check_fields
 from gptj_train.model.config_names import ALIASES, ConfigNames, default_labels, field_values, numbered, takes_aliases
+from gptj_train.near_name import near_name
 from gptj_train.untrusted_files import check_stays, read_json
 
 PROBLEM_TYPES = ("regression", "single_label_classification", "multi_label_classification")
@@ -191,7 +192,8 @@ class GPTJConfig(ConfigNames):
                 advice = f"; this is a run folder, use {Path(folder) / 'export'}"
             elif (Path(folder) / "checkpoints").is_dir():
                 advice = f"; this is a run folder: export it with recipes/export.py run={folder}, then use its export"
-            raise UserError(f"{path}: no readable GPT-J config.json here ({_reason(error)}){advice}") from None
+            near = near_name(folder)
+            raise UserError(f"{path}: {near}no readable GPT-J config.json here ({_reason(error)}){advice}") from None
         if not isinstance(values, dict) or values.get("model_type", "gptj") != "gptj":
             raise UserError(f"{path}: model_type must be 'gptj'")
         changed = field_values(cls, changes)

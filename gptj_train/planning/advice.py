@@ -10,7 +10,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from gptj_train.config import FinetuneConfig
+from gptj_train.config import FinetuneConfig, PlanConfig
 from gptj_train.launch.machine import Machine
 from gptj_train.model.lora import LoraConfig
 from gptj_train.planning.run_plan import RunPlan
@@ -26,6 +26,9 @@ _SPARE = 0.05  # share of each memory that advice leaves free, for what a plan d
 _WORTH_IT = 0.9  # a change is faster if a step takes less than this share of the time
 _LORA_CHOICES = Path(__file__).parents[1] / "configs" / "lora"
 _LORA_LR = 2.0e-4  # as in the presets with adapters: their weights start from 0
+
+# A quantized base is whole on every rank, and the adapters are small.
+_QLORA_ENGINE = {"engine.stage": 2, "engine.offload_optimizer": "none", "engine.offload_parameters": "none"}
 
 Change = dict[str, Any]
 """Value by dotted config key."""
@@ -53,8 +56,8 @@ class Advice:
 def advise(plan: RunPlan, machine: Machine) -> list[Advice]:
     """Return changes that make a run fit, or faster if it fits; the best first. Each fits.
 
-    First what trains the same numbers (offload, recomputation, micro-batch, stage), then adapters, then shorter
-    sequences.
+    First what trains the same numbers (offload, recomputation, micro-batch, stage), then adapters, then adapters beside
+    a base in 4 bits, then shorter sequences.
     """
     found = _best(plan, machine, {})
     if memory_fits(plan, machine):
@@ -62,7 +65,7 @@ def advise(plan: RunPlan, machine: Machine) -> list[Advice]:
             return found
         now = step_time(plan, machine).seconds
         return [advice for advice in found if advice.change and advice.seconds < _WORTH_IT * now]
-    with_adapters = [_with_adapters(plan)] if not plan.sizes.adapters else []
+    with_adapters = list(_with_adapters(plan))
     for adapted, change in with_adapters:
         found += _best(adapted, machine, change)
     length = plan.cfg.sequence_length // 2
@@ -202,13 +205,27 @@ def _batches(cfg: FinetuneConfig, machine: Machine) -> Iterator[Change]:
         micro_batch *= 2
 
 
-def _with_adapters(plan: RunPlan) -> tuple[RunPlan, Change]:
-    """Return the run with LoRA adapters, as lora=adapters composes it, and the change."""
-    files = [OmegaConf.load(_LORA_CHOICES / f"{name}.yaml") for name in ("none", "adapters")]
-    values: Any = OmegaConf.to_container(OmegaConf.merge(*files))
-    del values["defaults"]
-    cfg = replace(plan.cfg, lora=LoraConfig(**values))
-    return RunPlan.of(cfg, plan.model_config), {"lora": "adapters", "optim.lr": _LORA_LR}
+def _with_adapters(plan: RunPlan) -> Iterator[tuple[RunPlan, Change]]:
+    """Yield the run with LoRA adapters, then beside a quantized base, each with the change; not what it has already."""
+    change: Change = {}
+    if not plan.sizes.adapters:
+        # As lora=adapters composes it.
+        files = [OmegaConf.load(_LORA_CHOICES / f"{name}.yaml") for name in ("none", "adapters")]
+        values: Any = OmegaConf.to_container(OmegaConf.merge(*files))
+        del values["defaults"]
+        cfg = replace(plan.cfg, lora=LoraConfig(**values))
+        plan = RunPlan.of(cfg, plan.model_config)
+        change = {"lora": "adapters", "optim.lr": _LORA_LR}
+        yield plan, change
+    has_base = plan.cfg.init_from is not None or isinstance(plan.cfg, PlanConfig)
+    if plan.cfg.quantize == "none" and has_base:
+        engine = {key: value for key, value in _QLORA_ENGINE.items() if _value(plan.cfg, key) != value}
+        quantized = {"quantize": "nf4", **engine}
+        yield replace(plan, cfg=changed(plan.cfg, quantized)), {**change, **quantized}
+
+
+def _value(cfg: FinetuneConfig, key: str) -> Any:
+    return getattr(cfg.engine, key.removeprefix("engine."))
 
 
 def _divides(cfg: FinetuneConfig, machine: Machine) -> bool:

@@ -67,6 +67,7 @@ def memory_items(plan: RunPlan, ranks: int, *, on_gpu: bool) -> list[Item]:
         *_gradients(plan, ranks, on_gpu),
         Item("activations", "GPU", activations(plan, on_gpu=on_gpu), ("backward",)),
         Item("loss", "GPU", loss_memory(plan), ("backward",)),
+        Item("a dequantized matrix", "GPU", product_bytes(plan.sizes.shapes, plan.cfg.quantize, plan.element)),
     ]
     if on_gpu:
         items += [Item("libraries", "GPU", _GPU_LIBRARIES), Item("libraries", "host", _HOST_LIBRARIES)]
@@ -134,9 +135,6 @@ def _weights(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
     parts = ranks if engine.stage == 3 else 1
     everything = _stored_weights(plan)
     yield Item("weights", PLACES[engine.offload_parameters], everything / parts)
-    if plan.cfg.quantize != "none":
-        dequantized = product_bytes(plan.sizes.shapes, plan.cfg.quantize, plan.element)
-        yield Item("a dequantized matrix", "GPU", dequantized, ("backward",))
     if engine.stage != 3:
         return
     moved = on_gpu and engine.offload_parameters != "none"
@@ -151,9 +149,7 @@ def _weights(plan: RunPlan, ranks: int, on_gpu: bool) -> Iterator[Item]:
 
 
 def _stored_weights(plan: RunPlan) -> float:
-    """Return the bytes of all weights as they are stored, over all ranks of stage 3."""
-    if plan.cfg.quantize == "none":
-        return plan.element * plan.sizes.all_elements
+    """Return the bytes of all weights, in the compute precision or quantized, over all ranks of stage 3."""
     return stored_bytes(plan.sizes.shapes, plan.cfg.quantize, plan.element)
 
 

@@ -19,7 +19,7 @@ from gptj_train.model.heads import (
     GPTJWithHead,
 )
 from gptj_train.model.lora import with_lora
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.weights.stored import is_adapter
 
 BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}

@@ -18,9 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gptj_train.launch import host
+from gptj_train.launch.compilation import compile_under_lock
+from gptj_train.launch.ranks import port_in_use_is_a_mistake
 
 host.prepare_environment()
 import deepspeed
+from deepspeed.ops.op_builder.builder import OpBuilder
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import logger, safe_get_full_fp32_param
 
@@ -55,9 +58,9 @@ def join_process_group() -> tuple[int, int]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         host.share_cores()
         # Before any rank compiles an extension: it would wait forever for the lock of a process that was killed.
-        host.clear_stale_locks()
+        compile_under_lock(OpBuilder)
         deepspeed_internals.leave_shared_memory_clean(deepspeed.ops)
-        with host.quiet():
+        with host.quiet(), port_in_use_is_a_mistake():
             deepspeed.init_distributed(verbose=False, timeout=_TIMEOUT)
     return dist.get_rank(), dist.get_world_size()
 
@@ -89,8 +92,7 @@ class Engine:
 
         Args:
             build: makes the module; under ZeRO-3 each rank keeps only its part of every weight.
-            init_from: HF folder or checkpoint with the weights, and Adam's moments if it has them; None keeps the
-                fresh weights.
+            init_from: HF folder or checkpoint with weights, and Adam's moments if it has them; None: fresh weights.
             accumulation: micro-batches per optimizer step on each rank.
             seed: decides the fresh weights, whatever the number of ranks.
             mean_rows: embedding row -> rows whose mean initializes it.
@@ -117,8 +119,6 @@ class Engine:
             pin_memory=self.device.type != "cpu",
         )
         check_accepted(config, deepspeed.DeepSpeedConfig, self.device.type)
-        if self.rank == 0 and engine.offload_optimizer != "none":
-            host.announce_compilation("cpu_adam")
         with contextlib.ExitStack() as stack:
             initial = None
             if init_from is not None:
@@ -129,8 +129,8 @@ class Engine:
                     trained=self.trained,
                     mean_rows=mean_rows or {},
                     new_head_allowed=bool(plan.new_head_allowed),
-                    lora=lora,
                     share=(self.rank, self.world_size),
+                    lora=lora,
                 )
                 initial = stack.enter_context(opened)
                 if self.rank == 0:

@@ -49,11 +49,12 @@ class Health:
         found = f"loss {loss:g}, gradient norm {grad_norm:g}"
         if state.skipped_in_a_row < self._max_skipped_steps:
             return f"step {state.step}: {found}: non-finite, update skipped"
+        last_update = state.step - state.skipped_in_a_row
         raise UserError(
             f"step {state.step}: {found}: non-finite for {counted(state.skipped_in_a_row, 'step')} in a row "
-            f"(max_skipped_steps), no update since step {state.step - state.skipped_in_a_row}; lower optim.lr, "
+            f"(max_skipped_steps), no update since step {last_update}; lower optim.lr, "
             "raise optim.warmup_steps, set engine.precision to bf16 or fp32, or correct the data named above; "
-            f"{way_back(self._output_dir)}"
+            f"{way_back(self._output_dir, suspect=last_update)}"
         )
 
     def _spike(self, step: int, loss: float) -> str | None:

@@ -97,8 +97,8 @@ def open_initial_weights(
         shapes: of all parameters. trained: of those that are trained.
         mean_rows: embedding row -> rows whose mean initializes it.
         new_head_allowed: the folder may be another task's, whose head is left.
-        lora: names the adapter folder to start from, if any.
         share: (rank, ranks); each verifies its share of a checkpoint's files.
+        lora: names the adapter folder to start from, if any.
 
     Raises:
         UserError: missing or unexpected tensors, other shapes, moments of another model, or other adapters.
@@ -107,8 +107,7 @@ def open_initial_weights(
     # A model whose head is tied to the embedding has no such parameter; its folder may store one all the same.
     tied = frozenset({"lm_head.weight"}) - wanted.keys()
     with ExitStack() as stack:
-        opened = open_weights(folder, share=share)
-        weights: StoredWeights = stack.enter_context(WithMeanRows(opened, mean_rows))
+        weights: StoredWeights = stack.enter_context(WithMeanRows(open_weights(folder, share=share), mean_rows))
         names = weights.match(wanted, tied, new_head_allowed)
         moments = None
         if trained == shapes:  # adapters and frozen weights have no moments in a folder

@@ -1,21 +1,18 @@
-"""Find a run's checkpoints, remove the old ones, and check the disk for room."""
+"""Find a run's checkpoints, and remove the old ones."""
 
 from __future__ import annotations
 
 import contextlib
-import math
+import itertools
 import os
 import re
-import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from gptj_train.atomic_write import remove_folder
-from gptj_train.counted import counted
 from gptj_train.errors import UserError
-from gptj_train.weights.manifest import KINDS, MANIFEST, Manifest
+from gptj_train.near_name import near_name
+from gptj_train.weights.manifest import MANIFEST, Manifest
 
 
 def step_folder(output_dir: str | Path, step: int) -> Path:
@@ -41,11 +38,11 @@ def resume_candidates(output_dir: str | Path, resume: str) -> list[Path]:
         reason = why_incomplete(Path(resume))
         if reason:
             raise UserError(
-                f"resume={resume}: no complete checkpoint there; "
+                f"resume={resume}: {near_name(resume)}no complete checkpoint there; "
                 f"give a checkpoints/step_... folder, or resume=auto ({reason})"
             )
         return [Path(resume)]
-    newest_first = _step_folders(Path(output_dir) / "checkpoints")[::-1]
+    newest_first = step_folders(Path(output_dir) / "checkpoints")[::-1]
     reasons = [why_incomplete(folder) for folder in newest_first]
     # Starting over by itself would overwrite what may yet be rescued: only the user may decide that.
     if newest_first and all(reasons):
@@ -63,11 +60,11 @@ def newest_complete(run: str | Path) -> Path:
     if (Path(run) / MANIFEST).exists():
         return Path(run)
     reason = "there is no checkpoints/step_... in it; give the output_dir of a run, or one of its checkpoints"
-    for folder in _step_folders(Path(run) / "checkpoints")[::-1]:
+    for folder in step_folders(Path(run) / "checkpoints")[::-1]:
         reason = why_incomplete(folder)
         if not reason:
             return folder
-    raise UserError(f"{run}: {reason}")
+    raise UserError(f"{run}: {near_name(run)}{reason}")
 
 
 def best_complete(run: str | Path) -> Path:
@@ -105,15 +102,24 @@ def _is_good(folder: Path) -> bool:
 
 def last_good(output_dir: str | Path) -> Path | None:
     """Return the newest good checkpoint of a run, or None: complete, and its last step was not skipped."""
-    for folder in _step_folders(Path(output_dir) / "checkpoints")[::-1]:
+    return next(_good_ones(output_dir), None)
+
+
+def _good_ones(output_dir: str | Path) -> Iterator[Path]:
+    """Yield the good checkpoints of a run, newest first."""
+    for folder in step_folders(Path(output_dir) / "checkpoints")[::-1]:
         if _is_good(folder):
-            return folder
-    return None
+            yield folder
 
 
-def way_back(output_dir: str | Path) -> str:
-    """Return the advice that leads a run with non-finite numbers back to its last good checkpoint."""
-    folder = last_good(output_dir)
+def way_back(output_dir: str | Path, suspect: int | None = None) -> str:
+    """Return the advice that leads a run with non-finite numbers back to its last good checkpoint.
+
+    Args:
+        suspect: step whose finite weights gave the first non-finite loss: an earlier checkpoint is preferred.
+    """
+    earlier = (folder for folder in _good_ones(output_dir) if suspect is None or _step_of(folder) < suspect)
+    folder = next(earlier, None) or last_good(output_dir)
     if folder is None:
         return "no checkpoint is good; resume=never starts over"
     return f"the last good checkpoint is of step {_step_of(folder)}: rerun the same command with resume={folder}"
@@ -121,7 +127,7 @@ def way_back(output_dir: str | Path) -> str:
 
 def later_than(output_dir: str | Path, step: int) -> list[Path]:
     """Return the checkpoints of later steps, oldest first."""
-    return [folder for folder in _step_folders(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
+    return [folder for folder in step_folders(Path(output_dir) / "checkpoints") if _step_of(folder) > step]
 
 
 # --- remove ---
@@ -137,125 +143,43 @@ def prune(newest: Path, keep: int, keep_every: int, best_step: int = -1) -> None
         keep_every: checkpoints of every so many steps stay as well; 0 for none.
         best_step: step of the best evaluation, whose checkpoint stays; -1 for none.
     """
-    folders = _step_folders(newest.parent)
+    folders = step_folders(newest.parent)
     # Only complete ones count: a damaged checkpoint must not push out a good one.
     complete = [folder for folder in folders if folder.name <= newest.name and not why_incomplete(folder)]
     good = [folder for folder in complete if _is_good(folder)]
     removable = [folder for folder in complete if folder not in good and folder != newest]
     if newest in good:
         removable += good[:-keep]
-        # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step.
-        removable += [folder for folder in folders if folder.name > newest.name]
+        # Later steps than the newest belong to a run that was given up: resume=never, or from an earlier step. None may
+        # keep its name, by which resume=auto would take it for the newest.
+        for folder in folders:
+            if folder.name > newest.name:
+                _set_aside_or_remove(folder, keep_every)
     for folder in removable:
-        if not _is_permanent(folder, keep_every) and _step_of(folder) != best_step:
+        if not is_permanent(folder, keep_every) and _step_of(folder) != best_step:
             # A folder that cannot be removed costs disk space; it is no reason to end the run.
             with contextlib.suppress(OSError):
                 remove_folder(folder)
 
 
-# --- disk space ---
-
-
-def check_space(
-    output_dir: str | Path,
-    shapes: Mapping[str, torch.Size],
-    *,
-    steps: range,
-    save_every: int,
-    keep: int,
-    keep_every: int,
-    best_every: int = 0,
-) -> None:
-    """Check before a run begins that the disk will hold its checkpoints.
-
-    Args:
-        shapes: of the trained parameters.
-        steps: that are still to be done, counted from 0.
-        best_every: steps between evaluations that may save the best; 0 for none.
-
-    Raises:
-        UserError: it will not.
-    """
-    folder = Path(output_dir) / "checkpoints"
-    removable = [path for path in _step_folders(folder) if not _is_permanent(path, keep_every)]
-    size, most = disk_needed(
-        sum(shape.numel() for shape in shapes.values()),
-        steps=steps,
-        save_every=save_every,
-        keep=keep,
-        keep_every=keep_every,
-        best_every=best_every,
-        existing=len(removable),
-    )
-    # What the run will remove counts as free: existing checkpoints, and what killed jobs left.
-    freed = sum(_size_of(path) for path in [*removable, *folder.glob(".step_*")])
-    # The output folder may not exist yet: its nearest parent that does is on the same disk.
-    existing_parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    available = shutil.disk_usage(existing_parent).free + freed
-    if most * size > available:
-        raise UserError(
-            f"{output_dir}: {counted(most, 'checkpoint')} of {size / 1e9:.1f} GB need {most * size / 1e9:.1f} GB of "
-            f"disk, {available / 1e9:.1f} GB are there; lower keep_checkpoints, raise keep_every, or "
-            "give another output_dir"
-        )
-
-
-def disk_needed(
-    trained: int,
-    *,
-    steps: range,
-    save_every: int,
-    keep: int,
-    keep_every: int,
-    best_every: int = 0,
-    existing: int = 0,
-) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, and how many checkpoints are on disk at most at a time.
-
-    Args:
-        trained: number of trained parameters.
-        steps: that are still to be done, counted from 0.
-        best_every: steps between evaluations that may save the best; 0 for none.
-        existing: checkpoints that are there already and may be removed.
-    """
-    size = 4 * len(KINDS) * trained
-    if not steps:
-        return size, 0
-    # By arithmetic, since a long run has millions of steps. The end of a run is always saved.
-    ends_between = not any(every and steps.stop % every == 0 for every in (save_every, best_every))
-    saves = _multiples_of_either(save_every, best_every, steps) + ends_between
-    permanent = 0
-    if keep_every:
-        # lcm with 0 is 0, which has no multiples.
-        of_saves, of_best = math.lcm(save_every, keep_every), math.lcm(best_every, keep_every)
-        permanent = _multiples_of_either(of_saves, of_best, steps)
-        permanent += ends_between and steps.stop % keep_every == 0
-    # keep + 1: the oldest is removed only after the new one has been verified. The best stays beside them.
-    most = keep + 1 + (best_every > 0)
-    return size, min(existing + saves - permanent, most) + permanent
-
-
-def _multiples_of_either(first: int, second: int, steps: range) -> int:
-    return _multiples(first, steps) + _multiples(second, steps) - _multiples(math.lcm(first, second), steps)
-
-
-def _multiples(number: int, steps: range) -> int:
-    """Count the multiples of a number among steps that are counted from 1; none for number 0."""
-    return steps.stop // number - steps.start // number if number else 0
-
-
-def _size_of(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def _set_aside_or_remove(folder: Path, keep_every: int) -> None:
+    """Remove a checkpoint of an abandoned run, or rename one that ``keep_every`` keeps."""
+    with contextlib.suppress(OSError):
+        if not is_permanent(folder, keep_every):
+            remove_folder(folder)
+            return
+        names = (folder.with_name(f"abandoned_{number}_{folder.name}") for number in itertools.count(1))
+        folder.rename(next(name for name in names if not name.exists()))
 
 
 # --- step folders ---
 
 
-def _is_permanent(folder: Path, keep_every: int) -> bool:
+def is_permanent(folder: Path, keep_every: int) -> bool:
     return keep_every > 0 and _step_of(folder) % keep_every == 0
 
 
-def _step_folders(checkpoints: Path) -> list[Path]:
+def step_folders(checkpoints: Path) -> list[Path]:
     """Return the step folders, oldest first, complete or not."""
     try:
         names = os.listdir(checkpoints)

@@ -8,8 +8,9 @@ from gptj_train.errors import UserError
 from gptj_train.launch.watchdog import Watchdog
 from gptj_train.tracking import Tracker
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError
+from gptj_train.training.disk_space import check_space
 from gptj_train.training.engine import Engine
-from gptj_train.training.retention import check_space, later_than, way_back
+from gptj_train.training.retention import later_than, way_back
 from gptj_train.training.state import TrainState
 from gptj_train.training.trainer_config import TrainerConfig
 

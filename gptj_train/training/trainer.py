@@ -21,6 +21,7 @@ from gptj_train.training.best import count_evaluation
 from gptj_train.training.checkpoint import Checkpoints, load_weights
 from gptj_train.training.engine import Engine
 from gptj_train.training.health import Health, non_finite_rows
+from gptj_train.training.prefetch import PrefetchedBatches
 from gptj_train.training.resuming import next_batch, resumed_state
 from gptj_train.training.retention import step_folder
 from gptj_train.training.saving import Saving
@@ -56,6 +57,7 @@ class Trainer:
         self.tracker = tracker
         self.state = TrainState(schedule=[[0, config.steps]])
         self.ended: str | None = None
+        self._batches = PrefetchedBatches(task, engine.rank, engine.world_size)
         self._data = dict(data or {})
         self._folder = folder
         self._health = Health(config.max_skipped_steps, config.output_dir)
@@ -150,7 +152,7 @@ class Trainer:
 
         # Count the targets of all micro-batches and ranks first: every loss is a sum divided by that count. A mean
         # per micro-batch would give the tokens of short ones more weight.
-        batches = task.training_batches(step, engine.rank, engine.world_size)
+        batches = self._batches.at(step)
         targets, tokens = engine.summed(
             [sum(task.targets(batch) for batch in batches), sum(count_tokens(batch) for batch in batches)]
         )

@@ -31,7 +31,7 @@ ADAPTER_LAYOUTS = (
 
 _LARGEST_INDEX = 50_000_000  # bytes; GPT-J's has 25 thousand
 _MOST_MAPPED = 200_000_000  # bytes
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")  # a file system takes 255 bytes
 _DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 

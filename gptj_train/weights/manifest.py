@@ -25,7 +25,7 @@ KINDS = ("master", *MOMENTS)
 
 _FORMAT = 1
 _LARGEST_MANIFEST = 100_000_000  # bytes; one of GPT-J on 64 ranks has 100 thousand
-_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")  # a file system takes 255 bytes
 _COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated", "best_step", "evaluations_since_best")
 _TYPES: dict[str, tuple[type, ...]] = {
     "next_batch": (str, type(None)),

@@ -52,6 +52,7 @@ class Run:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # as a terminal's job: Ctrl-C goes to the whole group
         )
         self.all: list[psutil.Process] = []
 
@@ -71,6 +72,17 @@ class Run:
         self.all = psutil.Process(self.process.pid).children(recursive=True)
         return self
 
+    def once_ranks_import(self) -> Run:
+        """Wait until both ranks of a launcher have started; they import torch for seconds."""
+        deadline = time.monotonic() + 120
+        while sum("--local_rank" in " ".join(_words(process)) for process in self.all) < 2:
+            assert self.process.poll() is None, self.process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+            # launch.py has the ranks' arguments too, but not the launcher's own --local_rank.
+            self.all = psutil.Process(self.process.pid).children(recursive=True)
+        return self
+
     def rank(self, number: int) -> psutil.Process:
         def is_rank(process: psutil.Process) -> bool:
             return "clm.py" in " ".join(process.cmdline()) and process.environ().get("RANK") == str(number)
@@ -87,6 +99,13 @@ class Run:
     def checkpoint(self) -> int:
         """Step of the newest one."""
         return max(int(path.name.removeprefix("step_")) for path in (self.folder / "checkpoints").glob("step_*"))
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +194,43 @@ def test_a_launcher_that_dies_leaves_a_run_that_saves_and_ends(
     ended_with, stderr = run.end()
     assert ended_with == code
     assert_stopped(run, stderr, why)
+
+
+@pytest.mark.parametrize("level", [0, 1], ids=["deepspeed", "its child"])
+def test_a_launcher_that_dies_before_training_leaves_no_rank(start: Callable[..., Run], level: int) -> None:
+    """The ranks know it from their first import, and end without a step."""
+    run = start("deepspeed").once_ranks_import()
+    process = psutil.Process(run.process.pid)
+    (process.children()[0] if level else process).kill()
+    _, stderr = run.end(120)
+    assert run.steps() == run.began_after
+    assert stderr.count("stopped: the launcher has exited outside the training loop; rerun the command\n") == 2
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(
+    ("launcher", "number", "key"),
+    [
+        ("deepspeed", signal.SIGINT, "Ctrl-C"),
+        ("torchrun", signal.SIGINT, "Ctrl-C"),
+        ("deepspeed", signal.SIGQUIT, "Ctrl-\\"),
+        ("deepspeed", signal.SIGHUP, None),
+    ],
+)
+def test_a_key_or_a_closed_terminal_saves(
+    start: Callable[..., Run], launcher: str, number: signal.Signals, key: str | None
+) -> None:
+    """The terminal sends it to the launcher and the ranks at once; launchers may pass it on once more."""
+    run = start(launcher).after_some_steps()
+    os.killpg(run.process.pid, number)
+    _, stderr = run.end()
+    assert run.checkpoint() == run.steps() > run.began_after
+    assert json.loads((run.folder / "status.json").read_text())["state"] == "stopped"
+    assert stderr.count("once more ends at once") == (key is not None)
+    assert key is None or f"{key}: finishing the step and saving; once more ends at once" in stderr
+    # The launchers print tracebacks of their own.
+    assert "clm.py" not in "".join(re.findall(r'^  File ".*"', stderr, re.MULTILINE))
+    assert not (run.folder / "stacks").exists()
 
 
 @pytest.mark.parametrize("to_launcher", [True, False])

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 import zstandard
 
@@ -53,6 +54,9 @@ def place(tmp_path: Path) -> Path:
     (tmp_path / "device.jsonl").symlink_to("/dev/zero")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
     (tmp_path / "cut_off.jsonl.zst").write_bytes(zstandard.compress(GOOD_RECORDS.encode())[:-5])
+    twice = pyarrow.array(["a text"])
+    pyarrow.parquet.write_table(pyarrow.table([twice, twice], ["text", "text"]), tmp_path / "twice.parquet")
+    (tmp_path / "closed").mkdir()
     (tmp_path / "weightless").mkdir()
     shape = GPTJConfig(vocab_size=512, n_positions=64, n_embd=32, n_layer=1, n_head=2, rotary_dim=8)
     shape.save_pretrained(tmp_path / "weightless")
@@ -90,6 +94,9 @@ def clm(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", "0123456789")
+    access = os.access
+    # root may read every folder: whoever runs the tests, this one is closed.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and access(path, mode))
 
     def run(*changes: str) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *arguments(place, *changes)])
@@ -116,6 +123,10 @@ MISTAKES = {
         "missing: output_dir, max_steps; give output_dir=... max_steps=...",
     ),
     "wrong type": (["max_steps=lots"], "max_steps: input should be a valid integer"),
+    "a group removed": (["~data"], "'data.cache_dir': groups of keys are not removed or replaced; set single keys"),
+    "a space before the =": (["max_steps =3"], "'max_steps =3' has a space before the '='; write max_steps=3"),
+    "a key within a text": (["+init_from.x=1"], "init_from: input should be a valid string"),
+    "a name longer than a file's": (["+config=" + 5000 * "x"], "config cannot be read: [Errno 36] File name too long"),
     "contradiction": (["engine.stage=1"], "engine.offload_parameters=cpu needs engine.stage=3"),
     "two owners": (
         ["+engine.deepspeed.gradient_clipping=1"],
@@ -153,6 +164,14 @@ MISTAKES = {
     "too many bad records": (
         ["data.train={}/broken.jsonl", "data.bad_records=skip"],
         "{}/broken.jsonl: 4.76% of the records are bad (1 x not a line of JSON), more than data.max_bad_share (1.00%)",
+    ),
+    "a column twice": (
+        ["data.train={}/twice.parquet"],
+        "{}/twice.parquet: cannot be read as parquet (it has the column",
+    ),
+    "a folder that may not be read": (
+        ["data.train={}/closed"],
+        "data.train: {}/closed cannot be read; correct its perm",
     ),
     "cut off": (["data.train={}/cut_off.jsonl.zst"], "{}/cut_off.jsonl.zst: cut off in the middle of a zstd frame"),
     "template without a place": (["data.chat_template=x"], "data.chat_template must contain {content} exactly once"),

@@ -2,13 +2,15 @@
 
     python tests/reliability/damage_table.py > tests/reliability/results/damage.md
 
-The damages are those of tests/unit/test_damaged_checkpoint.py, which asserts the outcomes; here they can be read. The
+The damages are those of tests/unit/test_damaged_checkpoint.py and test_damaged_run.py, which assert the outcomes; here
+they can be read. The
 checkpoint is of 2 ranks and step 10, the one before it of step 5.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import sys
 import tempfile
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 
 from fake_ranks import on_ranks, save
 from test_damaged_checkpoint import CASES, DAMAGES
+from test_damaged_run import RUN_DAMAGES, make_run, outcome_of
 
 from gptj_train.training.checkpoint import load
 from gptj_train.training.retention import resume_candidates
@@ -57,6 +60,29 @@ def main() -> None:
         for kind, file in CASES:
             message, step = outcome(good, kind, file)
             print(f"| {kind} | {file} | {message} | {step} |")
+    print("\n# Damage to a run folder outside its checkpoints\n")
+    print("The same command again, with resume=auto, as far as the load. RUN is the folder.\n")
+    print("| damage | outcome |")
+    print("|---|---|")
+    for kind in RUN_DAMAGES:
+        print(f"| {kind} | {damaged_run(kind)} |")
+
+
+def damaged_run(kind: str) -> str:
+    """Return what a start of the same command does after damage outside the checkpoints."""
+    with tempfile.TemporaryDirectory() as scratch:
+        run = Path(scratch) / "run"
+        with contextlib.redirect_stdout(sys.stderr):
+            make_run(run)
+        RUN_DAMAGES[kind][0](run)
+        access = os.access
+        # As in the test: root may read every folder.
+        os.access = lambda path, mode: os.stat(path).st_mode & 0o700 != 0 and access(path, mode)  # type: ignore
+        try:
+            return outcome_of(run)
+        finally:
+            os.access = access
+            (run / "checkpoints").chmod(0o700) if kind == "checkpoints without permissions" else None
 
 
 if __name__ == "__main__":

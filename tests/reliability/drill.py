@@ -135,13 +135,13 @@ def compare(one: Path, other: Path) -> None:
     ]
     assert [line[0] for line in logged[0]] == list(range(1, STEPS + 1))
     assert logged[0] == logged[1], "losses differ"
-    states = [_content(run / "checkpoints" / f"step_{STEPS:08}") for run in (one, other)]
+    states = [checkpoint_content(run / "checkpoints" / f"step_{STEPS:08}") for run in (one, other)]
     assert states[0].keys() == states[1].keys()
     for key in states[0]:
         assert torch.equal(states[0][key], states[1][key]), f"{key} differs"
 
 
-def _content(folder: Path) -> dict[str, Tensor]:
+def checkpoint_content(folder: Path) -> dict[str, Tensor]:
     manifest = Manifest.read(folder)
     assert not manifest.damage(folder, manifest.files)
     whole = {"steps": torch.tensor(manifest.optimizer["steps"])}

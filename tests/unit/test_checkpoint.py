@@ -20,7 +20,8 @@ from gptj_train import GPTJForCausalLM, atomic_write
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.training import checkpoint
 from gptj_train.training.checkpoint import Checkpoints, SaveFailedError, load
-from gptj_train.training.retention import check_space, last_good, later_than, resume_candidates, way_back
+from gptj_train.training.disk_space import check_space
+from gptj_train.training.retention import last_good, later_than, resume_candidates, way_back
 from gptj_train.training.state import TrainState
 from gptj_train.weights.checkpoint_weights import CheckpointWeights
 from gptj_train.weights.manifest import KINDS, Manifest, state_file
@@ -161,11 +162,19 @@ def test_a_run_begun_anew_replaces_the_later_steps_of_the_one_given_up(tmp_path:
     assert names(tmp_path) == ["step_00000001"]
 
 
-def test_what_stays_for_good_stays_when_a_run_is_begun_anew(tmp_path: Path) -> None:
+def test_what_stays_for_good_is_set_aside_when_a_run_is_begun_anew(tmp_path: Path) -> None:
+    """Under its own name resume=auto would take an abandoned checkpoint for the newest of the new run."""
     save(tmp_path, 10, 20, 25, keep_every=10)
     save(tmp_path, 1, keep_every=10)
-    assert names(tmp_path) == ["step_00000001", "step_00000010", "step_00000020"]
-    assert [folder.name for folder in later_than(tmp_path, 1)] == ["step_00000010", "step_00000020"]
+    assert names(tmp_path) == ["abandoned_1_step_00000010", "abandoned_1_step_00000020", "step_00000001"]
+    assert resume_candidates(tmp_path, "auto") == [newest(tmp_path)]
+    assert later_than(tmp_path, 1) == []
+    aside = tmp_path / "checkpoints" / "abandoned_1_step_00000020"
+    assert resume_candidates(tmp_path, str(aside)) == [aside]
+    save(tmp_path, 10, keep_every=10)
+    save(tmp_path, 2, keep_every=10)
+    assert names(tmp_path)[:2] == ["abandoned_1_step_00000010", "abandoned_1_step_00000020"]
+    assert names(tmp_path)[2:] == ["abandoned_2_step_00000010", "step_00000001", "step_00000002"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
@@ -314,7 +323,7 @@ def test_room_is_counted_before_the_run(
 
     check(count * 12_000_000)
     with pytest.raises(
-        ValueError, match=rf"{count} checkpoints of 0.0 GB need 0.\d GB of disk, .* lower keep_checkpoints"
+        ValueError, match=rf"{count} checkpoints? of 12.0 MB need {count * 12}.0 MB of disk, .* lower keep_checkpoints"
     ):
         check(count * 12_000_000 - 1)
     assert not (tmp_path / "run").exists()

@@ -267,6 +267,15 @@ def test_a_git_lfs_pointer_is_no_data(tmp_path: Path, name: str) -> None:
         list(read(file, progress=lambda read: None))
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.jsonl.gz", "a.parquet"])
+def test_a_login_page_is_no_data(tmp_path: Path, name: str) -> None:
+    page = written(tmp_path / name, b"\n<!DOCTYPE html><html><body>Sign in</body></html>")
+    read = partial(read_rows, columns={"text"}) if name == "a.parquet" else numbered_lines
+    with pytest.raises(UserError, match=r"this is an HTML page, such as a login or error page, not the file itself"):
+        list(read(page, progress=lambda read: None))
+    assert lines_of(written(tmp_path / "page.txt", b"<html> is where a page begins"))  # text about it is text
+
+
 def test_a_near_name_is_offered(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "train.jsonl", "x")
     with pytest.raises(UserError, match=rf"did you mean '{file}'\?"):
@@ -313,3 +322,48 @@ def test_urls_are_copied_once(
         find_files("memory://b/none.jsonl", "data.train")
     with pytest.raises(UserError, match=r"data\.train=none://x: cannot be fetched \(Protocol not known: none"):
         find_files("none://x", "data.train")
+
+
+def test_a_folder_of_a_url_is_read_as_a_folder_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    there = fsspec.filesystem("memory")
+    for name in ("b.jsonl", "deep/a.JSONL.gz", "deep/c.txt", "notes.md"):
+        there.pipe(f"/folder/{name}", CONTENT)
+    for url in ("memory://folder", "memory://folder/"):
+        found = find_files(url, "data.train")
+        assert [file.name for file in found] == ["b.jsonl", "a.JSONL.gz", "c.txt"]  # in the order of their paths there
+    there.rm("/folder", recursive=True)
+    assert find_files("memory://folder", "data.train") == found
+    found[1].unlink()
+    with pytest.raises(UserError, match=r"data\.train=memory://folder: cannot be fetched"):
+        find_files("memory://folder", "data.train")
+
+
+def test_a_saved_dataset_is_the_files_that_it_names(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+    rows.save_to_disk(str(tmp_path / "saved"), num_shards=3)
+    rows.save_to_disk(str(tmp_path / "saved"), num_shards=2)  # over the first
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 5
+    found = find_files(str(tmp_path / "saved"), "data.train")
+    assert [file.name for file in found] == ["data-00000-of-00002.arrow", "data-00001-of-00002.arrow"]
+    state = tmp_path / "saved" / "state.json"
+    state.write_text('{"_data_files": [{"filename": "../secret.arrow"}]}')
+    with pytest.raises(UserError, match=r"state\.json: refused, it names \.\./secret\.arrow, which is outside"):
+        find_files(str(tmp_path / "saved"), "data.train")
+    for content in ("[]", "{", '{"_data_files": 5}'):
+        state.write_text(content)
+        with pytest.raises(UserError, match=r"state\.json: not what datasets writes; save the dataset again"):
+            find_files(str(tmp_path / "saved"), "data.train")
+
+
+def test_the_split_of_a_saved_dataset_is_that_of_the_key(tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict({"train": rows, "dev": rows}).save_to_disk(str(tmp_path / "both"))
+    (file,) = find_files(str(tmp_path / "both"), "data.train")
+    assert file.parent == tmp_path / "both" / "train"
+    with pytest.raises(UserError, match=r"contains several splits; name one of them: .*/both/dev, .*/both/train$"):
+        find_files(str(tmp_path / "both"), "data.validation")

@@ -77,6 +77,11 @@ FORMATS: dict[str, tuple[dict[str, Any], tuple[str, str]]] = {
         },
         ("<user>one\n<assistant>", "two\n"),
     ),
+    "messages by another name": (
+        {"dialog": [{"from": "human", "value": "one"}, {"from": "gpt", "value": "two"}]},
+        ("<user>one\n<assistant>", "two\n"),
+    ),
+    "messages inside another field": ({"sample": {"turns": [USER, ASSISTANT]}}, ("<user>one\n<assistant>", "two\n")),
     "weight 0": (
         {"messages": [USER, {"role": "assistant", "content": "BAD", "weight": 0}, USER, {**ASSISTANT, "weight": 1}]},
         ("<user>one\n<assistant>BAD\n<user>one\n<assistant>", "two\n"),

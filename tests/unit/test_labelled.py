@@ -19,6 +19,7 @@ from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
 SINGLE, MULTI = "single_label_classification", "multi_label_classification"
+NO_DATASET = {"dataset": None, "subset": None, "split": "train", "validation_split": None, "revision": None}
 ROWS: list[dict[str, Any]] = [
     {"text": "12", "label": "None"},
     {"text": "a cat, a dog\nand more", "label": "animal"},
@@ -53,7 +54,7 @@ def read(
     **fields: Any,
 ) -> tuple[LabelledRows, LabelledRows | None, list[str]]:
     given = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"}
-    given |= {"bad_records": "error", "max_bad_share": 0.01} | fields
+    given |= {"bad_records": "error", "max_bad_share": 0.01, **NO_DATASET} | fields
     data = LabelledDataConfig(train=train, **given)
     return prepare_labelled(
         data, problem_type=problem, labels=labels, tokenizer=tokenizer, length=length, held_out=HeldOutShare()
@@ -190,8 +191,9 @@ def test_files_that_cannot_be_read(tmp_path: Path, tokenizer: Tokenizer) -> None
     both = datasets.DatasetDict({split: datasets.Dataset.from_list(ROWS) for split in ("test", "train")})
     both.save_to_disk(str(tmp_path / "both"))
     with pytest.raises(UserError, match=r"several splits; name one of them: .*both/test, .*both/train"):
-        read(tokenizer, str(tmp_path / "both"))
-    assert len(read(tokenizer, str(tmp_path / "both/train"))[0]) == len(ROWS)
+        read(tokenizer, str(tmp_path / "both"), validation=str(tmp_path / "both"))
+    for train in ("both", "both/train"):
+        assert len(read(tokenizer, str(tmp_path / train), validation=str(tmp_path / "both/test"))[0]) == len(ROWS)
 
 
 def test_rows_are_truncated_to_the_length(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -302,6 +304,16 @@ def test_files_as_people_have_them(tmp_path: Path, tokenizer: Tokenizer, name: s
         rows, _, names = read(tokenizer, str(path))
         assert (names, rows.labels.tolist()) == (["x", "y"], [0, 1])
         assert [tokenizer.decode(ids.tolist()) for ids in rows.token_ids] == ["a cat", "a dog"]
+
+
+def test_fields_inside_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"review": {"body": f"a {label}"}, "meta.label": label} for label in ("cat", "dog")]
+    source = lines(tmp_path / "a.jsonl", *rows)
+    pandas.DataFrame(rows).to_parquet(tmp_path / "a.parquet")
+    for file in (source, str(tmp_path / "a.parquet")):
+        found, _, names = read(tokenizer, file, text_field="review.body", label_field="meta.label")
+        assert (names, found.labels.tolist()) == (["cat", "dog"], [0, 1])
+        assert tokenizer.decode(found.token_ids[1].tolist()) == "a dog"
 
 
 def test_texts_keep_every_line_separator(tmp_path: Path, tokenizer: Tokenizer) -> None:

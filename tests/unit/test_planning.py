@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from typed_configs import lora_config as composed_lora
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 from gptj_train.launch.machine import Machine, Speeds
@@ -21,7 +19,7 @@ from gptj_train.planning.memory import Place, at_peak, memory_items, page_locked
 from gptj_train.planning.preflight import memory_line
 from gptj_train.planning.run_plan import ModelSizes, RunPlan
 from gptj_train.planning.step_time import flops, step_time
-from gptj_train.training.retention import disk_needed
+from gptj_train.training.disk_space import disk_needed
 from gptj_train.training.zero_config import EngineConfig
 
 SMALL = GPTJConfig(n_embd=128, n_layer=12, n_head=4, rotary_dim=16, vocab_size=300, n_positions=64)
@@ -44,14 +42,14 @@ def engine(**changes: Any) -> EngineConfig:
 
 
 def lora_config(rank: int, dropout: float = 0.0, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> LoraConfig:
-    return replace(composed_lora(), rank=rank, dropout=dropout, targets=list(targets))
+    return LoraConfig(rank=rank, alpha=32, dropout=dropout, targets=list(targets), rslora=False, init_from=None)
 
 
 def small(model: GPTJForCausalLM, config: GPTJConfig, lora: LoraConfig, **changes: Any) -> RunPlan:
     cfg = SimpleNamespace(
         engine=engine(**changes),
-        quantize="none",
         lora=lora,
+        quantize="none",
         global_batch_size=BATCH,
         micro_batch_size=BATCH,
         sequence_length=LENGTH,
@@ -65,8 +63,8 @@ def of_6b(rank: int = 0, micro_batch_size: int = 1, **changes: Any) -> RunPlan:
         model = with_lora(GPTJForCausalLM(GPTJConfig()), lora)
     cfg = SimpleNamespace(
         engine=engine(**({"activation_checkpointing": "block"} | changes)),
-        quantize="none",
         lora=lora,
+        quantize="none",
         global_batch_size=32,
         micro_batch_size=micro_batch_size,
         sequence_length=2048,

@@ -455,15 +455,49 @@ def test_the_metadata_of_a_store(file: Path, cache: Path, opened: Any) -> None:
     assert metadata == {"dtype": "uint16", "components": ["train"], **counts, "bytes": sizes}
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "documents.bin", "store.json"])
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_store_is_made_again(file: Path, cache: Path, opened: Any, name: str, damage: str) -> None:
-    """As a cluster's clearing of old files leaves it."""
+DAMAGED_STORES = {
+    "cut tokens": ("tokens.bin", lambda data: data[:-3], "tokens.bin has "),
+    "cut documents": ("documents.bin", lambda data: data[:-3], "documents.bin has "),
+    "cut metadata": ("store.json", lambda data: data[:-3], "its store.json is damaged"),
+    "no tokens": ("tokens.bin", None, "tokens.bin: No such file or directory"),
+    "no documents": ("documents.bin", None, "documents.bin: No such file or directory"),
+    "no metadata": ("store.json", None, "store.json: No such file or directory"),
+    "another dtype": ("store.json", lambda data: data.replace(b"uint16", b"int16"), "its store.json is damaged"),
+    "a key less": ("store.json", lambda data: data.replace(b"skipped", b"skippe"), "its store.json is damaged"),
+    "a negative count": (
+        "store.json",
+        lambda data: data.replace(b'"skipped": {', b'"skipped": {"a": -1'),
+        "its store.json",
+    ),
+    "no list": ("store.json", lambda data: data.replace(b'["train"]', b'"train"'), "its store.json is damaged"),
+    "nesting": ("store.json", lambda data: b"[" * 100_000, "its store.json is damaged"),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "said"), DAMAGED_STORES.values(), ids=DAMAGED_STORES)
+def test_a_damaged_store_is_named_and_made_again(
+    file: Path,
+    cache: Path,
+    opened: Any,
+    name: str,
+    change: Callable[[bytes], bytes] | None,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As a cluster's clearing of old files leaves it. To read beyond a mapped file's end would kill the process."""
     (whole,) = opened(file)
     expected = whole.tokens.tolist()
+    capsys.readouterr()
     path = folders(cache)[0] / name
-    path.write_bytes(path.read_bytes()[:-3])
-    if damage == "gone":
+    if change is None:
         path.unlink()
+    else:
+        changed = change(path.read_bytes())
+        assert changed != path.read_bytes()
+        path.write_bytes(changed)
+    folder = folders(cache)[0]
     (again,) = opened(file)
     assert again.tokens.tolist() == expected
+    line = next(line for line in capsys.readouterr().err.splitlines() if "damaged" in line)
+    assert line.startswith(f"{folder}: damaged, {said}")
+    assert line.endswith("; it is made again")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,34 @@ def test_a_folder_that_is_exchanged_is_noticed(tmp_path: Path) -> None:
     assert not folder.is_same()
     (tmp_path / "run").mkdir()
     assert not folder.is_same()
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a second file system")
+def test_a_disk_of_checkpoints_that_disappears_is_noticed(tmp_path: Path) -> None:
+    """Of a lost mount an empty folder stays, on the disk below: saves would go there."""
+    run, below = tmp_path / "run", tmp_path / "below"
+    run.mkdir()
+    below.mkdir()
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (run / "checkpoints").symlink_to(disk)
+        folder = RunFolder(str(run), rank=0)
+        folder.create()
+        assert folder.is_same()
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(below)
+        assert not folder.is_same()
+        (run / "checkpoints").unlink()
+        (run / "checkpoints").symlink_to(tmp_path / "nowhere")
+        assert not folder.is_same()
+
+
+def test_checkpoints_that_the_user_removes_or_a_save_makes_are_no_lost_disk(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "run"), rank=0)
+    folder.create()
+    (tmp_path / "run" / "checkpoints").mkdir()
+    assert folder.is_same()
+    (tmp_path / "run" / "checkpoints").rmdir()
+    assert folder.is_same()
 
 
 def test_status_follows_the_run(tmp_path: Path) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -277,6 +280,7 @@ FILES = {
     "articles, a line each": ("a.jsonl", nested(flat_question()), ""),
     "a file of SQuAD named jsonl": ("a.jsonl", {"data": [nested(flat_question())]}, ""),
     "a list in a .jsonl": ("a.jsonl", [flat_question()], "indent"),
+    "an article that is a paragraph": ("a.jsonl", {"context": CONTEXT, "qas": [flat_question()]}, ""),
     "another suffix": ("a.JSON.gz", {"data": [flat_question()]}, "gz"),
 }
 
@@ -296,12 +300,27 @@ def test_a_json_with_a_record_a_line(tmp_path: Path) -> None:
     assert [question.id for question in read(tmp_path / "a.json")] == ["a", "b"]
 
 
+def test_tables_of_questions(tmp_path: Path) -> None:
+    rows = [flat_question(id="a", answers={"text": ["Ada"], "answer_start": [0]}), flat_question(id="b")]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "question", "context", "answers"])
+        writer.writeheader()
+        writer.writerows([row | {"answers": "Ada"} for row in rows])
+    of_parquet, of_csv = read(tmp_path / "a.parquet"), read(tmp_path / "a.csv")
+    assert of_parquet == of_csv
+    assert [(question.id, question.answers, question.answer_start) for question in of_csv] == [
+        ("a", ("Ada",), 0),
+        ("b", ("Ada",), 0),
+    ]
+
+
 def test_bad_questions_are_left_out_up_to_a_share(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = [json.dumps(flat_question(id=str(number))) for number in range(3)]
     wrong_place = flat_question(answers={"text": ["Ada"], "answer_start": [1]})
     (tmp_path / "a.jsonl").write_text("\n".join([*good, json.dumps(wrong_place), "broken"]))
     assert len(read(tmp_path / "a.jsonl", bad_records="skip", max_bad_share=0.5)) == 3
-    reasons = "1 x an answer is not at its place, 1 x not JSON"
+    reasons = "1 x an answer is not at its place, 1 x not a line of JSON"
     assert capsys.readouterr().out == f"data.train: 2 of 5 records left out ({reasons})\n"
     with pytest.raises(UserError, match=r"data.train: 40.00% of the records are bad"):
         read(tmp_path / "a.jsonl", bad_records="skip", max_bad_share=0.3)

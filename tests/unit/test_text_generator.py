@@ -98,6 +98,15 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "absent"), 2)
 
 
+def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
+    """As in every data file: Unicode's other line ends, a form feed and a lone carriage return are text."""
+    prompts = ["one\u2028still\u2029one", "two\u0085\x0b\x0ctwo", "three\rthree \x1c\x1d\x1e"]
+    file = tmp_path / "prompts.txt"
+    for end in ("\n", "\r\n"):
+        file.write_bytes(b"\xef\xbb\xbf" + end.join([*prompts, "", "four"]).encode())
+        assert read_prompts(str(file), 8) == [[*prompts, "four"]]
+
+
 def test_beams_come_out_at_once_and_are_the_models(folder: Path) -> None:
     writer = TextGenerator(folder)
     ids = torch.tensor([writer.tokenizer.encode("Once")])

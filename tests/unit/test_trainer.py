@@ -246,14 +246,14 @@ def test_a_save_that_would_take_too_long_is_not_started(tmp_path: Path, monkeypa
     monkeypatch.setenv("SLURM_JOB_END_TIME", str(now + 3600))
     run = Run(tmp_path)
     run.checkpoints.seconds = 0.2
-    rows = run.task.training_batches
+    train_step = run.trainer.train_step
 
-    def later(step: int, rank: int, world_size: int) -> list[dict[str, torch.Tensor]]:
-        if step == 4:  # 0.1 s before the end; the save at step 3 took 0.2 s
+    def late_step() -> dict[str, float]:
+        if run.trainer.state.step == 4:  # 0.1 s before the end; the save at step 3 took 0.2 s
             monkeypatch.setattr(time, "time", lambda: now + 3599.9)
-        return rows(step, rank, world_size)
+        return train_step()
 
-    run.task.training_batches = later  # type: ignore[method-assign]
+    monkeypatch.setattr(run.trainer, "train_step", late_step)
     with pytest.raises(Preempted, match=r"preempted after step 5 of 6, no time to save; last checkpoint: step 3"):
         run.trainer.train()
     assert run.saved == [3]
