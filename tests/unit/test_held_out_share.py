@@ -183,7 +183,7 @@ def test_a_share_beside_files_is_refused(tmp_path: Path, tokenizer: Tokenizer) -
         prepared(tmp_path, tokenizer, HeldOutShare(0.1), validation="x.jsonl")
     with pytest.raises(UserError, match=match):
         labelled(tmp_path, tokenizer, HeldOutShare(0.1), validation="x.jsonl")
-    data = QADataConfig(train="none.jsonl", validation="x.jsonl", bad_records="error", max_bad_share=0.01)
+    data = QADataConfig(train="none.jsonl", validation="x.jsonl", bad_records="error", max_bad_share=0.01, **NO_DATASET)
     with pytest.raises(UserError, match=match):
         read_questions(data, HeldOutShare(0.1))
 
