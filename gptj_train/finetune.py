@@ -203,7 +203,8 @@ class Finetune:
         environment = describe_environment(engine.gathered([describe_host()]))
         hosts = ", ".join(host["host"] for host in environment["hosts"])
         tracker.note(
-            f"attempt   {self._status.attempt}, {environment['started']}, {engine.world_size} ranks on {hosts}"
+            f"attempt   {self._status.attempt}, {environment['started']}, "
+            f"{counted(engine.world_size, 'rank')} on {hosts}"
         )
         parameters = {
             "parameters": sum(shape.numel() for shape in engine.shapes.values()),

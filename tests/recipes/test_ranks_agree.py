@@ -73,7 +73,7 @@ def test_other_settings_on_one_host(place: Path) -> None:
 def test_other_data_on_one_host(place: Path) -> None:
     outcomes = run(place, [[], []], f"{place}/data", "train.jsonl")
     assert [code for code, _ in outcomes] == [2, 2]
-    assert outcomes[0][1].startswith("error: the ranks do not run the same job. data: 1 documents, ")
+    assert outcomes[0][1].startswith("error: the ranks do not run the same job. data: 1 document, ")
     assert "training and held-out batches: " in outcomes[0][1]
 
 
