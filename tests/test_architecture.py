@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "other_names": set(),
     "secrecy": {"errors"},
     "schema": {"errors", "other_names", "secrecy"},
-    "launch": {"errors", "near_name", "schema"},
+    "launch": {"atomic_write", "errors", "metrics_file", "near_name", "schema"},
     "untrusted_files": {"errors"},
     "weights": {"atomic_write", "errors", "failed_download", "untrusted_files"},
     "model": {"atomic_write", "errors", "failed_download", "near_name", "schema", "untrusted_files", "weights"},

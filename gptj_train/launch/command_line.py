@@ -6,7 +6,6 @@ import argparse
 import os
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -23,8 +22,10 @@ from yaml import YAMLError
 
 from gptj_train.errors import UserError
 from gptj_train.launch.datasets_by_name import make_room
+from gptj_train.launch.exit_codes import EXIT_DONE
 from gptj_train.launch.key_help import help_lines
 from gptj_train.launch.spelling import check_spelling
+from gptj_train.launch.sweep import Job, Sweep
 from gptj_train.schema import list_keys, plain_text_keys, text_keys, unknown_key_message, validated
 
 T = TypeVar("T")
@@ -83,8 +84,8 @@ def split_config_dir(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
     return known.config_dir, others
 
 
-def run_hydra(script: Path, primary: str, cls: type) -> None:
-    """Run Hydra's own switches: --help, --cfg, --multirun and the like.
+def run_hydra(script: Path, primary: str, cls: type) -> int:
+    """Run Hydra's own switches (--cfg, --multirun and the like), and return the exit code.
 
     Raises:
         UserError: as ``compose``.
@@ -92,27 +93,33 @@ def run_hydra(script: Path, primary: str, cls: type) -> None:
     _, overrides = split_config_dir(sys.argv[1:])
     check_spelling(overrides, primary, cls, CONFIGS)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # without it Hydra prints its errors itself and exits with 1
+    sweep = Sweep()
+    folders: list[Path] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=primary)
-    def sweep(composed: DictConfig) -> None:
+    def run_job(composed: DictConfig) -> None:
         # A new process for each job of a sweep: a process group cannot be started twice.
         settings = HydraConfig.get()
+        number = settings.job.num
         command = [sys.executable, str(script), *settings.overrides.task]
         own_configs, _ = split_config_dir(sys.argv[1:])
         if own_configs is not None:
             command += ["--config-dir", str(own_configs)]
-        output_dir = composed.get("output_dir")
-        if output_dir:
+        folder = None
+        if composed.get("output_dir"):
+            folders.append(Path(composed.output_dir))
             # Otherwise the second job would resume the first one's run.
-            command.append(f"output_dir={output_dir}/{settings.job.num}")
-        code = subprocess.run(command, check=False).returncode
-        if code != 0:
-            sys.exit(code)
+            folder = folders[0] / str(number)
+            command.append(f"output_dir={folder}")
+        # What the command line gives to all jobs needs no column in the table.
+        own = [override for override in settings.overrides.task if override not in overrides]
+        sweep.run(Job(number, own or list(settings.overrides.task), folder), command)
 
     try:
-        sweep()
+        run_job()
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise UserError(_explain(error, cls)) from None
+    return sweep.finish(folders[0] if folders else None) if sweep.jobs else EXIT_DONE
 
 
 def print_help(primary: str, arguments: Sequence[str], cls: type) -> None:

@@ -73,10 +73,12 @@ def alone_in(folder: Path, extension: str) -> Iterator[None]:
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
         file.flush()
         # The compilers of a killed process still write into the folder, and a program without our lock may build there.
+        # Both leave torch's lock: without it there is no need to look through the processes.
+        torch_lock = folder / _TORCH_LOCK_FILE
         with _progress(f"waiting for DeepSpeed's {extension}", lambda: "another build in that folder"):
-            while _is_used(folder):
+            while torch_lock.exists() and _is_used(folder):
                 time.sleep(_POLL)
-        (folder / _TORCH_LOCK_FILE).unlink(missing_ok=True)
+        torch_lock.unlink(missing_ok=True)
         yield
 
 

@@ -84,7 +84,7 @@ def _run(job: Callable[[T], None], cls: type[T], script: Path, primary: str, one
         if any(override in HELP for override in overrides):
             print_help(primary, sys.argv[1:], cls)
         elif any(override.startswith("-") for override in overrides):  # --help, --cfg, --multirun and the like
-            run_hydra(script, primary, cls)
+            return run_hydra(script, primary, cls)
         else:
             config = compose(primary, sys.argv[1:], cls)
             config = with_local_folders(config, weights=primary not in _WITHOUT_WEIGHTS)

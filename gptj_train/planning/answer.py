@@ -13,7 +13,7 @@ from gptj_train.planning.advice import Advice, advise, nodes_needed
 from gptj_train.planning.memory import PLACES, memory_items, peak
 from gptj_train.planning.run_plan import RunPlan, head_of
 from gptj_train.planning.step_time import StepTime, step_time
-from gptj_train.planning.verdict import SYSTEM, Need, needs
+from gptj_train.planning.verdict import DISK, SYSTEM, Need, needs
 
 _GPU_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB, as sold
 _SMALL_ITEM = 0.01  # share of a place below which an item has no line of its own
@@ -96,14 +96,17 @@ def shortage(need: Need) -> str:
     """Describe what is missing in a place, and its two largest items."""
     assert need.available is not None
     largest = ", ".join(f"{name} {_gb(size)}" for name, size in need.items[:2])
-    return f"{need.place} needs {_gb(need.needed)} GB and has {_gb(need.available)} ({largest})"
+    message = f"{need.place} needs {_gb(need.needed)} GB and has {_gb(need.available)} ({largest})"
+    if need.place == DISK:
+        message += "; lower keep_checkpoints or give another output_dir"
+    return message
 
 
 def _advice_lines(plan: RunPlan, machine: Machine) -> Iterator[str]:
     found = advise(plan, machine)
     for advice in found:
         yield f"try      {describe(advice, machine)}"
-    if not found and not all(need.fits for need in needs(plan, machine) if need.place != "the disk"):
+    if not found and not all(need.fits for need in needs(plan, machine) if need.place != DISK):
         nodes = nodes_needed(plan, machine)
         if nodes is None:
             yield "no change of keys makes it fit on such machines"
@@ -115,7 +118,7 @@ def describe(advice: Advice, machine: Machine) -> str:
     """Describe a change: its overrides, what it needs and how long a step takes."""
     parts = []
     for need in needs(advice.plan, machine):
-        if need.place != "the disk":
+        if need.place != DISK:
             parts.append(f"{_gb(need.needed)} GB of {need.place}")
     return f"{advice.overrides}   ({', '.join(parts)}; {_seconds(advice.seconds)} a step)"
 

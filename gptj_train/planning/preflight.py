@@ -15,7 +15,7 @@ from gptj_train.model.gptj_config import GPTJConfig
 from gptj_train.planning.advice import advise, nodes_needed
 from gptj_train.planning.memory import memory_items, peak
 from gptj_train.planning.run_plan import RunPlan
-from gptj_train.planning.verdict import needs
+from gptj_train.planning.verdict import DISK, needs
 
 _SHOWN = 2  # changes
 
@@ -34,7 +34,7 @@ def check_machine(cfg: FinetuneConfig, model_config: GPTJConfig) -> None:
     plan = RunPlan.of(cfg, model_config)
     short = []
     for need in needs(plan, machine):
-        if not need.fits and need.place != "the disk":
+        if not need.fits and need.place != DISK:
             assert need.available is not None
             name, size = need.items[0]
             short.append(

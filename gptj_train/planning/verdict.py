@@ -10,6 +10,9 @@ from gptj_train.launch.machine import Machine
 from gptj_train.planning.memory import Item, at_peak, memory_items
 from gptj_train.planning.run_plan import RunPlan
 
+DISK = "the disk"
+"""The place of checkpoints and export."""
+
 SYSTEM = 1e9
 """Bytes of a node for the operating system."""
 
@@ -48,14 +51,14 @@ def needs(plan: RunPlan, machine: Machine) -> list[Need]:
     if plan.cfg.max_steps is not None:  # of epochs, the data decide the number of steps
         checkpoint, most, export = plan.disk()
         of_checkpoints = (f"{counted(most, 'checkpoint')} of {checkpoint / 1e9:.1f} GB", float(most * checkpoint))
-        found.append(Need("the disk", most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
+        found.append(Need(DISK, most * checkpoint + export, machine.disk, [of_checkpoints, ("export", export)]))
     return found
 
 
 def memory_fits(plan: RunPlan, machine: Machine, spare: float = 0) -> bool:
     """Return whether memory and NVMe disk suffice, with a share to spare; the disk of checkpoints is another matter."""
     for need in needs(plan, machine):
-        if need.place != "the disk" and need.available is not None and need.needed > (1 - spare) * need.available:
+        if need.place != DISK and need.available is not None and need.needed > (1 - spare) * need.available:
             return False
     return True
 

@@ -201,10 +201,16 @@ class Job:
 
     def wait_for(self, until: Callable[[], Any], what: str) -> None:
         ends = time.monotonic() + LONGEST
+        held_since = None
         while not until():
             assert time.monotonic() < ends, f"waited for {what}; {self.state}; log:\n{self.log[-5000:]}"
-            if self.facts()["Reason"] == "BeginTime":
-                # Slurm holds a requeued job for two minutes.
+            if self.facts()["Reason"] != "BeginTime":
+                held_since = None
+            elif held_since is None:
+                held_since = time.monotonic()
+            elif time.monotonic() - held_since > 5:
+                # Slurm holds a requeued job for two minutes. It is needed for seconds: in the second of its requeue
+                # the job's credential is revoked, and it could not start.
                 update = ["scontrol", "update", f"JobId={self.number}", "StartTime=now"]
                 self.cluster.command(*update, check=False)
             time.sleep(0.3)

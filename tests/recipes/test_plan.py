@@ -81,7 +81,8 @@ def test_a_preset_fits_the_machine_of_its_name(plan: Command, preset: str) -> No
 
 
 def test_a_batch_that_divides_on_no_number_of_gpus(plan: Command) -> None:
-    code, printed, _ = plan("+config=gptj_6b_zero3", "global_batch_size=3", "micro_batch_size=2", "gpu_memory=200")
+    given = ["global_batch_size=3", "micro_batch_size=2", "gpu_memory=200", "host_memory=100"]
+    code, printed, _ = plan("+config=gptj_6b_zero3", *given)
     assert code == 0
     assert "DOES NOT RUN: global_batch_size 3 does not divide into micro_batch_size 2 x 1 ranks" in printed
     assert printed.splitlines()[6].startswith("try      ")

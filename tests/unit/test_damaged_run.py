@@ -168,7 +168,6 @@ def test_what_comes_of_a_damaged_run_folder(
     ("content", "message"),
     [
         ("- a\n- list\n", "holds no settings; restore the file that the run wrote, or remove it"),
-        ("just text", "holds no settings"),
         ("a: [1, 2", "cannot be read: "),
         ("a: ${b}\nb: !!python/object/apply:os.mkdir [x]", "cannot be read: "),
         ("\x00", "cannot be read: "),

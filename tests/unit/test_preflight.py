@@ -35,6 +35,7 @@ def test_a_warning_with_what_helps(capsys: pytest.CaptureFixture[str]) -> None:
     check("+config=gptj_6b_zero3_offload")
     out, err = capsys.readouterr()
     assert out == ""
+    # Random weights are no base to quantize.
     assert err == (
         "warning: this run does not fit: a host needs 145 GB, this machine has 24 (most of it: fp32 masters and Adam "
         "moments, 73 GB); try lora=adapters optim.lr=0.0002 engine.activation_checkpointing=mlp\n"

@@ -27,7 +27,7 @@ for step in (total - 1, total):
     tracker._bar.refresh()
     tracker.step(dict(step=step, loss=loss, lr=1e-4, grad_norm=1.0, tokens=step, tokens_per_second=speed,
                       step_seconds=seconds, skipped_steps=0, memory_gib=memory))
-tracker.evaluation(dict(step=total, eval_loss=loss, perplexity=1.0))
+tracker.evaluation(dict(step=total, tokens=total, eval_loss=loss, perplexity=1.0))
 tracker.finish()
 """
 

@@ -50,7 +50,7 @@ def test_settings_that_do(stage: int) -> None:
 
 def test_presets_in_4_bits() -> None:
     for name in ("gptj_6b_qlora", "qlora_quickstart"):
-        cfg = config("clm", ClmConfig, f"+config={name}")
+        cfg = config("clm", ClmConfig, f"+config={name}", "max_steps=100")
         assert (cfg.quantize, cfg.engine.stage, cfg.lora.rank) == ("nf4", 2, 16)
 
 
