@@ -25,9 +25,14 @@ _WORD_END = re.compile(r"(?<=[^\W_])[ \n\r\t]")
 
 
 def read_segments(
-    part: FilePart, data: DataConfig, *, skipped: Counter[str], progress: Callable[[int], None]
+    file: Path,
+    data: DataConfig,
+    *,
+    skipped: Counter[str],
+    progress: Callable[[int], None],
+    part: FilePart | None = None,
 ) -> Iterator[Segment]:
-    """Read the documents of a file, or of a part of it, in order, segment by segment.
+    """Read the documents of a file in order, segment by segment.
 
     A .txt file is one document; .jsonl and .json hold a record a line or an array of records, .parquet and .arrow a
     record a row.
@@ -35,17 +40,17 @@ def read_segments(
     Args:
         skipped: filled with reason -> number of records that ``data.bad_records=skip`` leaves out.
         progress: called with the number of bytes of the file read since the last call.
+        part: of the file, to read only the lines that begin there; None reads all.
 
     Raises:
         UserError: a bad record, named by file and line or row, or a file that cannot be read.
     """
-    file = part.file
     if kind_of(file) == ".txt":
         yield from _read_txt(file, data, progress)
         return
     default_component = _without_suffix(file)
     rows: Iterable[dict[str, Any]] = read_records(file, columns_of(data), progress)
-    if part.end is not None:
+    if part is not None and part.end is not None:
         rows = _rows_of(part, progress)
     for row in rows:
         try:

@@ -64,7 +64,7 @@ def tokenize_file(
         progress: called with the number of bytes of the file read since the last call.
     """
     skipped: Counter[str] = Counter()
-    segments = read_segments(part, data, skipped=skipped, progress=progress)
+    segments = read_segments(part.file, data, skipped=skipped, progress=progress, part=part)
     write_store(
         scratch,
         segments,
