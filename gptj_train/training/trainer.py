@@ -49,8 +49,14 @@ class Trainer:
         tracker: Tracker,
         folder: RunFolder | None = None,
         data: Mapping[str, Any] | None = None,
+        held_out: str = "",
     ) -> None:
-        """``data`` is what decides the batches, by name (``data.identity``); rank 0's counts."""
+        """Set up a run.
+
+        Args:
+            data: what decides the batches, by name (``data.identity``); rank 0's counts.
+            held_out: ``resuming.held_out_hash`` of the task.
+        """
         self.config = config
         self.engine = engine
         self.task = task
@@ -59,6 +65,7 @@ class Trainer:
         self.ended: str | None = None
         self._batches = PrefetchedBatches(task, engine.rank, engine.world_size)
         self._data = dict(data or {})
+        self._held_out = held_out
         self._folder = folder
         self._health = Health(config.max_skipped_steps, config.output_dir)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank)
@@ -138,7 +145,13 @@ class Trainer:
             UserError: none is intact, or the next batch is not the one that the checkpoint expects.
         """
         self.state = resumed_state(
-            self.engine, folders, config=self.config, task=self.task, data=self._data, note=self.tracker.note
+            self.engine,
+            folders,
+            config=self.config,
+            task=self.task,
+            data=self._data,
+            held_out=self._held_out,
+            note=self.tracker.note,
         )
 
     def train_step(self) -> dict[str, float]:
@@ -253,6 +266,7 @@ class Trainer:
         """Write a checkpoint. Collective. See ``Saving.save``."""
         state = self.state
         state.next_batch = next_batch(self.task, state.step)
+        state.held_out = self._held_out
         state.settings = self.config.numeric_settings()
         state.data = self._data
         state.wandb_id = self.tracker.wandb_id or state.wandb_id
