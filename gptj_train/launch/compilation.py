@@ -75,8 +75,8 @@ def alone_in(folder: Path, extension: str) -> Iterator[None]:
         # The compilers of a killed process still write into the folder, and a program without our lock may build there.
         # Both leave torch's lock: without it there is no need to look through the processes.
         torch_lock = folder / _TORCH_LOCK_FILE
-        with _progress(f"waiting for DeepSpeed's {extension}", lambda: "another build in that folder"):
-            while torch_lock.exists() and _is_used(folder):
+        with _progress(f"waiting for DeepSpeed's {extension}", lambda: _other_build(folder)):
+            while torch_lock.exists() and _user_of(folder) is not None:
                 time.sleep(_POLL)
         torch_lock.unlink(missing_ok=True)
         yield
@@ -99,8 +99,14 @@ def _owner(file: TextIO) -> str:
         return "another process compiles it"
 
 
-def _is_used(folder: Path) -> bool:
-    """Return whether a compiler works in the folder, or a process holds torch's lock; on this host."""
+def _other_build(folder: Path) -> str:
+    # Whoever waits for long must be able to end it: a shell that was left in the folder looks like a compiler.
+    user = _user_of(folder)
+    return f"another build in {folder}" + (f": {user}" if user is not None else "")
+
+
+def _user_of(folder: Path) -> str | None:
+    """Return the name and the number of a process that works in the folder or holds torch's lock; on this host."""
     lock = str((folder / _TORCH_LOCK_FILE).resolve())
     for process in psutil.process_iter():
         # A process that ends meanwhile, or is another user's, does not build here.
@@ -109,8 +115,8 @@ def _is_used(folder: Path) -> bool:
                 continue
             is_compiler = process.cwd() == str(folder.resolve()) and process.status() != psutil.STATUS_ZOMBIE
             if is_compiler or any(file.path == lock for file in process.open_files()):
-                return True
-    return False
+                return f"{process.name()}, process {process.pid}"
+    return None
 
 
 def _remove_old_lock(lock: Path) -> None:

@@ -15,7 +15,7 @@ from types import TracebackType
 
 from gptj_train.errors import UserError
 from gptj_train.launch.preemption import Preempted
-from gptj_train.launch.stacks import remove_stacks_file, stacks_file
+from gptj_train.launch.stacks import remove_stacks_file, remove_stacks_of_other_ranks, stacks_file
 
 _TICK = 0.5  # seconds
 
@@ -30,8 +30,10 @@ class Watchdog:
     A thread counts its own ticks instead of reading the clock: a job that was suspended as a whole does not hang.
     """
 
-    def __init__(self, output_dir: str | Path, limit: float, rank: int) -> None:
-        """``limit`` is in seconds; 0 sets no limit."""
+    def __init__(self, output_dir: str | Path, limit: float, rank: int, ranks: int) -> None:
+        """``limit`` is in seconds; 0 sets no limit. ``ranks`` is their number."""
+        self._output_dir = output_dir
+        self._ranks = ranks
         self._path = stacks_file(output_dir, rank)
         self._limit = limit
         self._rank = rank
@@ -54,6 +56,8 @@ class Watchdog:
             self._paused = False
 
     def __enter__(self) -> Watchdog:
+        if self._rank == 0:
+            remove_stacks_of_other_ranks(self._output_dir, self._ranks)
         # The file is opened now: a process that hangs on a dead disk could not open it later.
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path.open("w")

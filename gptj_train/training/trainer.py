@@ -68,7 +68,7 @@ class Trainer:
         self._held_out = held_out
         self._folder = folder
         self._health = Health(config.max_skipped_steps, config.output_dir)
-        self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank)
+        self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank, engine.world_size)
         self._request = StopRequest(config.output_dir, config.max_hours, engine.rank)
         self._stopping = False  # the same on all ranks
         self._step_seconds = 0.0

@@ -1,12 +1,14 @@
 """Kill the real command at every stage of its life; it must come out bit for bit as if nothing had happened.
 
     python tests/reliability/recipe_drill.py --kills 20 --seed 1 [--stages imports load ...] [--report FILE]
+    python tests/reliability/recipe_drill.py --kills 20 --change-ranks
 
 drill.py kills ranks while they train and save. Here recipes/clm.py runs under deepspeed, torchrun or plain python, and
 what dies is a rank, all of them, the launcher, the process under it, or everything at once: during imports, the
 preparation of data, the compilation of DeepSpeed's optimizer, the load, training and the export. Whatever outlives a
 kill must end by itself. Each round is compared with an undisturbed run: every line of metrics.jsonl, the last
-checkpoint, and the bytes of the export; nothing else may be left in the folder.
+checkpoint, and the bytes of the export; nothing else may be left in the folder. With --change-ranks each start draws
+its launcher, and with it 1 or 2 ranks: sums are then made in another order, and losses are compared within a tolerance.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ VICTIMS = {
     "deepspeed": ["a rank", "all ranks", "the launcher", "launch.py", "everything"],
     "torchrun": ["a rank", "all ranks", "the launcher", "everything"],
 }
+# Relative to the loss, in bf16, as tests/distributed/test_resume.py has it for a changed number of ranks.
+LOSS_TOLERANCE = 2e-3
 RECORDED = ("step", "kind", "loss", "grad_norm", "lr", "tokens", "eval_loss")
 RUN_FILES = {"checkpoints", "export", "config.yaml", "environment.json", "export_report.json", "metrics.jsonl"}
 RUN_FILES |= {"report.html", "status.json"}
@@ -102,7 +106,7 @@ class Life:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         if extensions is not None:
             environment["TORCH_EXTENSIONS_DIR"] = str(extensions)
-        self._before = self.step()
+        self.before = self.step()
         self._mark = f"{folder} {time.time()}"
         environment[MARK] = self._mark
         self.output = folder / "output.txt"
@@ -156,7 +160,7 @@ class Life:
             status = self.run / "status.json"
             return status.exists() and status.stat().st_mtime >= self.started
         if stage == "training":
-            return self.step() > self._before
+            return self.step() > self.before
         return any(self.run.glob(".export.*.tmp"))
 
     def wait_until(self, condition: Callable[[], bool], poll: float = 0.02) -> bool:
@@ -221,16 +225,23 @@ def live(folder: Path, launcher: str, kill: Kill | None, extensions: Path | None
     assert struck or life.process.returncode == 0, text[-6000:]
     # A killed deepspeed command dies by the signal; what its ranks say is one line.
     assert "AssertionError" not in text, text[-6000:]
-    return {"launcher": launcher, "kill": kill, "struck": struck, "orphans ended after": round(seconds, 1)}
+    happened = {"launcher": launcher, "kill": kill, "struck": struck, "steps": [life.before, life.step()]}
+    return happened | {"orphans ended after": round(seconds, 1)}
 
 
-def plan_round(chance: random.Random, launcher: str, stages: list[str], count: int) -> list[Kill]:
-    """Stages in their order, so that the run lives to see the last of them."""
-    chosen = sorted((stages[number % len(stages)] for number in range(count)), key=list(STAGES).index)
-    return [
-        {"stage": stage, "victim": chance.choice(VICTIMS[launcher]), "delay": chance.uniform(0, STAGES[stage])}
-        for stage in chosen
-    ]
+def plan_round(
+    chance: random.Random, launchers: list[str], stages: list[str], count: int
+) -> list[tuple[str, Kill | None]]:
+    """The launcher and the kill of each life, the last of which has none.
+
+    Stages come in their order, so that the run lives to see the last of them.
+    """
+    lives: list[tuple[str, Kill | None]] = []
+    for stage in sorted((stages[number % len(stages)] for number in range(count)), key=list(STAGES).index):
+        launcher = chance.choice(launchers)
+        delay = chance.uniform(0, STAGES[stage])
+        lives.append((launcher, {"stage": stage, "victim": chance.choice(VICTIMS[launcher]), "delay": delay}))
+    return [*lives, (chance.choice(launchers), None)]
 
 
 def record(run: Path) -> list[list[Any]]:
@@ -249,6 +260,28 @@ def compare(run: Path, straight: Path) -> None:
         hashlib.sha256((folder / "export/model.safetensors").read_bytes()).digest() for folder in (run, straight)
     ]
     assert weights[0] == weights[1], "the exports differ"
+    check_folder(run)
+
+
+def compare_closely(run: Path, straight: Path) -> float:
+    """Assert that a run on changing ranks ended as one on 2; return the largest relative difference of a loss."""
+    lines, expected = read_metrics(run), read_metrics(straight)
+    for name in ("step", "kind", "lr", "tokens"):
+        assert [line.get(name) for line in lines] == [line.get(name) for line in expected], f"{name} differs"
+    pairs = [(line["loss"], other["loss"]) for line, other in zip(lines, expected, strict=True) if "loss" in line]
+    assert len(pairs) == STEPS
+    difference = max(abs(loss - other) / other for loss, other in pairs)
+    assert difference <= LOSS_TOLERANCE, f"losses differ by {difference}"
+    contents = [checkpoint_content(folder / "checkpoints" / f"step_{STEPS:08}") for folder in (run, straight)]
+    assert contents[0].keys() == contents[1].keys()
+    assert torch.equal(contents[0]["steps"], contents[1]["steps"])
+    assert (run / "export/model.safetensors").exists()
+    check_folder(run)
+    return float(difference)
+
+
+def check_folder(run: Path) -> None:
+    """Assert that the run says it is done, and that nothing temporary is left."""
     assert json.loads((run / "status.json").read_text())["state"] == "done"
     visible = {path.name for path in run.iterdir() if path.name != ".lock"}
     assert visible <= RUN_FILES, f"left in the run folder: {visible - RUN_FILES}"
@@ -256,7 +289,9 @@ def compare(run: Path, straight: Path) -> None:
     assert left == [], f"left: {left}"
 
 
-def drill(kills: int, seed: int, stages: list[str], launchers: list[str]) -> Iterator[dict[str, Any]]:
+def drill(
+    kills: int, seed: int, stages: list[str], launchers: list[str], change_ranks: bool = False
+) -> Iterator[dict[str, Any]]:
     """Rounds until so many kills have struck; yield what has come of all so far after each round.
 
     Raises:
@@ -264,16 +299,17 @@ def drill(kills: int, seed: int, stages: list[str], launchers: list[str]) -> Ite
     """
     chance, began = random.Random(seed), time.monotonic()
     struck: list[dict[str, Any]] = []
-    rounds = 0
+    rounds, difference = 0, 0.0
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         make_inputs(place)
         while len(struck) < kills:
             launcher = launchers[rounds % len(launchers)]
-            straight = place / f"straight-{'1' if launcher == 'python' else '2'}"
+            is_single = launcher == "python" and not change_ranks
+            straight = place / f"straight-{'1' if is_single else '2'}"
             if not straight.exists():
                 straight.mkdir()
-                live(straight, "python" if launcher == "python" else "deepspeed", None)
+                live(straight, "python" if is_single else "deepspeed", None)
             folder = place / f"round-{rounds}"
             folder.mkdir()
             extensions = None
@@ -281,14 +317,22 @@ def drill(kills: int, seed: int, stages: list[str], launchers: list[str]) -> Ite
                 extensions = folder / "extensions"
                 extensions.mkdir()
             count = min(KILLS_A_ROUND, kills - len(struck))
-            for kill in [*plan_round(chance, launcher, stages, count), None]:
-                happened = live(folder, launcher, kill, extensions)
+            for start_by, kill in plan_round(chance, launchers if change_ranks else [launcher], stages, count):
+                happened = live(folder, start_by, kill, extensions)
                 struck += [happened] if happened["struck"] else []
-            compare(folder / "run", straight / "run")
+            if change_ranks:
+                difference = max(difference, compare_closely(folder / "run", straight / "run"))
+            else:
+                compare(folder / "run", straight / "run")
             shutil.rmtree(folder)
             rounds += 1
+            outcome = (
+                "kills on changing ranks, all resumed" if change_ranks else "kills, all resumed and ended bitwise equal"
+            )
+            closeness = {"largest relative difference of a loss": difference} if change_ranks else {}
             yield {
-                "kills, all resumed and ended bitwise equal": len(struck),
+                outcome: len(struck),
+                **closeness,
                 "rounds": rounds,
                 "by stage": dict(Counter(life["kill"]["stage"] for life in struck)),
                 "by victim": dict(Counter(life["kill"]["victim"] for life in struck)),
@@ -333,6 +377,7 @@ def main() -> None:
     parser.add_argument("--stages", nargs="+", choices=list(STAGES), default=everyday)
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     parser.add_argument("--report", type=Path)
+    parser.add_argument("--change-ranks", action="store_true", help="each start draws its launcher: 1 or 2 ranks")
     parser.add_argument("--explode", action="store_true", help="a round with a learning rate that explodes, alone")
     given = parser.parse_args()
     if given.explode:
@@ -340,7 +385,7 @@ def main() -> None:
             explode(Path(scratch))
         print("exploded, led back by its message, and ended bitwise equal")
         return
-    for result in drill(given.kills, given.seed, given.stages, given.launchers):
+    for result in drill(given.kills, given.seed, given.stages, given.launchers, given.change_ranks):
         print({name: value for name, value in result.items() if name != "struck"}, flush=True)
         if given.report:
             given.report.write_text(json.dumps(result, indent=1) + "\n")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from gptj_train.launch import compilation
@@ -71,6 +72,10 @@ def test_a_killed_build_stops_nobody(tmp_path: Path) -> None:
     while "another build" not in waiting:
         waiting = second.stdout.readline()
         assert waiting.startswith("waiting for"), waiting
+    while "sleep, process " not in waiting:
+        waiting = second.stdout.readline()
+        assert waiting.startswith("waiting for"), waiting
+    assert f"(another build in {tmp_path}: sleep, process {compilers[0]})" in waiting
     assert not (tmp_path / "tiny.so").exists()
     for pid in compilers:
         os.kill(pid, signal.SIGKILL)
@@ -96,10 +101,10 @@ def test_torchs_lock_of_a_living_process_is_respected(tmp_path: Path, monkeypatc
     with subprocess.Popen([sys.executable, "-c", hold, tmp_path / "lock"], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        assert compilation._is_used(tmp_path)
+        assert compilation._user_of(tmp_path) == f"{psutil.Process(other.pid).name()}, process {other.pid}"
         other.kill()
         other.wait()
-        assert not compilation._is_used(tmp_path)
+        assert compilation._user_of(tmp_path) is None
 
 
 def test_on_a_disk_without_locks_age_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

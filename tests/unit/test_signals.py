@@ -22,7 +22,7 @@ IN_LOOP = """
 import os, signal, sys, time
 from gptj_train.launch.preemption import StopRequest
 from gptj_train.launch.watchdog import Watchdog
-with StopRequest(sys.argv[1], None, 0), Watchdog(sys.argv[1], 0, 0):
+with StopRequest(sys.argv[1], None, 0), Watchdog(sys.argv[1], 0, 0, 1):
     print("ready", flush=True)
     time.sleep(60)
 """

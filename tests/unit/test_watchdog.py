@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -28,7 +29,7 @@ def watched(folder: Path, work: Callable[[Watchdog], None], limit: float = LIMIT
     """Start ``work`` under a watchdog in a new process."""
 
     def run() -> None:
-        with Watchdog(folder, limit, rank=3) as dog:
+        with Watchdog(folder, limit, rank=3, ranks=4) as dog:
             work(dog)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -114,10 +115,23 @@ def is_preempted(dog: Watchdog) -> None:
 
 
 def test_a_crash_leaves_its_traceback_and_a_preemption_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), Watchdog(tmp_path / "failed", LIMIT, rank=3) as dog:
+    with pytest.raises(RuntimeError), Watchdog(tmp_path / "failed", LIMIT, rank=3, ranks=4) as dog:
         fails(dog)
     assert "in fails" in stacks(tmp_path / "failed")
     assert "Connection closed by peer" in stacks(tmp_path / "failed")
-    with pytest.raises(Preempted), Watchdog(tmp_path / "preempted", LIMIT, rank=3) as dog:
+    with pytest.raises(Preempted), Watchdog(tmp_path / "preempted", LIMIT, rank=3, ranks=4) as dog:
         is_preempted(dog)
     assert not (tmp_path / "preempted" / "stacks").exists()
+
+
+def test_stacks_of_ranks_that_this_start_lacks_go(tmp_path: Path) -> None:
+    """A killed rank cannot remove its file, and a start on fewer ranks has nobody who would."""
+    for rank in range(4):
+        with contextlib.suppress(RuntimeError), Watchdog(tmp_path, LIMIT, rank=rank, ranks=4) as dog:
+            fails(dog)
+    left = tmp_path / "stacks"
+    with Watchdog(tmp_path, LIMIT, rank=1, ranks=2):
+        assert {path.name for path in left.iterdir()} == {f"rank_{rank}.txt" for rank in range(4)}
+    with Watchdog(tmp_path, LIMIT, rank=0, ranks=2):
+        assert {path.name for path in left.iterdir()} == {"rank_0.txt"}
+    assert not left.exists()
