@@ -23,8 +23,9 @@ config = TrackingConfig(tensorboard=False, wandb="disabled", project="x", run_na
 tracker = Tracker(config, folder, {}, 0)
 tracker.start(total - 2, total)
 for step in (total - 1, total):
-    tracker._bar.start_t -= seconds  # a slow machine: the remaining time is long
-    tracker._bar.refresh()
+    if tracker._bar is not None:
+        tracker._bar.start_t -= seconds  # a slow machine: the remaining time is long
+        tracker._bar.refresh()
     tracker.step(dict(step=step, loss=loss, lr=1e-4, grad_norm=1.0, tokens=step, tokens_per_second=speed,
                       step_seconds=seconds, skipped_steps=0, memory_gib=memory))
 tracker.evaluation(dict(step=total, tokens=total, eval_loss=loss, perplexity=1.0))
