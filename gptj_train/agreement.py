@@ -25,7 +25,10 @@ from gptj_train.weights.fingerprint import folder_fingerprint
 
 # Paths may have other names on another host: their content is compared, or, for output_dir, that they are one folder.
 # data.cache_dir may be each host's own, and nvme_path always is.
-_PATHS = ("output_dir", "init_from", "tokenizer", "data.cache_dir", "engine.nvme_path")
+_PATHS = (
+    *("output_dir", "init_from", "lora.init_from", "tokenizer", "data.cache_dir", "engine.nvme_path"),
+    *("data.train", "data.validation", "data.forgetting"),
+)
 
 # The data's facts count documents and tokens; the content of some batches tells data of equal size apart.
 _HASHED_STEPS = (0, 1000)
@@ -49,7 +52,8 @@ class RankFacts:
 def check_agreement(config: Mapping[str, Any], *, tokenizer: str, task: Task, facts: Mapping[str, str]) -> None:
     """Compare what the ranks are about to run, and prove that ``output_dir`` is one folder. Collective.
 
-    Compared are the config, the code, the versions of packages, the content of tokenizer, ``init_from`` and data.
+    Compared are the config, the code, the versions of packages, and the content of tokenizer, ``init_from``, adapters
+    and data.
 
     Args:
         config: the run's config as nested dicts.
@@ -63,8 +67,9 @@ def check_agreement(config: Mapping[str, Any], *, tokenizer: str, task: Task, fa
     values |= facts
     values["training and held-out batches"] = _batches(task)
     values["the tokenizer"] = tokenizer
-    if config["init_from"] is not None:
-        values["the files of init_from"] = folder_fingerprint(config["init_from"])
+    for key, folder in (("init_from", config["init_from"]), ("lora.init_from", config["lora"]["init_from"])):
+        if folder is not None:
+            values[f"the files of {key}"] = folder_fingerprint(folder)
     values["the code of gptj_train and the recipe"] = _code()
     values |= {"Python": platform.python_version(), **package_versions()}
     difference = find_difference(_gathered(RankFacts(rank(), socket.gethostname(), values)))

@@ -26,7 +26,7 @@ from gptj_train.schema import PlainText, schema
 from gptj_train.tasks.classification import ClassificationTaskConfig
 from gptj_train.tasks.question_answering import QATaskConfig
 from gptj_train.tracking import TrackingConfig
-from gptj_train.training.quantized_base import check_quantize
+from gptj_train.training.quantized_base import base_settings, check_quantize
 from gptj_train.training.trainer_config import TrainerConfig
 from gptj_train.training.zero_config import EngineConfig
 from gptj_train.weights.hf_writer import parse_size
@@ -81,6 +81,9 @@ class FinetuneConfig(TrainerConfig, HubKeys, HeldOutKeys):
         check_quantize(self.quantize, self.lora, self.engine)
         if self.optim.lora_lr_ratio != 1 and not self.lora.rank:
             raise UserError("optim.lora_lr_ratio needs lora=adapters; without adapters it would do nothing")
+
+    def numeric_settings(self) -> dict[str, Any]:
+        return super().numeric_settings() | base_settings(self.quantize, self.lora, self.init_from)
 
     @staticmethod
     def adjust(composed: DictConfig, given: Mapping[str, str]) -> None:

@@ -35,6 +35,7 @@ from gptj_train.training.checkpoint import Checkpoints
 from gptj_train.training.engine import Engine, join_process_group
 from gptj_train.training.model_files import ModelFiles
 from gptj_train.training.quantized_base import check_base, quantized_base_fact
+from gptj_train.training.resuming import held_out_hash
 from gptj_train.training.retention import resume_candidates
 from gptj_train.training.trainer import Trainer
 from gptj_train.training.trainer_config import with_steps
@@ -203,7 +204,8 @@ class Finetune:
         environment = describe_environment(engine.gathered([describe_host()]))
         hosts = ", ".join(host["host"] for host in environment["hosts"])
         tracker.note(
-            f"attempt   {self._status.attempt}, {environment['started']}, {engine.world_size} ranks on {hosts}"
+            f"attempt   {self._status.attempt}, {environment['started']}, "
+            f"{counted(engine.world_size, 'rank')} on {hosts}"
         )
         parameters = {
             "parameters": sum(shape.numel() for shape in engine.shapes.values()),
@@ -223,6 +225,7 @@ class Finetune:
             folder=self._folder,
             # On rank 0 only: a thousand ranks need not read every file.
             data=data_identity(asdict(self._cfg), self.tokenizer.digest) if rank() == 0 else {},
+            held_out=held_out_hash(task),
         )
         self._status.step = lambda: trainer.state.step
         self._status.progressed = lambda: checkpoints.has_saved

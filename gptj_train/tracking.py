@@ -125,7 +125,7 @@ class Tracker:
             write_text(path, "".join(metrics_line(entry) for entry in kept))
         self._metrics = path.open("a", buffering=1)
         self._start_services(step, wandb_id)
-        if sys.stderr.isatty():
+        if _screen_columns() > 0:
             self._bar = tqdm(total=max_steps, initial=step, dynamic_ncols=True, smoothing=0.1, bar_format=_BAR)
         self._max_steps = max_steps
 
@@ -247,6 +247,14 @@ class Tracker:
                 message = f"{service.name} failed ({_first_line(error)}); metrics.jsonl has everything"
             if message is not None:
                 self.note(message)
+
+
+def _screen_columns() -> int:
+    """Return the columns of the terminal; 0 without one, or where it does not know them and a bar would be empty."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):  # no terminal, or a stream without a file
+        return 0
 
 
 def _first_line(error: Exception) -> str:

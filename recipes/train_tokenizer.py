@@ -14,7 +14,7 @@ def main(cfg: TrainTokenizerConfig) -> None:
     )
     tokenizer.save(cfg.output_dir)
     print(f"{facts}; in {cfg.output_dir}")
-    print(f"Train with tokenizer={cfg.output_dir} model.vocab_size={len(tokenizer)} or more")
+    print(f"Train with tokenizer={cfg.output_dir}; model.vocab_size must be at least {len(tokenizer)}")
 
 
 if __name__ == "__main__":

@@ -45,6 +45,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 _HANDLED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
 
 
+for _number in _HANDLED:
+    # A shell's background job ignores some of them, and so would the runs that the tests interrupt.
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
+
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """A recipe run in this process would leave its handlers behind."""

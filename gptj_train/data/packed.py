@@ -4,7 +4,7 @@ A packing is a folder in ``data.cache_dir``, beside the token stores, named by a
 
 * ``pieces.bin``: the pieces, window by window;
 * ``windows.bin``: the first piece of each window;
-* ``packing.json``: facts about the documents. It is written last.
+* ``packing.json``: facts about the documents, and the sizes of the files. It is written last.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from gptj_train.data.store import TokenStore, mapped
 from gptj_train.data.workers import cannot_write
 from gptj_train.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Part of every packing's name: raise it if the packing changes, so that no old one is reused."""
 
 _FACTS = "packing.json"
@@ -65,19 +65,31 @@ def open_packing(
     side = None if part is None else [part.rule.share, part.rule.seed, part.held]
     key = json.dumps([FORMAT, component, method, length, side, *names])
     folder = cache / f"packed_{hashlib.sha256(key.encode()).hexdigest()[:24]}"
-    if not (folder / _FACTS).exists():
+    if not _is_whole(folder):
         try:
             with lock_of(folder):
                 # Look again: while this process waited for the lock, another one may have packed.
-                if not (folder / _FACTS).exists():
+                if not _is_whole(folder):
                     own = None if part is None else _documents_of(part, stores)
                     _write(folder, pack(stores, component, method=method, length=length, own=own))
         except OSError as error:
             raise UserError(cannot_write(cache, error)) from None
-    facts = DocumentFacts(**json.loads((folder / _FACTS).read_text()))
+    facts = DocumentFacts(**json.loads((folder / _FACTS).read_text())["facts"])
     pieces = mapped(folder / "pieces.bin", PIECE)
     first_piece = mapped(folder / "windows.bin", np.dtype(np.int64))
     return Packing(pieces, first_piece, facts)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether all files of a packing have the sizes that packing.json gives.
+
+    Clusters that delete old files may leave a part of one: windows would lose pieces, or reading end the process.
+    """
+    try:
+        sizes = json.loads((folder / _FACTS).read_text())["bytes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
 
 
 def _documents_of(part: Part, stores: Sequence[TokenStore]) -> np.ndarray:
@@ -89,4 +101,5 @@ def _write(folder: Path, packing: Packing) -> None:
     with new_folder(folder) as scratch:
         packing.pieces.tofile(scratch / "pieces.bin")
         packing.first_piece.astype(np.int64).tofile(scratch / "windows.bin")
-        (scratch / _FACTS).write_text(json.dumps(asdict(packing.facts)) + "\n")
+        sizes = {path.name: path.stat().st_size for path in scratch.iterdir()}
+        (scratch / _FACTS).write_text(json.dumps({"facts": asdict(packing.facts), "bytes": sizes}) + "\n")

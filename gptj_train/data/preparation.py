@@ -12,7 +12,9 @@ from collections import Counter
 from pathlib import Path
 
 from gptj_train.atomic_write import SCRATCH_PATTERN, new_folder
+from gptj_train.counted import counted
 from gptj_train.data.claims import claim, lock_of_host
+from gptj_train.data.file_parts import FilePart, parts_of
 from gptj_train.data.formats import say
 from gptj_train.data.progress import Progress
 from gptj_train.data.store import FORMAT, TokenStore, damage_of
@@ -41,7 +43,7 @@ _OPTIONS = (
 
 
 def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> list[TokenStore]:
-    """Return the store of each file; missing ones are made first.
+    """Return the store of each file, or those of its parts if it is large; missing ones are made first.
 
     Any number of processes on any number of hosts may call this at once, without a process group: one process of each
     host works, and the others wait; the hosts share the files. A killed process leaves no store that looks complete.
@@ -50,14 +52,15 @@ def open_stores(files: list[Path], data: DataConfig, tokenizer: Tokenizer) -> li
         UserError: a bad record or file, too large a share of bad records, or no document at all.
     """
     cache = Path(data.cache_dir)
-    folders = [_store_folder(file, data, tokenizer) for file in files]
+    parts = [part for file in files for part in parts_of(file)]
+    folders = [_store_folder(part, data, tokenizer) for part in parts]
     if not all(_is_usable(folder, data) for folder in folders):
         # By folder: a file that is listed twice is tokenized once.
-        file_of = dict(zip(folders, files, strict=True))
+        part_of = dict(zip(folders, parts, strict=True))
         try:
             with lock_of_host(cache):
                 _remove_leftovers(cache)
-                _make_all(file_of, data, tokenizer)
+                _make_all(part_of, data, tokenizer)
         except OSError as error:
             raise UserError(cannot_write(cache, error)) from None
     stores = [TokenStore(folder) for folder in folders]
@@ -74,31 +77,33 @@ def _remove_leftovers(cache: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _make_all(file_of: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> None:
+def _make_all(part_of: dict[Path, FilePart], data: DataConfig, tokenizer: Tokenizer) -> None:
     """Make the stores that are missing, and wait for those that other hosts make."""
-    for folder in file_of:
+    for folder in part_of:
         _announce_damage(folder)
     told = False
     while True:
-        missing = {folder: file for folder, file in file_of.items() if not _is_usable(folder, data)}
+        missing = {folder: part for folder, part in part_of.items() if not _is_usable(folder, data)}
         if not missing:
             return
         made = _make(missing, data, tokenizer)
         if made == 0:
             if not told:
-                say(f"data: waiting for another host, which prepares {len(missing):,} of the files")
+                say(f"data: waiting for another host, which prepares {counted(len(missing), 'store')}")
                 told = True
             time.sleep(_POLL)
 
 
-def _store_folder(file: Path, data: DataConfig, tokenizer: Tokenizer) -> Path:
+def _store_folder(part: FilePart, data: DataConfig, tokenizer: Tokenizer) -> Path:
     """Return the folder of a file's store, named by all that determines its content.
 
     A file is identified by path, size and modification time: hashing terabytes at every start takes too long.
     """
     options = [getattr(data, name) for name in _OPTIONS]
-    status = file.stat()
-    identity = [os.path.abspath(file), status.st_size, status.st_mtime_ns]
+    status = part.file.stat()
+    identity = [os.path.abspath(part.file), status.st_size, status.st_mtime_ns]
+    if part.end is not None:
+        identity += [part.begin, part.end]
     key = json.dumps([FORMAT, tokenizer.digest, *options, *identity])
     digest = hashlib.sha256(key.encode()).hexdigest()
     return Path(data.cache_dir) / digest[:24]
@@ -140,9 +145,9 @@ def _some_names(files: list[Path]) -> str:
     return names if len(files) <= 3 else f"{names} and {len(files) - 3:,} more"
 
 
-def _make(missing: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> int:
-    """Make those of the missing stores (folder -> its file) that no other host is making; return how many."""
-    sizes = {folder: file.stat().st_size for folder, file in missing.items()}
+def _make(missing: dict[Path, FilePart], data: DataConfig, tokenizer: Tokenizer) -> int:
+    """Make those of the missing stores (folder -> its file or part) that no other host is making; return how many."""
+    sizes = {folder: part.size for folder, part in missing.items()}
     total = sum(sizes.values())
     workers = min(len(missing), usable_cores()) if total > _SMALL else 1
 
@@ -158,11 +163,11 @@ def _make(missing: dict[Path, Path], data: DataConfig, tokenizer: Tokenizer) -> 
             )
         # The tokenizer uses all cores by itself; one process gains from it as long as reading is not the limit.
         made = 0
-        for folder, file in missing.items():
+        for folder, part in missing.items():
             with claim(folder) as is_free:
                 # Look again: another host may have made it since.
                 if is_free and is_missing(folder):
                     with new_folder(folder) as scratch:
-                        tokenize_file(file, scratch, data, tokenizer, progress=progress)
+                        tokenize_file(part, scratch, data, tokenizer, progress=progress)
                     made += 1
         return made

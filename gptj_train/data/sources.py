@@ -6,9 +6,11 @@ import codecs
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+from gptj_train.data.file_parts import FilePart, PlaceInPart, lines_of
 from gptj_train.data.files import LONGEST_LINE, SUFFIXES, chunks, kind_of
 from gptj_train.data.parsing import BadRecordError, with_outermost
 from gptj_train.data.record_files import read_records
@@ -23,7 +25,12 @@ _WORD_END = re.compile(r"(?<=[^\W_])[ \n\r\t]")
 
 
 def read_segments(
-    file: Path, data: DataConfig, *, skipped: Counter[str], progress: Callable[[int], None]
+    file: Path,
+    data: DataConfig,
+    *,
+    skipped: Counter[str],
+    progress: Callable[[int], None],
+    part: FilePart | None = None,
 ) -> Iterator[Segment]:
     """Read the documents of a file in order, segment by segment.
 
@@ -33,6 +40,7 @@ def read_segments(
     Args:
         skipped: filled with reason -> number of records that ``data.bad_records=skip`` leaves out.
         progress: called with the number of bytes of the file read since the last call.
+        part: of the file, to read only the lines that begin there; None reads all.
 
     Raises:
         UserError: a bad record, named by file and line or row, or a file that cannot be read.
@@ -41,7 +49,10 @@ def read_segments(
         yield from _read_txt(file, data, progress)
         return
     default_component = _without_suffix(file)
-    for row in read_records(file, columns_of(data), progress):
+    rows: Iterable[dict[str, Any]] = read_records(file, columns_of(data), progress)
+    if part is not None and part.end is not None:
+        rows = _rows_of(part, progress)
+    for row in rows:
         try:
             document = document_of(row["record"], data, default_component=default_component)
         except BadRecordError as error:
@@ -54,6 +65,13 @@ def read_segments(
             for piece in pieces:
                 yield segment._replace(text=piece, last=False)
             yield segment._replace(text=rest)
+
+
+def _rows_of(part: FilePart, progress: Callable[[int], None]) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a part as ``read_records`` yields those of a file."""
+    for number, line in lines_of(part, progress):
+        if line.strip():
+            yield {"where": PlaceInPart(part, number), "record": line}
 
 
 def _without_suffix(file: Path) -> str:

@@ -4,7 +4,7 @@
 writes
 
     {"data": {...}, "tokenizer": "...", "eos_token": "..."}     once: the setup
-    ["SCRATCH_FOLDER", "FILE"]                                  tokenize a file into an empty folder
+    ["SCRATCH_FOLDER", "FILE", BEGIN, END]                      tokenize a file, or a part, into an empty folder
 
 and for each file the worker answers with any number of progress lines and one last line:
 
@@ -43,6 +43,7 @@ from threading import Event
 
 from gptj_train.atomic_write import new_folder
 from gptj_train.data.claims import claim
+from gptj_train.data.file_parts import FilePart
 from gptj_train.data.sources import read_segments
 from gptj_train.data.store import write_store
 from gptj_train.data.text_config import DataConfig
@@ -50,20 +51,20 @@ from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 from gptj_train.launch.host import usable_cores
 
-Job = tuple[Path, Path]
-"""The folder of a store to make, and the file that goes into it."""
+Job = tuple[Path, FilePart]
+"""The folder of a store to make, and the file, or the part of one, that goes into it."""
 
 
 def tokenize_file(
-    file: Path, scratch: Path, data: DataConfig, tokenizer: Tokenizer, *, progress: Callable[[int], None]
+    part: FilePart, scratch: Path, data: DataConfig, tokenizer: Tokenizer, *, progress: Callable[[int], None]
 ) -> None:
-    """Write the store of a file into an empty folder, in this process.
+    """Write the store of a file, or of a part of it, into an empty folder, in this process.
 
     Args:
         progress: called with the number of bytes of the file read since the last call.
     """
     skipped: Counter[str] = Counter()
-    segments = read_segments(file, data, skipped=skipped, progress=progress)
+    segments = read_segments(part.file, data, skipped=skipped, progress=progress, part=part)
     write_store(
         scratch,
         segments,
@@ -156,14 +157,14 @@ def _drive_worker(
             _send(process, setup)
             while not stop.is_set():
                 try:
-                    folder, file = queue.get_nowait()
+                    folder, part = queue.get_nowait()
                 except Empty:
                     return made
                 with claim(folder) as is_free:
                     if is_free and is_missing(folder):
                         with new_folder(folder) as scratch:
-                            _send(process, [str(scratch), str(file)])
-                            _wait_for_file(process, file, progress, stop)
+                            _send(process, [str(scratch), str(part.file), part.begin, part.end])
+                            _wait_for_file(process, part.file, progress, stop)
                         made += 1
             return made
     except BrokenPipeError:
@@ -208,9 +209,10 @@ def _work() -> None:
     data = DataConfig(**setup["data"])
     tokenizer = Tokenizer.from_json(setup["tokenizer"], setup["eos_token"])
     for line in sys.stdin:
-        scratch, file = (Path(path) for path in json.loads(line))
+        folder, file, begin, end = json.loads(line)
+        scratch = Path(folder)
         try:
-            tokenize_file(file, scratch, data, tokenizer, progress=_report)
+            tokenize_file(FilePart(Path(file), begin, end), scratch, data, tokenizer, progress=_report)
         except UserError as error:
             _report(str(error))
         except BrokenPipeError:

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gptj_train.model.adapter_folder import PEFT_PREFIX
 from gptj_train.weights.hf_writer import write_file
 from gptj_train.weights.stored import StoredWeights, is_adapter
 
 _TASK_TYPES = {"GPTJForCausalLM": "CAUSAL_LM", "GPTJForSequenceClassification": "SEQ_CLS"}
-_PREFIX = "base_model.model."  # the model inside PEFT's wrappers, as its state dict names it
 
 
 def save_adapter(
@@ -38,8 +38,8 @@ def save_adapter(
         heads: modules that were trained in full.
         base: the folder of the frozen weights.
     """
-    prefixed_tensors = ((_PREFIX + name, tensor) for name, tensor in tensors)
-    prefixed_shapes = {_PREFIX + name: shape for name, shape in shapes.items()}
+    prefixed_tensors = ((PEFT_PREFIX + name, tensor) for name, tensor in tensors)
+    prefixed_shapes = {PEFT_PREFIX + name: shape for name, shape in shapes.items()}
     write_file(folder / "adapter_model.safetensors", prefixed_tensors, prefixed_shapes, dtype=torch.float32)
     config = {
         "peft_type": "LORA",

@@ -77,7 +77,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number in _KEYS:
             self._interrupted(_KEYS[signal.Signals(number)])
-        if self._signal is None:
+        if self._signal is None or number in _KEYS:
+            # The launcher answers a key by SIGTERM, which may come first: the user pressed a key.
             self._signal = number
 
     def _interrupted(self, key: str) -> None:

@@ -15,7 +15,8 @@ from gptj_train.weights.hf_reader import ADAPTER_LAYOUTS, HFWeights
 from gptj_train.weights.stored import StoredWeights, is_adapter
 
 _LARGEST_CONFIG = 1_000_000  # bytes; PEFT's have a thousand
-_PREFIX = "base_model.model."  # the model inside PEFT's wrappers
+PEFT_PREFIX = "base_model.model."
+"""Before every name in an adapter file: the model inside PEFT's wrappers, as its state dict names it."""
 
 # Settings of PEFT that change what an adapter computes, and the values that we compute.
 _PLAIN: dict[str, tuple[Any, ...]] = {
@@ -52,7 +53,7 @@ class AdapterFolder:
         names = {}
         left = set(self._files.names())
         for name, shape in trained.items():
-            stored = _PREFIX + name
+            stored = PEFT_PREFIX + name
             if stored not in left:
                 if is_adapter(name):
                     raise UserError(
@@ -93,7 +94,7 @@ class WithAdapter(StoredWeights):
         return self._base.tensor(name)
 
     def read(self, name: str, start: int, into: Tensor) -> None:
-        source = self._adapter if name.startswith(_PREFIX) else self._base
+        source = self._adapter if name.startswith(PEFT_PREFIX) else self._base
         source.read(name, start, into)
 
     def close(self) -> None:

@@ -23,7 +23,7 @@ _SHOWN = 2  # changes
 def check_machine(cfg: FinetuneConfig, model_config: GPTJConfig) -> None:
     """Print a warning, or refuse the run, if this host or its GPUs are too small; ``plan`` says which.
 
-    Other hosts are taken to be like this one. The disk of the checkpoints is checked later (training/retention.py).
+    Other hosts are taken to be like this one. The disk of the checkpoints is checked later (training/disk_space.py).
 
     Raises:
         UserError: they are too small, with ``plan=error``.

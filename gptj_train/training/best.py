@@ -23,8 +23,8 @@ def count_evaluation(state: TrainState, metrics: Mapping[str, Any], metric: str)
         there_are = ", ".join(name for name, value in metrics.items() if isinstance(value, float))
         raise UserError(f"best_metric={metric}: the evaluation has no such number; it has {there_are}")
     if state.best_metric != metric:  # values of another metric cannot be compared
-        state.best_metric, state.best_value, state.best_step = metric, None, -1
-        state.evaluations_since_best = 0
+        forget_best(state)
+        state.best_metric = metric
     # Step 0 is what a run is compared with, not its result. After a skipped step weights may have exploded: such a
     # state is not saved.
     if state.step == 0 or state.skipped_in_a_row:
@@ -36,6 +36,12 @@ def count_evaluation(state: TrainState, metrics: Mapping[str, Any], metric: str)
         return True
     state.evaluations_since_best += 1
     return False
+
+
+def forget_best(state: TrainState) -> None:
+    """Let the next evaluation be the first that counts."""
+    state.best_metric, state.best_value, state.best_step = "", None, -1
+    state.evaluations_since_best = 0
 
 
 def best_text(state: TrainState, exported: int) -> str | None:

@@ -13,6 +13,7 @@ from gptj_train.model.layers import Linear
 from gptj_train.model.lora import LoraConfig
 from gptj_train.model.quantized import Quantization, bitsandbytes, quantize_blocks
 from gptj_train.training.zero_config import EngineConfig
+from gptj_train.weights.fingerprint import folder_fingerprint
 
 if TYPE_CHECKING:
     from gptj_train.training.initial_weights import InitialWeights
@@ -46,6 +47,20 @@ def check_base(quantize: Quantization, init_from: str | None) -> None:
     if init_from is None:
         raise UserError(f"quantize={quantize} needs init_from: random weights are not worth freezing")
     bitsandbytes()
+
+
+def base_settings(quantize: Quantization, lora: LoraConfig, init_from: str | None) -> dict[str, Any]:
+    """Return what else decides the numbers of a run with adapters, for its checkpoints.
+
+    These hold the adapters alone: resumed on another base, or with another factor, they are another model.
+    """
+    if not lora.rank:
+        return {}
+    values: dict[str, Any] = {f"lora.{name}": getattr(lora, name) for name in ("alpha", "dropout", "rslora")}
+    values["quantize"] = quantize
+    if init_from is not None:
+        values["the files of init_from"] = folder_fingerprint(init_from)[:8]
+    return values
 
 
 def quantized_base_fact(quantize: Quantization) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gptj_train.data.sampler import fingerprint
 from gptj_train.errors import UserError
 from gptj_train.tasks.task import Task
+from gptj_train.training.best import forget_best
 from gptj_train.training.checkpoint import load
 from gptj_train.training.engine import Engine
 from gptj_train.training.schedule import Cycles, check_warmup, extended, extension_note
@@ -26,12 +28,14 @@ def resumed_state(
     config: TrainerConfig,
     task: Task,
     data: Mapping[str, Any],
+    held_out: str,
     note: Callable[[str], None],
 ) -> TrainState:
     """Load the first intact checkpoint of some, and return its state as this run continues it. Collective.
 
     Args:
         data: what decides the batches (``data.identity``); rank 0's counts.
+        held_out: ``held_out_hash`` of the task.
         note: called with a line for the user.
 
     Raises:
@@ -48,6 +52,8 @@ def resumed_state(
     changed = changed_settings(state.settings, config)
     if changed:
         note(f"changed since the checkpoint: {', '.join(changed)}")
+    if state.best_step >= 0:
+        _check_best(state, folders[0], config=config, held_out=held_out, note=note)
     planned, state.schedule = _schedules(state, config)
     line = extension_note(planned, state.schedule, state.step, config.optim, config.extend)
     if line and state.step < config.steps:
@@ -58,6 +64,28 @@ def resumed_state(
 def next_batch(task: Task, step: int) -> str:
     """Return the hash of the global batch of a step, the same on any number of ranks."""
     return fingerprint(task.training_batches(step, rank=0, world_size=1))
+
+
+def held_out_hash(task: Task) -> str:
+    """Return the hash of the first held-out batch, the same on any number of ranks; "" without held-out data."""
+    first = [batch.inputs for batch in itertools.islice(task.evaluation_batches(rank=0, world_size=1), 1)]
+    return fingerprint(first) if first else ""
+
+
+def _check_best(
+    state: TrainState, folder: Path, *, config: TrainerConfig, held_out: str, note: Callable[[str], None]
+) -> None:
+    """Forget the best evaluation if later ones cannot be compared with it, or its checkpoint is another run's.
+
+    Args:
+        folder: the checkpoint that the run resumes from.
+    """
+    if state.held_out and state.held_out != held_out:
+        note(f"other held-out data than before: the best of step {state.best_step} no longer counts")
+        forget_best(state)
+    elif folder.parent.resolve() != (Path(config.output_dir) / "checkpoints").resolve():
+        note(f"the best of step {state.best_step} is another run's, and no longer counts")
+        forget_best(state)
 
 
 def check_not_past(step: int, max_steps: int) -> None:

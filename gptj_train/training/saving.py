@@ -36,22 +36,24 @@ class Saving:
         self._tracker = tracker
         self._watchdog = watchdog
         self._last_attempt = 0  # step of the last save, failed or not
+        self._saved_best: tuple[int, float | None] = -1, None  # step and value of the best evaluation on disk
 
-    def begin(self, step: int) -> None:
+    def begin(self, state: TrainState) -> None:
         """Check before the first step that the disk has room for all checkpoints.
 
         Args:
-            step: steps done, from which the run resumes.
+            state: from which the run resumes.
 
         Raises:
             UserError: it has not.
         """
         config = self._config
-        self._last_attempt = step
+        self._last_attempt = state.step
+        self._saved_best = state.best_step, state.best_value
         check_space(
             config.output_dir,
             self._engine.trained,
-            steps=range(step, config.steps),
+            steps=range(state.step, config.steps),
             save_every=config.save_every,
             keep=config.keep_checkpoints,
             keep_every=config.keep_every,
@@ -96,8 +98,12 @@ class Saving:
             if self._config.failed_save == "stop" or self.saved is None:  # the first one: this disk may take none
                 raise
             self._tracker.note(f"step {state.step} was not saved: {error}; continuing, earlier checkpoints are intact")
+            # What is not on disk cannot be exported, and the next save would remove the best that is.
+            if state.best_step == state.step:
+                state.best_step, state.best_value = self._saved_best
             return
         self.saved = state.step
+        self._saved_best = state.best_step, state.best_value
         self.seconds = max(self.seconds or 0.0, time.monotonic() - began)
         best = f", the best so far: {state.best_metric} {state.best_value:.4f}" if state.best_step == state.step else ""
         self._tracker.note(f"saved {folder}{best}")

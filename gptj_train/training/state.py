@@ -22,6 +22,7 @@ class TrainState:
         wandb_id: as of the last save, the id of the Weights & Biases run.
         schedule: start and end of each cycle of the learning rate (``schedule.Cycles``).
         data: as of the last save, what decides the batches: settings, tokenizer and files.
+        held_out: as of the last save, a hash of the first held-out batch.
         best_metric: what ``best_value`` is a value of.
         best_value: the best of all evaluations after step 0; None before the first.
         best_step: its step; -1 before the first.
@@ -39,6 +40,7 @@ class TrainState:
     wandb_id: str | None = None
     schedule: list[list[int]] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    held_out: str = ""
     best_metric: str = ""
     best_value: float | None = None
     best_step: int = -1

@@ -27,7 +27,7 @@ from gptj_train.training.retention import step_folder
 from gptj_train.training.saving import Saving
 from gptj_train.training.schedule import lr_in
 from gptj_train.training.state import TrainState
-from gptj_train.training.trainer_config import TrainerConfig, is_due, numeric_settings
+from gptj_train.training.trainer_config import TrainerConfig, is_due
 
 _UNTIMED_SAVE = 300.0  # seconds to reserve for a save before the first has been timed
 
@@ -49,8 +49,14 @@ class Trainer:
         tracker: Tracker,
         folder: RunFolder | None = None,
         data: Mapping[str, Any] | None = None,
+        held_out: str = "",
     ) -> None:
-        """``data`` is what decides the batches, by name (``data.identity``); rank 0's counts."""
+        """Set up a run.
+
+        Args:
+            data: what decides the batches, by name (``data.identity``); rank 0's counts.
+            held_out: ``resuming.held_out_hash`` of the task.
+        """
         self.config = config
         self.engine = engine
         self.task = task
@@ -59,6 +65,7 @@ class Trainer:
         self.ended: str | None = None
         self._batches = PrefetchedBatches(task, engine.rank, engine.world_size)
         self._data = dict(data or {})
+        self._held_out = held_out
         self._folder = folder
         self._health = Health(config.max_skipped_steps, config.output_dir)
         self._watchdog = Watchdog(config.output_dir, config.hang_timeout, engine.rank, engine.world_size)
@@ -84,7 +91,7 @@ class Trainer:
                 with self._watchdog.paused():
                     self.resume(resume_from)
                 self._saving.saved = self.state.step
-            self._saving.begin(self.state.step)
+            self._saving.begin(self.state)
             evaluated = self.state.evaluated == self.state.step
             self.tracker.start(self.state.step, config.steps, self.state.wandb_id, evaluated=evaluated)
             self._saving.announce_abandoned(self.state.step)
@@ -138,7 +145,13 @@ class Trainer:
             UserError: none is intact, or the next batch is not the one that the checkpoint expects.
         """
         self.state = resumed_state(
-            self.engine, folders, config=self.config, task=self.task, data=self._data, note=self.tracker.note
+            self.engine,
+            folders,
+            config=self.config,
+            task=self.task,
+            data=self._data,
+            held_out=self._held_out,
+            note=self.tracker.note,
         )
 
     def train_step(self) -> dict[str, float]:
@@ -234,7 +247,9 @@ class Trainer:
         metrics = self.task.metrics(records)
         is_best = count_evaluation(self.state, metrics, self.config.best_metric)
         self._saving.best_is_new = is_best and self.config.export_of == "best"
-        if self.engine.rank == 0:
+        # Of the model that will be exported, as far as that is known.
+        is_exported = is_best or self.config.export_of == "last" or self.state.best_step < 0
+        if is_exported and self.engine.rank == 0:
             try:
                 self.task.write_predictions(self.config.output_dir)
             except OSError as error:
@@ -251,7 +266,8 @@ class Trainer:
         """Write a checkpoint. Collective. See ``Saving.save``."""
         state = self.state
         state.next_batch = next_batch(self.task, state.step)
-        state.settings = numeric_settings(self.config)
+        state.held_out = self._held_out
+        state.settings = self.config.numeric_settings()
         state.data = self._data
         state.wandb_id = self.tracker.wandb_id or state.wandb_id
         self._saving.save(state)

@@ -97,6 +97,15 @@ class TrainerConfig:
         assert self.max_steps is not None
         return self.max_steps
 
+    def numeric_settings(self) -> dict[str, Any]:
+        """Return the settings that decide the numbers of a run, as they come back from JSON."""
+        names = ("seed", "max_steps", "global_batch_size", "micro_batch_size")
+        values: dict[str, Any] = {name: getattr(self, name) for name in names}
+        for name, value in asdict(self.optim).items():
+            # betas are a tuple here, and a list in the checkpoint's JSON.
+            values[f"optim.{name}"] = list(value) if isinstance(value, tuple) else value
+        return values
+
     @property
     def saves_best_every(self) -> int:
         """Steps between evaluations whose model may be saved as the best; 0: none is saved for that."""
@@ -123,17 +132,8 @@ def is_due(step: int, every: int) -> bool:
 def changed_settings(before: Mapping[str, Any], config: TrainerConfig) -> list[str]:
     """Return a text for each setting that decides the numbers of a run and differs from a checkpoint's."""
     changed = []
-    for name, value in numeric_settings(config).items():
-        if before.get(name) != value:
-            changed.append(f"{name} {before.get(name)} -> {value}")
+    for name, value in config.numeric_settings().items():
+        # Checkpoints of earlier versions lack some settings.
+        if name in before and before[name] != value:
+            changed.append(f"{name} {before[name]} -> {value}")
     return changed
-
-
-def numeric_settings(config: TrainerConfig) -> dict[str, Any]:
-    """Return the settings that decide the numbers of a run, as they come back from JSON."""
-    names = ("seed", "max_steps", "global_batch_size", "micro_batch_size")
-    values: dict[str, Any] = {name: getattr(config, name) for name in names}
-    for name, value in asdict(config.optim).items():
-        # betas are a tuple here, and a list in the checkpoint's JSON.
-        values[f"optim.{name}"] = list(value) if isinstance(value, tuple) else value
-    return values

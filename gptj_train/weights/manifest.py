@@ -29,6 +29,7 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,200}")  # a file system takes 255
 _COUNTS = ("step", "steps", "tokens", "skipped", "skipped_in_a_row", "evaluated", "best_step", "evaluations_since_best")
 _TYPES: dict[str, tuple[type, ...]] = {
     "next_batch": (str, type(None)),
+    "held_out": (str,),
     "wandb_id": (str, type(None)),
     "settings": (dict,),
     "data": (dict,),

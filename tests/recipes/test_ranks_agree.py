@@ -71,9 +71,13 @@ def test_other_settings_on_one_host(place: Path) -> None:
 
 
 def test_other_data_on_one_host(place: Path) -> None:
-    outcomes = run(place, [[], []], f"{place}/data", "train.jsonl")
+    # Paths may differ: what counts is what the files hold.
+    paths = [[f"data.train={place}/host{number}/train.jsonl"] for number in range(2)]
+    outcomes = run(place, paths, f"{place}/data", "replaced.jsonl")
     assert [code for code, _ in outcomes] == [2, 2]
-    assert outcomes[0][1].startswith("error: the ranks do not run the same job. data: 1 documents, ")
+    assert outcomes[0][1].startswith("error: the ranks do not run the same job. ")
+    assert "data: 1 document, " in outcomes[0][1]
+    assert "data.train" not in outcomes[0][1]
     assert "training and held-out batches: " in outcomes[0][1]
 
 

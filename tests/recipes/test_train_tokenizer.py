@@ -45,7 +45,7 @@ def test_a_folder_that_loads(command: Command, source: str) -> None:
     code, out, err = command(f"data.train={source}", "output_dir=a/new/folder", "vocab_size=300")
     assert (code, err) == (0, "")
     assert "tokenizer of 300 entries from " in out
-    assert "Train with tokenizer=a/new/folder model.vocab_size=300 or more\n" in out
+    assert "Train with tokenizer=a/new/folder; model.vocab_size must be at least 300\n" in out
     folder = Path("a/new/folder")
     assert sorted(path.name for path in folder.iterdir()) == [
         *("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json"),

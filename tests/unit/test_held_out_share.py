@@ -18,6 +18,7 @@ from gptj_train.data.squad import QADataConfig, read_questions
 from gptj_train.data.tokenizer import Tokenizer
 from gptj_train.errors import UserError
 
+NO_DATASET: dict[str, Any] = dict.fromkeys(("dataset", "subset", "split", "validation_split", "revision"))
 TEXTS = [f"number {number}" for number in range(200)]
 
 
@@ -138,7 +139,7 @@ def labelled(folder: Path, tokenizer: Tokenizer, held_out: HeldOutShare, **chang
     rows = [{"text": text, "label": "ab"[number % 2]} for number, text in enumerate(TEXTS + TEXTS[:50])]
     rows.append({"text": "the only one of its kind", "label": "rare"})
     fields = {"validation": None, "text_field": "text", "second_text_field": None, "label_field": "label"}
-    fields |= {"bad_records": "error", "max_bad_share": 0.01} | changes
+    fields |= NO_DATASET | {"bad_records": "error", "max_bad_share": 0.01} | changes
     data = LabelledDataConfig(train=str(jsonl(folder / "rows.jsonl", *rows)), **fields)
     return prepare_labelled(
         data,
@@ -168,9 +169,8 @@ def test_questions_share_the_side_of_their_context(tmp_path: Path) -> None:
         for context in range(10, 30)
         for number in range(3)
     ]
-    data = QADataConfig(
-        train=str(jsonl(tmp_path / "qa.jsonl", *records)), validation=None, bad_records="error", max_bad_share=0.01
-    )
+    train_file = str(jsonl(tmp_path / "qa.jsonl", *records))
+    data = QADataConfig(train=train_file, validation=None, bad_records="error", max_bad_share=0.01, **NO_DATASET)
     train, held = read_questions(data, HeldOutShare(0.2))
     assert len({question.context for question in held}) == 4
     assert len(held) == 12
@@ -183,7 +183,7 @@ def test_a_share_beside_files_is_refused(tmp_path: Path, tokenizer: Tokenizer) -
         prepared(tmp_path, tokenizer, HeldOutShare(0.1), validation="x.jsonl")
     with pytest.raises(UserError, match=match):
         labelled(tmp_path, tokenizer, HeldOutShare(0.1), validation="x.jsonl")
-    data = QADataConfig(train="none.jsonl", validation="x.jsonl", bad_records="error", max_bad_share=0.01)
+    data = QADataConfig(train="none.jsonl", validation="x.jsonl", bad_records="error", max_bad_share=0.01, **NO_DATASET)
     with pytest.raises(UserError, match=match):
         read_questions(data, HeldOutShare(0.1))
 

@@ -107,6 +107,18 @@ def test_a_packing_cut_short_by_a_kill_is_made_again(
     assert equal(found, pack(stores, None, method="text", length=LENGTH))
 
 
+@pytest.mark.parametrize("name", ["pieces.bin", "windows.bin", "packing.json"])
+def test_a_packing_that_lost_a_part_is_made_again(stores: list[TokenStore], tmp_path: Path, name: str) -> None:
+    cache = tmp_path / "cache"
+    for damage in (lambda file: file.write_bytes(file.read_bytes()[:16]), Path.unlink):
+        open_packing(stores, None, cache=cache, method="text", length=LENGTH)
+        (file,) = cache.glob(f"packed_*/{name}")
+        damage(file)
+        mapped.cache_clear()  # as in a new process
+        found = open_packing(stores, None, cache=cache, method="text", length=LENGTH)
+        assert equal(found, pack(stores, None, method="text", length=LENGTH))
+
+
 def test_a_disk_that_cannot_be_written_is_one_line(
     stores: list[TokenStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

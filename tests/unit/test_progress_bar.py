@@ -23,19 +23,20 @@ config = TrackingConfig(tensorboard=False, wandb="disabled", project="x", run_na
 tracker = Tracker(config, folder, {}, 0)
 tracker.start(total - 2, total)
 for step in (total - 1, total):
-    tracker._bar.start_t -= seconds  # a slow machine: the remaining time is long
-    tracker._bar.refresh()
+    if tracker._bar is not None:
+        tracker._bar.start_t -= seconds  # a slow machine: the remaining time is long
+        tracker._bar.refresh()
     tracker.step(dict(step=step, loss=loss, lr=1e-4, grad_norm=1.0, tokens=step, tokens_per_second=speed,
                       step_seconds=seconds, skipped_steps=0, memory_gib=memory))
-tracker.evaluation(dict(step=total, eval_loss=loss, perplexity=1.0))
+tracker.evaluation(dict(step=total, tokens=total, eval_loss=loss, perplexity=1.0))
 tracker.finish()
 """
 
 
-def screen(folder: Path, *arguments: str) -> str:
-    """Return what the code writes to a terminal of 80 columns."""
+def screen(folder: Path, *arguments: str, columns: int = COLUMNS) -> str:
+    """Return what the code writes to a terminal of so many columns."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     command = [sys.executable, "-c", CODE, str(folder), *arguments]
     with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
@@ -70,3 +71,8 @@ def test_every_frame_fits_and_is_whole(tmp_path: Path, arguments: tuple[str, ...
     last = frames[-1]
     assert f"{total}/{total}, loss {float(arguments[1]):#.4g} lr 1.0e-04" in last
     assert "tok/s" in last
+
+
+def test_a_terminal_that_does_not_know_its_width_gets_lines(tmp_path: Path) -> None:
+    text = screen(tmp_path, "12", "7.688", "1143", "0.6", "3", columns=0)
+    assert "step 12/12  loss 7.6880  lr 1.00e-04  1,143 tokens/s  0.6 GiB" in text

@@ -71,6 +71,24 @@ def test_a_failed_save_prints_a_line_and_the_run_continues(
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000000"]
 
 
+def test_the_best_that_could_not_be_saved_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = settings(tmp_path)
+    best: list[tuple[int, float | None]] = []
+
+    def save_twice(rank: Any) -> None:
+        run = trainer(cfg, rank)
+        run.state.best_step, run.state.best_value = 0, 3.0
+        run.save()
+        monkeypatch.setattr(SliceWriter, "add", no_space)
+        run.state.step = run.state.best_step = 5
+        run.state.best_value = 2.0
+        run.save()
+        best.append((run.state.best_step, run.state.best_value))
+
+    on_ranks(1, save_twice)
+    assert best == [(0, 3.0)]
+
+
 def test_a_failed_first_save_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that could save nothing would otherwise train to its end for nothing."""
     monkeypatch.setattr(SliceWriter, "add", no_space)
@@ -145,6 +163,24 @@ def test_changed_settings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixt
     longer = settings(tmp_path, "max_steps=20")
     on_ranks(1, lambda rank: trainer(longer, rank).resume(found))
     assert "changed since the checkpoint: max_steps 10 -> 20" in capsys.readouterr().out
+
+
+def test_another_base_below_the_adapters_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bases = [tmp_path / "one", tmp_path / "other"]
+    for number, base in enumerate(bases):
+        base.mkdir()
+        (base / "model.safetensors").write_bytes(bytes([number]))
+    cfg = settings(tmp_path, "lora=adapters", "lora.alpha=16", f"init_from={bases[0]}")
+    on_ranks(1, lambda rank: trainer(cfg, rank).save())
+    found = resume_candidates(tmp_path, "auto")
+    on_ranks(1, lambda rank: trainer(cfg, rank).resume(found))
+    assert "changed since" not in capsys.readouterr().out
+    changed = settings(tmp_path, "lora=adapters", "lora.alpha=32", f"init_from={bases[1]}")
+    on_ranks(1, lambda rank: trainer(changed, rank).resume(found))
+    out = capsys.readouterr().out
+    assert "lora.alpha 16.0 -> 32.0, the files of init_from " in out
+    # Without adapters a checkpoint holds all weights: what it began with is of no account.
+    assert "the files of init_from" not in settings(tmp_path, f"init_from={bases[0]}").numeric_settings()
 
 
 class Scaler:

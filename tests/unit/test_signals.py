@@ -36,6 +36,16 @@ def test_a_signal_is_a_reason_to_stop(tmp_path: Path, number: signal.Signals) ->
     assert {"SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT", "SIGQUIT", "SIGHUP"} == {number.name for number in SIGNALS}
 
 
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGINT), (signal.SIGINT, signal.SIGTERM)])
+def test_a_key_is_the_reason_though_the_launcher_answers_it_by_sigterm(
+    tmp_path: Path, numbers: tuple[signal.Signals, ...]
+) -> None:
+    with StopRequest(tmp_path, None, 3) as request:
+        for number in numbers:
+            os.kill(os.getpid(), number)
+        assert request.reason(0, 0) == "SIGINT reached rank 3"
+
+
 @pytest.mark.parametrize(("number", "key"), [(signal.SIGINT, "Ctrl-C"), (signal.SIGQUIT, "Ctrl-\\")])
 def test_a_second_key_press_ends_at_once(tmp_path: Path, number: signal.Signals, key: str) -> None:
     command = [sys.executable, "-c", IN_LOOP, tmp_path]

@@ -87,6 +87,7 @@ class FakeTask:
     ) -> None:
         self.evaluations = 0
         self.results = results
+        self.predicted: list[int] = []  # evaluations whose predictions were written
         self.signal_in_evaluation, self.signal_in_step = signal_in_evaluation, signal_in_step
 
     def training_rows(self, step: int, rank: int, world_size: int) -> list[list[int]]:
@@ -116,7 +117,7 @@ class FakeTask:
         return {"eval_loss": self.results.pop(0) if self.results else sum(records) / 4, "accuracy": 0.25}
 
     def write_predictions(self, folder: str | Path) -> None:
-        pass
+        self.predicted.append(self.evaluations)
 
 
 class FakeCheckpoints:
@@ -331,6 +332,13 @@ def test_each_better_evaluation_is_saved(tmp_path: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "saved step_2, the best so far: eval_loss 3.0000\n" in printed
     assert "saved step_6\n" in printed
+
+
+def test_predictions_are_those_of_the_exported_model(tmp_path: Path) -> None:
+    for export_of, expected in (("best", [1, 2, 3]), ("last", [1, 2, 3, 4])):
+        run = Run(tmp_path / export_of, evaluations=[1.0, 3.0, 2.5, 2.75], export_of=export_of)
+        run.trainer.train()
+        assert run.task.predicted == expected
 
 
 def test_nan_is_never_the_best(tmp_path: Path) -> None:
