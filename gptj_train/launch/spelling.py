@@ -109,7 +109,7 @@ def _check_preset(argument: str, primary: str, configs: Path) -> None:
     """Raise UserError for a preset that belongs to another recipe."""
     key, _, name = argument.lstrip("+").partition("=")
     own = presets_of(primary, configs)
-    if key == "config" and own and name not in own and (configs / "config" / f"{name}.yaml").is_file():
+    if key == "config" and own and name not in own and name in presets_of("plan", configs):
         raise UserError(f"+config={name} is a preset of recipes/{owner_of(name)}.py; choose one of {', '.join(own)}")
 
 

@@ -120,7 +120,7 @@ MISTAKES = {
     ),
     "unknown key": (["max_step=3"], "unknown config key 'max_step'; did you mean 'max_steps'?"),
     "unknown key with a plus": (["+optim.lrate=3"], "unknown config key 'optim.lrate'; did you mean 'optim."),
-    "unknown group": (["engine=zero4"], "no engine named 'zero4'; did you mean zero3? there are: zero3"),
+    "unknown group": (["engine=zero4"], "no engine named 'zero4'; did you mean zero3? there are: zero2, zero3"),
     "missing values": (
         ["output_dir=???", "max_steps=???"],
         "missing: output_dir, max_steps; give output_dir=... max_steps=...",
@@ -237,7 +237,7 @@ MISTAKES = {
     "a class to build": (["+_target_=os.mkdir"], "unknown config key '_target_'"),
     "a class to build within": (["+model._target_=os.mkdir"], "unknown config key 'model._target_'"),
     "a preset of elsewhere": (["+config=../../../../tmp/x"], "no config/../../../../tmp named 'x'; there are: class"),
-    "a group of elsewhere": (["engine=/etc/passwd"], "no engine//etc named 'passwd'; there are: zero3"),
+    "a group of elsewhere": (["engine=/etc/passwd"], "no engine//etc named 'passwd'; there are: zero2"),
     "an expression": (["output_dir=${eval:1}"], "config: Unsupported interpolation type eval"),
     "a variable that is not set": (["output_dir=${oc.env:SLURM_NOWHERE}"], "output_dir: ${oc.env:SLURM_NOWHERE} is no"),
     "a config that ends in itself": (["output_dir=${output_dir}"], "config: Recursive interpolation detected"),
