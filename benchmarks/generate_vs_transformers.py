@@ -13,26 +13,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from provenance import provenance
 
 from gptj_train import GPTJConfig, GPTJForCausalLM
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("gptj_train", "transformers")
-SHAPE = {"n_layer": 2, "n_embd": 4096, "n_head": 16, "n_positions": 2048, "rotary_dim": 64, "vocab_size": 50400}
+SHAPE: dict[str, Any] = {
+    **{"n_layer": 2, "n_embd": 4096, "n_head": 16},
+    **{"n_positions": 2048, "rotary_dim": 64, "vocab_size": 50400},
+}
 PAD = 50256
 
 
@@ -191,16 +191,13 @@ def main() -> None:
     for cell in cells:
         rows.append(measure(models, cell, given.repeats))
         print(table(rows[-1:]), file=sys.stderr, flush=True)
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     command = " ".join(["python benchmarks/generate_vs_transformers.py", *sys.argv[1:]])
     text = (
         "# Our generate and that of Transformers' GPT-J\n\n"
         f"`{command}`: {SHAPE['n_layer']} layers of {SHAPE['n_embd']}, "
         f"{SHAPE['n_head']} heads, vocabulary {SHAPE['vocab_size']}, bf16, greedy; equal ids in fp32. "
         f"Medians of {given.repeats} turns.\n\n"
-        f"{os.cpu_count()} cores, {given.threads} threads, CPU ({platform.machine()}); {packages}; "
-        f"commit {commit.strip()}.\n\n"
+        f"{given.threads} threads on {provenance(('torch', 'transformers'))}.\n\n"
         f"{table(rows)}\n"
     )
     given.results.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ VOCAB = 50400
 GB = 1e9
 
 
-def shape(layers: int, width: int) -> dict[str, int]:
+def shape(layers: int, width: int) -> dict[str, Any]:
     """Return GPTJConfig's arguments; heads of 256, as in GPT-J 6B."""
     return {"n_layer": layers, "n_embd": width, "n_head": width // 256, "rotary_dim": 64, "vocab_size": VOCAB}
 
@@ -59,26 +59,27 @@ def work(side: str, folder: Path, layers: int, width: int, threads: int) -> None
     os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
     import transformers
-    from transformers.integrations import HfDeepSpeedConfig
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig
     from transformers.models.gptj import modeling_gptj  # noqa: F401 - both sides import it, so that neither pays for it.
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
-    from gptj_train.training.engine import deepspeed, join_process_group
+    from gptj_train.training.engine import deepspeed, join_process_group  # type: ignore[attr-defined]
     from gptj_train.training.initial_weights import open_initial_weights
 
     torch.set_num_threads(threads)
-    rank, _ = join_process_group()
+    rank, ranks = join_process_group()
     zero = {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": False}}
     config = {"train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_optimization": zero}
     gc.collect()
     imported, read_before, began = resident(), bytes_read(), time.perf_counter()
     Path("/proc/self/clear_refs").write_text("5")  # Resets the peak.
+    model: Any  # its parameters have DeepSpeed's attributes
     if side == "gptj_train":
         with deepspeed.zero.Init(config_dict_or_path=config):
             model = GPTJForCausalLM(GPTJConfig(**shape(layers, width))).requires_grad_(False)
         shapes = {name: torch.Size(parameter.ds_shape) for name, parameter in model.named_parameters()}
         initial_weights = open_initial_weights(
-            str(folder), shapes=shapes, trained={}, mean_rows={}, new_head_allowed=False
+            str(folder), shapes=shapes, trained={}, mean_rows={}, new_head_allowed=False, share=(rank, ranks)
         )
         with initial_weights as initial:
             initial.fill_frozen(model, rank)

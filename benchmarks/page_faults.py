@@ -16,6 +16,8 @@ import statistics
 import subprocess
 import sys
 
+from clm_config import clm_config
+
 SWITCH = "THP_MEM_ALLOC_ENABLE"
 WARM_UP = 2
 
@@ -27,35 +29,18 @@ def work(width: int, length: int, steps: int) -> None:
     from gptj_train import GPTJConfig, GPTJForCausalLM
     from gptj_train.launch.ranks import set_rank_variables
     from gptj_train.training.engine import Engine
-    from gptj_train.training.optimizer import OptimConfig
-    from gptj_train.training.zero_config import EngineConfig
 
     set_rank_variables()
+    cfg = clm_config(
+        *("engine=zero3_offload", "engine.activation_checkpointing=none"),
+        *("optim.lr=1e-4", "optim.weight_decay=0", "optim.schedule=constant", "optim.warmup_steps=0"),
+    )
     config = GPTJConfig(n_layer=1, n_embd=width, n_head=width // 256, n_positions=length)
     engine = Engine(
         build=lambda: GPTJForCausalLM(config),
         init_from=None,
-        engine=EngineConfig(
-            stage=3,
-            precision="bf16",
-            offload_optimizer="cpu",
-            offload_parameters="cpu",
-            nvme_path=None,
-            accumulate_on="optimizer",
-            activation_checkpointing="none",
-            deepspeed={},
-        ),
-        optim=OptimConfig(
-            lr=1e-4,
-            betas=(0.9, 0.95),
-            eps=1e-8,
-            weight_decay=0.0,
-            clip_norm=1.0,
-            schedule="constant",
-            warmup_steps=0,
-            decay_steps=0,
-            final_lr_ratio=1.0,
-        ),
+        engine=cfg.engine,
+        optim=cfg.optim,
         micro_batch_size=1,
         accumulation=1,
         seed=0,

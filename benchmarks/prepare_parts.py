@@ -21,6 +21,8 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from clm_config import clm_config
+
 RESULTS = Path(__file__).parent / "results" / "prepare_parts.json"
 SIZE = 64_000_000
 FILES = 4
@@ -29,7 +31,7 @@ SIDES = ("one file, whole", "one file, 4 parts", "4 files", "4 files, two hosts"
 
 def write_corpus(folder: Path) -> None:
     """Write FILES files of SIZE bytes in all, and one with all of their lines."""
-    texts = []
+    texts: list[str] = []
     size = 0
     sources = sorted(Path(sysconfig.get_path("stdlib")).rglob("*.py"))
     while size < SIZE:
@@ -46,18 +48,15 @@ def write_corpus(folder: Path) -> None:
 
 def work(side: str, folder: Path, cache: Path, host: str) -> None:
     """Prepare in this process and its workers."""
-    from gptj_train.config import ClmConfig
     from gptj_train.data import claims, file_parts
     from gptj_train.data.preparation import open_stores
     from gptj_train.data.tokenizer import Tokenizer
-    from gptj_train.launch.command_line import compose
 
     claims.socket.gethostname = lambda: host  # type: ignore[attr-defined]
     files = [folder / "all.jsonl"] if side.startswith("one") else sorted(folder.glob("[0-9].jsonl"))
     if "parts" in side:
         file_parts.PART = files[0].stat().st_size // FILES + 1
-    blanks = ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"]
-    data = replace(compose("clm", blanks, ClmConfig).data, kind="text", cache_dir=str(cache))
+    data = replace(clm_config().data, kind="text", cache_dir=str(cache))
     open_stores(files, data, Tokenizer.load(folder / "tokenizer"))
 
 

@@ -23,19 +23,19 @@ import time
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+
+from clm_config import clm_config
 
 RESULTS = Path(__file__).parent / "results" / "prepare_vs_run_clm.json"
 SIDES = ("gptj_train", "run_clm")
 
 
 def ours(tokenizer_folder: str, files: list[str], length: int, cache: str) -> dict[str, float]:
-    from gptj_train.config import ClmConfig
     from gptj_train.data.corpus import prepare
     from gptj_train.data.tokenizer import Tokenizer
-    from gptj_train.launch.command_line import compose
 
-    defaults = compose("clm", ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"], ClmConfig)
-    data = replace(defaults.data, train=files, cache_dir=cache)
+    data = replace(clm_config().data, train=files, cache_dir=cache)
     tokenizer = Tokenizer.load(tokenizer_folder)
     began = spent()
     (windows,) = prepare(data, tokenizer, length).train.windows.values()
@@ -57,7 +57,7 @@ def theirs(tokenizer_folder: str, files: list[str], length: int, cache: str) -> 
     began = spent()
     records = datasets.load_dataset("json", data_files=files, split="train", cache_dir=cache)
 
-    def grouped(batch: dict) -> dict:
+    def grouped(batch: dict[str, Any]) -> dict[str, Any]:
         joined = {name: list(chain(*rows)) for name, rows in batch.items()}
         total = len(joined["input_ids"]) // length * length
         cut = {name: [row[at : at + length] for at in range(0, total, length)] for name, row in joined.items()}
@@ -86,7 +86,8 @@ def run(side: str, args: argparse.Namespace) -> dict[str, float]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ cases trains a small GPT-J from random weights, with plain AdamW on one CPU thre
 import random
 import sys
 import time
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def exact_match(form: str, repeat: bool, steps: int) -> tuple[float, float]:
     draw = random.Random(0)
     train, held_out = ([question(number, form, draw) for number in range(count)] for count in (20_000, 300))
     tokenizer = Tokenizer.train([f"{asked.question}\n{asked.context}\n" for asked in train[:2000]], 400)
-    sizes = {"doc_stride": 32, "max_question_tokens": 16, "repeat_context": repeat}
+    sizes: dict[str, Any] = {"doc_stride": 32, "max_question_tokens": 16, "repeat_context": repeat}
     features = [Features(questions, tokenizer, length=256, **sizes) for questions in (train, held_out)]
     config = QATaskConfig(**sizes, max_answer_tokens=16, n_best=5, null_threshold=0.0)
     task = QuestionAnswering(
@@ -67,8 +68,9 @@ def exact_match(form: str, repeat: bool, steps: int) -> tuple[float, float]:
     seconds = time.perf_counter() - began
     with torch.no_grad():
         records = []
-        for batch in task.evaluation_batches(0, 1):
-            records += task.records(model(**batch.inputs, num_items_in_batch=1.0), batch)
+        for held_out_batch in task.evaluation_batches(0, 1):
+            output = model(**held_out_batch.inputs, num_items_in_batch=1.0)
+            records += task.records(output, held_out_batch)
     return task.metrics(records)["exact_match"], seconds
 
 

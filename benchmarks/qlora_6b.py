@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def run_peft(given: argparse.Namespace, ids: Tensor) -> None:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         given.folder, dtype=torch.bfloat16, quantization_config=quantization, device_map="cpu"
     )
     model = peft.prepare_model_for_kbit_training(model)

@@ -27,6 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from clm_config import clm_config
 from step_vs_transformers import VOCAB, WARM_UP, Cell, build, free_port
 
 RESULTS = Path(__file__).parent / "results" / "ragged.json"
@@ -35,19 +36,18 @@ CELL = Cell(layers=4, width=256, heads=1, sequence_length=1024, micro_batch_size
 IGNORE = -100
 
 
-def batches(side: str, tokenizer_folder: str, files: list[str], cache: str, steps: int, rank: int, ranks: int) -> list:
+def batches(
+    side: str, tokenizer_folder: str, files: list[str], cache: str, steps: int, rank: int, ranks: int
+) -> list[Any]:
     """Return a rank's micro-batches, as arguments of the model's forward."""
     import torch
 
-    from gptj_train.config import ClmConfig
     from gptj_train.data.packing import Windows, pack
     from gptj_train.data.preparation import open_stores
     from gptj_train.data.sampler import sample_at
     from gptj_train.data.tokenizer import Tokenizer
-    from gptj_train.launch.command_line import compose
 
-    defaults = compose("clm", ["output_dir=unused", "init_from=null", "max_steps=1", "data.train=unused"], ClmConfig)
-    data = replace(defaults.data, train=files, cache_dir=cache)
+    data = replace(clm_config().data, train=files, cache_dir=cache)
     tokenizer = Tokenizer.load(tokenizer_folder)
     stores = open_stores([Path(file) for file in files], data, tokenizer)
     length, rows = CELL.sequence_length, CELL.micro_batch_size

@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import os
-import platform
 import resource
 import socket
 import statistics
@@ -25,10 +24,12 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from clm_config import clm_config
+from provenance import provenance
 
 RESULTS = Path(__file__).parent / "results"
 SIDES = ("gptj_train", "transformers")
@@ -63,40 +64,24 @@ def build(side: str, cell: Cell, folder: Path, rank: int) -> tuple[Any, Any, dic
     from transformers.models.gptj import configuration_gptj, modeling_gptj
 
     from gptj_train import GPTJConfig, GPTJForCausalLM
-    from gptj_train.training.engine import deepspeed
-    from gptj_train.training.optimizer import OptimConfig
-    from gptj_train.training.zero_config import EngineConfig, deepspeed_config
+    from gptj_train.training.engine import deepspeed  # type: ignore[attr-defined]
+    from gptj_train.training.zero_config import deepspeed_config
     from gptj_train.weights.hf_reader import HFWeights
 
-    optim = OptimConfig(
-        lr=3e-4,
-        betas=(0.9, 0.95),
-        eps=1e-8,
-        weight_decay=0.0,
-        clip_norm=1.0,
-        schedule="cosine",
-        warmup_steps=2,
-        decay_steps=0,
-        final_lr_ratio=0.1,
+    cfg = clm_config(
+        *("engine=zero3_offload", "engine.activation_checkpointing=none"),
+        *("optim.lr=3e-4", "optim.weight_decay=0", "optim.warmup_steps=2"),
     )
-    settings = EngineConfig(
-        stage=3,
-        precision="bf16",
-        offload_optimizer="cpu",
-        offload_parameters="cpu",
-        nvme_path=None,
-        accumulate_on="optimizer",
-        activation_checkpointing="none",
-        deepspeed={},
-    )
+    optim = cfg.optim
     config = deepspeed_config(
-        engine=settings,
+        engine=cfg.engine,
         optim=optim,
         micro_batch_size=cell.micro_batch_size,
         accumulation=1,
         largest_parameter=VOCAB * cell.width,
         pin_memory=False,
     )
+    model: Any  # either side's
     with deepspeed.zero.Init(config_dict_or_path=config):
         if side == "gptj_train":
             model = GPTJForCausalLM(GPTJConfig(**cell.config()))
@@ -278,14 +263,11 @@ def main() -> None:
     own = {name: getattr(args, name) for name in Cell.__dataclass_fields__ if getattr(args, name) is not None}
     rows = [measure(cell, args) for cell in ([replace(CELLS[0], **own)] if own else CELLS)]
     command = " ".join(["python benchmarks/step_vs_transformers.py", *sys.argv[1:]])
-    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "transformers"))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
-    instructions = "AVX-512, " if "avx512f" in Path("/proc/cpuinfo").read_text() else ""
     text = (
         "# Our training step and Transformers' GPT-J\n\n"
         f"`{command}`: {args.ranks} ranks, threads a rank {args.threads}, ZeRO-3 with optimizer and parameters "
         f"offloaded to the host, bf16, vocabulary {VOCAB}. Median over {args.repeats} x {args.steps} steps.\n\n"
-        f"{os.cpu_count()} cores, {instructions}CPU ({platform.machine()}); {packages}; commit {commit.strip()}.\n\n"
+        f"{provenance(('torch', 'deepspeed', 'transformers'))}.\n\n"
         f"{table(rows)}\n"
     )
     args.results.mkdir(parents=True, exist_ok=True)
