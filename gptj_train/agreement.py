@@ -64,7 +64,9 @@ def check_agreement(config: Mapping[str, Any], *, tokenizer: str, task: Task, fa
         UserError: on all ranks, with one line that names the hosts and what differs.
     """
     values = _flat(config)
-    values |= facts
+    for name, fact in facts.items():
+        # A fact with a key's name, such as epochs, follows from the keys and the data, which are compared.
+        values.setdefault(name, fact)
     values["training and held-out batches"] = _batches(task)
     values["the tokenizer"] = tokenizer
     for key, folder in (("init_from", config["init_from"]), ("lora.init_from", config["lora"]["init_from"])):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from built_from_nothing import BuiltFromNothing
 
 ROOT = Path(__file__).parents[2]
 NODES = ("node1", "node2")
@@ -63,7 +64,7 @@ PartitionName=urgent Nodes=node1,node2 MaxTime=INFINITE State=UP PriorityTier=10
 """
 
 
-class SlurmCluster:
+class SlurmCluster(BuiltFromNothing):
     """A context manager around the cluster's daemons."""
 
     def __init__(self, folder: Path) -> None:
@@ -71,15 +72,7 @@ class SlurmCluster:
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
 
-    def __enter__(self) -> SlurmCluster:
-        try:
-            self._build()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _build(self) -> None:
+    def build(self) -> None:
         for name in ("state", "spool-node1", "spool-node2"):
             (self.folder / name).mkdir(parents=True)
         # munged refuses a socket in a folder that others cannot reach.
@@ -101,7 +94,7 @@ class SlurmCluster:
             self.start_node(node)
         self._wait(self.is_idle, "the nodes")
 
-    def __exit__(self, *_: object) -> None:
+    def take_down(self) -> None:
         if "slurmctld" in self.daemons:
             self.command("scancel", "--user=root", check=False)
         for name in ("node1", "node2", "slurmctld", "munged"):

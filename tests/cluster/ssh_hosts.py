@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import psutil
+from built_from_nothing import BuiltFromNothing
 
 ROOT = Path(__file__).parents[2]
 HOSTS = {"host1": "10.77.0.1", "host2": "10.77.0.2"}
@@ -39,7 +40,7 @@ Host *
 """
 
 
-class SshHosts:
+class SshHosts(BuiltFromNothing):
     """A context manager around the namespaces and their sshd."""
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -49,15 +50,7 @@ class SshHosts:
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
         self._started: list[subprocess.Popen[str]] = []
 
-    def __enter__(self) -> SshHosts:
-        try:
-            self._build()
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def _build(self) -> None:
+    def build(self) -> None:
         ssh = self.folder / "ssh"
         ssh.mkdir(parents=True)
         for key in (ssh / "id_ed25519", self.folder / "host_key"):
@@ -76,10 +69,12 @@ class SshHosts:
         for host, address in HOSTS.items():
             _ip("-n", self._namespace(host), "address", "add", f"{address}/24", "dev", "eth0")
             self.plug_in(host)
+        # ssh looks where the system says that the user is at home, whatever HOME is.
+        of_user = os.path.expanduser("~root/.ssh")
         for host in HOSTS:
             script = (
-                f"mount --bind {self.folder}/hosts /etc/hosts && mkdir -p /root/.ssh && "
-                f"mount --bind {self.folder}/ssh /root/.ssh && hostname {host} && "
+                f"mount --bind {self.folder}/hosts /etc/hosts && mkdir -p {of_user} && "
+                f"mount --bind {self.folder}/ssh {of_user} && hostname {host} && "
                 f"exec /usr/sbin/sshd -D -e -f {self.folder}/sshd_config"
             )
             unshare = ["unshare", "--mount", "--uts", "--propagation", "private", "bash", "-c", script]
@@ -96,7 +91,7 @@ class SshHosts:
                 assert time.monotonic() < deadline, (self.folder / f"{host}.out").read_text()
                 time.sleep(0.3)
 
-    def __exit__(self, *_: object) -> None:
+    def take_down(self) -> None:
         for process in self._started:
             _end(process.pid)
         for daemon in self._daemons.values():

@@ -88,7 +88,7 @@ def test_ranks_with_other_settings_end_before_training(
     ranks = [start_rank(hosts, 0, words), start_rank(hosts, 1, [*words, "optim.lr=0.5", "max_steps=7"])]
     assert [rank.wait(LONGEST) for rank in ranks] == [2, 2]
     (line,) = errors(hosts.log(ranks[0]))
-    assert f"max_steps: {STEPS} on host1, 7 on host2; optim.lr: 0.0001 on host1, 0.5 on host2; " in line
+    assert f"max_steps: {STEPS} on host1, 7 on host2; optim.lr: 0.0001 on host1, 0.5 on host2. " in line
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     outcomes.add(
         "another learning rate and max_steps on host 2", "refused before training, hosts and keys named (code 2)"

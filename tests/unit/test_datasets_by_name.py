@@ -7,14 +7,14 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
+from loopback_server import Handler, hub_environment, serving
 from text_data import jsonl
 
 from gptj_train.config import ClassificationConfig, ClmConfig, EvaluateConfig
@@ -148,10 +148,8 @@ COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 FILES = {"README.md": README, "parts/0.jsonl": '{"text": "2021-05-01"}\n', "test.jsonl": '{"text": "two"}\n'}
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """What ``datasets`` asks for: the description of a dataset, its folders, and its files."""
-
-    protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
@@ -159,15 +157,15 @@ class Hub(BaseHTTPRequestHandler):
         if path.startswith("/api/datasets/owner/animals"):
             _, is_tree, rest = path.partition("/tree/")
             found = self._entries(rest.partition("/")[2]) if is_tree else {"id": "owner/animals", "sha": commit}
-            self._answer(200, json.dumps(found).encode(), {})
+            self.answer(200, json.dumps(found).encode(), {})
         elif path.startswith("/datasets/owner/animals/resolve/") and path.split("/", 6)[-1] in FILES:
             content = FILES[path.split("/", 6)[-1]].encode()
-            self._answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
+            self.answer(200, content, {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'})
         else:
             code = "EntryNotFound" if "animals" in path else "RepoNotFound"
-            self._answer(404, b"{}", {"X-Error-Code": code})
+            self.answer(404, b"{}", {"X-Error-Code": code})
 
-    do_HEAD = do_GET  # noqa: N815 (named by the base class)
+    do_HEAD = do_GET
 
     def _entries(self, folder: str) -> list[dict[str, Any]]:
         entries = []
@@ -178,27 +176,11 @@ class Hub(BaseHTTPRequestHandler):
             entries.append({"type": "directory", "path": "parts", "oid": "0" * 40})
         return entries
 
-    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
-
 
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as server:
+        yield server
 
 
 FIND = """
@@ -221,13 +203,7 @@ except UserError as error:
 
 def found(home: Path, port: int, *settings: str) -> list[str]:
     """Run in a new process, where the hub's client reads its settings."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
+    environment = os.environ | hub_environment(home, port)
     command = [sys.executable, "-c", FIND, *RUN, *settings]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

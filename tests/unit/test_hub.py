@@ -7,12 +7,12 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loopback_server import Handler, hub_environment, serving
 
 from gptj_train.errors import UserError
 from gptj_train.launch.hub import HubKeys, is_hub_id, with_local_folders
@@ -24,10 +24,9 @@ FILES = {
 }
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """What the hub's client asks for: the description of a repository, and its files."""
 
-    protocol_version = "HTTP/1.1"
     fetched: list[str]
 
     def do_GET(self) -> None:
@@ -40,47 +39,31 @@ class Hub(BaseHTTPRequestHandler):
             headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
             if self.command == "GET":
                 self.fetched.append(f"{name}/{file}")
-            self._answer(200, content, headers)
+            self.answer(200, content, headers)
 
-    do_HEAD = do_GET  # noqa: N815 (named by the base class)
+    do_HEAD = do_GET
 
     def _describe(self, name: str, revision: str, *, tree: bool) -> None:
         sha = {**SHAS, **{sha: sha for sha in SHAS.values()}}.get(revision)
         if name == "owner/gated":
-            self._answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
+            self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
         elif name not in FILES:
-            self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+            self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         elif sha is None:
-            self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
         elif tree:
             entries = [{"type": "file", "path": file, "size": 1, "oid": "0"} for file in FILES[name]]
-            self._answer(200, json.dumps(entries).encode(), {})
+            self.answer(200, json.dumps(entries).encode(), {})
         else:
             info = {"id": name, "sha": sha, "siblings": [{"rfilename": file} for file in FILES[name]]}
-            self._answer(200, json.dumps(info).encode(), {})
-
-    def _answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(content))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        pass
+            self.answer(200, json.dumps(info).encode(), {})
 
 
 @pytest.fixture
 def hub() -> Iterator[ThreadingHTTPServer]:
     Hub.fetched = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Hub) as server:
+        yield server
 
 
 FETCH = """
@@ -98,13 +81,7 @@ for wanted in sys.argv[1:]:
 
 def start(home: Path, port: int, *wanted: str) -> subprocess.Popen[str]:
     """Fetch "NAME REVISION weights|none"; in a new process, where the client reads its settings."""
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
-        "HF_HOME": str(home),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "NO_PROXY": "127.0.0.1",
-    }
+    environment = os.environ | hub_environment(home, port)
     command = [sys.executable, "-c", FETCH, *wanted]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
